@@ -1,0 +1,34 @@
+# Every target sets up what it needs: a virtual environment in .venv, the CPU build of torch where there is no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help quickstart test check bench clean
+
+help:            ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/'
+
+$(READY): pyproject.toml tools/install.sh
+	sh tools/install.sh "$(PYTHON)" "$(VENV)"
+	touch $(READY)
+
+quickstart: $(READY)  ## fetch the starter backbones, train both stages on English, score three systems zero-shot
+	$(BIN)/lusifer quickstart
+
+test: $(READY)   ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## run the benchmarks
+	$(BIN)/python benchmarks/padding.py
+
+clean:           ## remove the virtual environment and caches (not runs/)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

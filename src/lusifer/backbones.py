@@ -1,0 +1,206 @@
+"""Loading the two backbones: any Hugging Face encoder and any Hugging Face decoder LLM."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from lusifer.errors import LusiferError
+from lusifer.starter import resolve_backbone
+from lusifer.use_encoder import UseConfig
+
+
+def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    """Calls a ``from_pretrained``; a backbone that cannot be read becomes one clear line.
+
+    Raises:
+        LusiferError: If the folder or hub id cannot be loaded.
+    """
+    try:
+        return loader(resolve_backbone(name), **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(
+            f"cannot load the {what} {name!r}: {reason} "
+            "(give a hub id you can reach, a local folder, or a starter name after `lusifer fetch`)"
+        ) from error
+
+
+def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any) -> PretrainedConfig:
+    """Loads a backbone's configuration without its weights.
+
+    Args:
+        what: ``encoder`` or ``llm``; decides which architectures are accepted.
+        name: Hub id, local folder or starter name.
+        revision: Hub revision.
+        **hub: Passed to ``AutoConfig.from_pretrained`` (``token``, ``cache_dir``, ...).
+
+    Raises:
+        LusiferError: If it cannot be read, or is not the kind of model asked for.
+    """
+    config = _load(what, name, AutoConfig.from_pretrained, revision=revision or "main", **hub)
+    family = config.model_type
+    masked, causal = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES, family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if what == "llm" and (config.is_encoder_decoder or masked or not causal):
+        raise LusiferError(f"{name!r} ({family}) is not a decoder LLM; give a causal language model as llm")
+    if what == "encoder" and causal and not masked and not config.is_encoder_decoder:
+        raise LusiferError(f"{name!r} ({family}) is a decoder LLM; give a bidirectional encoder as encoder")
+    if what == "llm" and config.get_text_config() is not config:
+        raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as llm")
+    return config
+
+
+def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
+    """Shortens an LLM's configuration, in place, to its first ``num_layers`` layers.
+
+    Raises:
+        LusiferError: If the model does not have so many.
+    """
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise LusiferError(f"num_layers must be between 1 and {config.num_hidden_layers}, not {num_layers}")
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        config.layer_types = layer_types[:num_layers]
+    config.num_hidden_layers = num_layers
+
+
+# Importing it registers the starter's encoder with the Auto classes.
+STARTER_ENCODER = UseConfig.model_type
+
+
+def _encoder_class(config: PretrainedConfig) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForTextEncoding
+    return AutoModel
+
+
+def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
+    """Leaves out a pooler, which would be a trained part that never gets a gradient."""
+    auto: Any = AutoModel
+    model_class = auto._model_mapping.get(type(config), None)
+    if isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads an encoder, or the encoder half of an encoder-decoder.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        config: Its configuration, as `load_config` gives it.
+        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision``, ...).
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    options = {} if config.is_encoder_decoder else _encoder_options(config)
+    return _load("encoder", name, _encoder_class(config).from_pretrained, config=config, **options, **kwargs)
+
+
+def load_llm(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads a decoder LLM without its LM head, ready for both attention directions.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        config: Its configuration; changed in place: a sliding window would silently cut bidirectional
+            attention, so Mistral-like windows are switched off.
+        **kwargs: Passed to ``from_pretrained``.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    _no_sliding_window(config)
+    return _load("llm", name, AutoModel.from_pretrained, config=config, **kwargs)
+
+
+def _no_sliding_window(config: PretrainedConfig) -> None:
+    # Families with layer_types (Gemma 3, Qwen) choose the window layer by layer and handle
+    # is_causal=False there; only a window for all layers has to go.
+    if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
+        config.sliding_window = None
+
+
+def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    """An encoder with random weights, for loading a state dict into."""
+    options = {} if config.is_encoder_decoder else _encoder_options(config)
+    return _encoder_class(config).from_config(config, **options)
+
+
+def build_llm(config: PretrainedConfig) -> PreTrainedModel:
+    """A decoder LLM with random weights and no LM head."""
+    _no_sliding_window(config)
+    return AutoModel.from_config(config)
+
+
+def load_tokenizer(what: str, name: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    """Loads a backbone's tokenizer.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    return _load(f"{what} tokenizer", name, AutoTokenizer.from_pretrained, revision=revision or "main", **hub)
+
+
+class LMHead(nn.Module):
+    """The LLM's next-token head: projection, then whatever scaling its family applies to logits.
+
+    Args:
+        weight: (vocab, llm_dim).
+        bias: (vocab,) or None.
+        config: The LLM's configuration, read for ``final_logit_softcapping`` (Gemma),
+            ``logits_scaling`` (Granite) and ``logit_scale`` (Cohere).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps states (tokens, llm_dim) to float32 logits (tokens, vocab)."""
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None, **hub: Any) -> LMHead:
+    """Loads the frozen LM head that belongs to an LLM loaded by `load_llm`.
+
+    A tied head shares the LLM's embedding matrix. An untied one is read through the causal
+    model cut down to no layers, so that nothing but embeddings and head comes from the disk.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    config = AutoConfig.for_model(**llm.config.to_dict())
+    if config.tie_word_embeddings:
+        embeddings: Any = llm.get_input_embeddings()
+        return LMHead(embeddings.weight.detach(), None, config)
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
+    head = _load("llm head", name, AutoModelForCausalLM.from_pretrained, **kwargs).get_output_embeddings()
+    return LMHead(head.weight.detach().to(llm.device), getattr(head, "bias", None), config)

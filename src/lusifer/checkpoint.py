@@ -1,0 +1,63 @@
+"""What a checkpoint stores, and how it is read back and merged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from lusifer.errors import LusiferError
+
+if TYPE_CHECKING:
+    from lusifer.modeling import LusiferModel
+
+WEIGHTS = "model.safetensors"
+
+
+def is_stored(name: str, model: LusiferModel) -> bool:
+    """Whether a parameter belongs into this model's checkpoint."""
+    if model.config.standalone or name.startswith(("connector.", "head.")) or "lora_" in name:
+        return True
+    return model.config.encoder_stored and name.startswith("encoder.")
+
+
+def stored_state(model: LusiferModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict that goes into the checkpoint."""
+    return {name: tensor for name, tensor in state.items() if is_stored(name, model)}
+
+
+def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
+    """Reads a small checkpoint's weights into a model that has its backbones and adapters already.
+
+    Raises:
+        LusiferError: If the file is missing, damaged, or does not fit the model.
+    """
+    try:
+        state = load_file(str(cached_file(str(folder), WEIGHTS, **hub)))
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {reason}") from error
+    expected = stored_state(model, model.state_dict())
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
+        if names:
+            raise LusiferError(
+                f"the checkpoint {str(folder)!r} does not fit its configuration: it {what} "
+                f"{len(names)} tensors, {names[0]} first"
+            )
+    model.load_state_dict(state, strict=False)
+
+
+def merge_adapters(root: nn.Module) -> None:
+    """Folds every LoRA layer below a module into the linear layer it wraps, in place."""
+    wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in wrapped:
+        layer: Any = module
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, layer.get_base_layer())

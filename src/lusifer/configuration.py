@@ -1,0 +1,113 @@
+"""Configuration of a LUSIFER model: two backbones, the connector between them, pooling and head."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import AutoConfig, PretrainedConfig
+
+from lusifer.errors import LusiferError
+
+Pooling = Literal["mean", "last_token", "weighted_mean"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
+class LusiferConfig(PretrainedConfig):
+    """Describes encoder -> connector -> decoder LLM -> pooling -> head (LUSIFER, arXiv 2501.00874, section 3).
+
+    A checkpoint normally stores only what was trained and names both backbones; with
+    ``standalone=True`` it holds every weight and the names are provenance only.
+
+    Args:
+        encoder: Hub id, local folder or starter name of the multilingual encoder.
+        llm: Hub id, local folder or starter name of the decoder LLM.
+        encoder_revision: Hub revision of the encoder.
+        llm_revision: Hub revision of the LLM.
+        encoder_config: The encoder's own configuration (or its dict).
+        llm_config: The LLM's own configuration (or its dict); its ``num_hidden_layers`` may be
+            smaller than the published one, then the first layers are used.
+        connector_dim: Width of the connector's hidden layer; the LLM's width when None.
+        connector_shortcut: Adds a linear map beside the two layers, which stage 0 fills in.
+        num_added_tokens: Learned tokens appended after the last soft token (the paper uses 1).
+        use_bos: Puts the LLM's BOS embedding before the soft tokens, if the LLM has one.
+        pooling: ``mean``, ``last_token`` or ``weighted_mean`` over soft and added tokens; BOS is never pooled.
+        head_dim: Width of the embedding after an MLP head; None means no head.
+        max_seq_length: Longest input in encoder tokens, special tokens included.
+        encoder_adapter: PEFT LoRA configuration of the encoder as a dict; None means no adapter.
+        llm_adapter: The same for the LLM.
+        encoder_stored: Whether the encoder's weights are in the checkpoint (they were trained in full).
+        standalone: Whether all weights are in the checkpoint, adapters merged.
+        provenance: Free-form facts about how the weights came to be (stages, data, languages).
+
+    Raises:
+        LusiferError: If a value is outside its range.
+    """
+
+    model_type = "lusifer"
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig, "llm_config": AutoConfig}
+
+    def __init__(
+        self,
+        encoder: str | None = None,
+        llm: str | None = None,
+        encoder_revision: str | None = None,
+        llm_revision: str | None = None,
+        encoder_config: PretrainedConfig | dict[str, Any] | None = None,
+        llm_config: PretrainedConfig | dict[str, Any] | None = None,
+        connector_dim: int | None = None,
+        connector_shortcut: bool = True,
+        num_added_tokens: int = 1,
+        use_bos: bool = True,
+        pooling: Pooling = "mean",
+        head_dim: int | None = None,
+        max_seq_length: int = 512,
+        encoder_adapter: dict[str, Any] | None = None,
+        llm_adapter: dict[str, Any] | None = None,
+        encoder_stored: bool = False,
+        standalone: bool = False,
+        provenance: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise LusiferError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        for name, value, least in (
+            ("connector_dim", connector_dim, 1),
+            ("head_dim", head_dim, 1),
+            ("num_added_tokens", num_added_tokens, 0),
+            ("max_seq_length", max_seq_length, 4),
+        ):
+            if value is not None and value < least:
+                raise LusiferError(f"{name} must be at least {least}, not {value}")
+        self.encoder = encoder
+        self.llm = llm
+        self.encoder_revision = encoder_revision
+        self.llm_revision = llm_revision
+        self.encoder_config = _sub_config(encoder_config)
+        self.llm_config = _sub_config(llm_config)
+        self.connector_dim = connector_dim
+        self.connector_shortcut = connector_shortcut
+        self.num_added_tokens = num_added_tokens
+        self.use_bos = use_bos
+        self.pooling = pooling
+        self.head_dim = head_dim
+        self.max_seq_length = max_seq_length
+        self.encoder_adapter = encoder_adapter
+        self.llm_adapter = llm_adapter
+        self.encoder_stored = encoder_stored
+        self.standalone = standalone
+        self.provenance = provenance or {}
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embedding: what Sentence Transformers reads as the embedding dimension."""
+        if self.head_dim is not None:
+            return self.head_dim
+        return self.llm_config.hidden_size if self.llm_config is not None else 0
+
+
+def _sub_config(config: PretrainedConfig | dict[str, Any] | None) -> Any:
+    if isinstance(config, dict):
+        fields = dict(config)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return config

@@ -1,0 +1,414 @@
+"""LusiferModel: a multilingual encoder in front of a decoder LLM, joined by a connector.
+
+One model serves both training stages and inference; they differ in the direction of the LLM's attention:
+
+1. The encoder reads the text; the connector turns each token state into a soft token.
+2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding
+   depends on the padding its batch mates cause.
+3. ``forward`` runs the LLM over it bidirectionally and pools; ``align`` appends a target text and
+   runs the LLM causally (LUSIFER, arXiv 2501.00874, section 3).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lusifer.backbones import build_encoder, build_llm, keep_layers, load_config, load_encoder, load_llm
+from lusifer.checkpoint import load_stored, merge_adapters, stored_state
+from lusifer.configuration import LusiferConfig
+from lusifer.connector import FeedForwardConnector
+from lusifer.errors import LusiferError
+
+HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the real positions of every row to the left, in order.
+
+    Args:
+        states: (batch, seq, dim).
+        mask: (batch, seq) bool, True at real positions.
+
+    Returns:
+        The packed states, zero behind each row's end, and their mask; both cut to the longest row.
+    """
+    length = max(int(mask.sum(dim=1).max()), 1)
+    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :length]
+    packed = mask.gather(1, order)
+    moved = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    return moved * packed.unsqueeze(-1).to(moved.dtype), packed
+
+
+def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Pools token states into one vector per row, in float32.
+
+    Args:
+        states: (batch, seq, dim).
+        mask: (batch, seq) bool, True at the positions to pool; each row has at least one.
+        how: ``mean``, ``last_token`` or ``weighted_mean`` (weight 1, 2, 3, ... along the pooled
+            positions; SGPT, arXiv 2202.08904, equation 2).
+
+    Returns:
+        (batch, dim) float32.
+    """
+    if how == "last_token":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, positions, -1).argmax(dim=1)
+        return states[torch.arange(states.shape[0], device=states.device), last].float()
+    weights = mask.float() if how == "mean" else mask.float().cumsum(dim=1) * mask.float()
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("bs,bsd->bd", weights, states.float())
+
+
+class LusiferModel(PreTrainedModel):
+    """Encoder, connector, decoder LLM, pooling and optional MLP head.
+
+    Args:
+        config: The model's configuration; both sub-configurations must be set.
+        encoder: A loaded encoder; built with random weights when None.
+        llm: A loaded LLM without LM head; built with random weights when None.
+    """
+
+    config_class = LusiferConfig
+    base_model_prefix = "lusifer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, config: LusiferConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)
+        self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
+        self.llm = llm if llm is not None else build_llm(config.llm_config)
+        encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+        self.connector = FeedForwardConnector(
+            encoder_dim, config.connector_dim or llm_dim, llm_dim, config.num_added_tokens, config.connector_shortcut
+        )
+        self.head: nn.Module | None = None
+        if config.head_dim is not None:
+            self.head = nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leaves connector and head as their constructors made them; backbones initialise themselves."""
+
+    @classmethod
+    def from_backbones(
+        cls,
+        encoder: str,
+        llm: str,
+        *,
+        llm_layers: int | None = None,
+        encoder_dtype: torch.dtype | str = torch.float32,
+        llm_dtype: torch.dtype | str = torch.float32,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> LusiferModel:
+        """Builds an untrained model from two pretrained backbones.
+
+        Args:
+            encoder: Hub id, local folder or starter name of a bidirectional encoder or encoder-decoder.
+            llm: The same of a decoder LLM.
+            llm_layers: Use only the LLM's first layers; all when None.
+            encoder_dtype: Data type of the encoder's weights.
+            llm_dtype: Data type of the LLM's weights.
+            attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice when None.
+            **config: Further fields of `LusiferConfig`.
+
+        Raises:
+            LusiferError: If a backbone cannot be loaded or is of the wrong kind.
+        """
+        encoder_config = load_config("encoder", encoder, revision=config.get("encoder_revision"))
+        llm_config = load_config("llm", llm, revision=config.get("llm_revision"))
+        if llm_layers is not None:
+            keep_layers(llm_config, llm_layers)
+        built = LusiferConfig(
+            encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config
+        )
+        parts = _load_backbones(built, encoder_dtype, llm_dtype, attn_implementation)
+        model = cls(built, *parts)
+        embeddings = model.llm_embeddings().float()
+        model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LusiferModel:
+        """Loads a checkpoint folder or hub id.
+
+        A standalone checkpoint goes through transformers' own loader. A small one (the default)
+        loads its backbones by name, then puts connector, head and adapters on top.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: For transformers' loader.
+            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones'
+                data types, which otherwise are those of the checkpoint's configuration.
+
+        Raises:
+            LusiferError: If the checkpoint cannot be read, or a backbone is missing.
+        """
+        config = kwargs.pop("config", None)
+        hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
+        if not isinstance(config, LusiferConfig):
+            config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if config.standalone:
+            options = {**kwargs, "dtype": "auto" if dtype is None else dtype}
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
+        chosen = None if dtype in (None, "auto") else dtype
+        encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
+        llm_dtype = chosen or config.llm_config.dtype or torch.float32
+        shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
+        parts = _load_backbones(config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), **shared)
+        model = cls(config, *parts)
+        for part in ("encoder", "llm"):
+            if getattr(config, f"{part}_adapter"):
+                model._inject(part, LoraConfig(**getattr(config, f"{part}_adapter")))
+        load_stored(model, pretrained_model_name_or_path, **hub)
+        if (device := kwargs.get("device_map")) is not None and device != "auto":
+            model.to(device if not isinstance(device, dict) else next(iter(device.values())))
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes configuration and weights: what was trained, or everything if ``config.standalone``.
+
+        Args:
+            save_directory: Folder to write to.
+            **kwargs: As for ``PreTrainedModel.save_pretrained``.
+        """
+        kwargs["state_dict"] = stored_state(self, kwargs.get("state_dict") or self.state_dict())
+        super().save_pretrained(save_directory, **kwargs)
+
+    def merge(self) -> LusiferModel:
+        """Folds the adapters into the backbones, in place, and makes checkpoints of it standalone."""
+        for part in (self.encoder, self.llm):
+            merge_adapters(part)
+        self.config.encoder_adapter = self.config.llm_adapter = None
+        self.config.standalone = True
+        return self
+
+    def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:  # type: ignore[override]
+        """Puts a LoRA adapter on the encoder or the LLM.
+
+        Args:
+            part: ``encoder`` or ``llm``.
+            adapter: Fields of ``peft.LoraConfig``; ``target_modules`` defaults to every linear layer.
+
+        Raises:
+            LusiferError: If the part has an adapter already or PEFT refuses the configuration.
+        """
+        if part not in ("encoder", "llm"):
+            raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
+        if getattr(self.config, f"{part}_adapter"):
+            raise LusiferError(f"the {part} has an adapter already")
+        linear = {name.rsplit(".", 1)[-1] for name, m in getattr(self, part).named_modules() if isinstance(m, nn.Linear)}
+        fields = {"target_modules": sorted(linear), **adapter}
+        try:
+            self._inject(part, LoraConfig(**fields))
+        except (TypeError, ValueError) as error:
+            raise LusiferError(f"cannot add this adapter to the {part}: {error}") from error
+        setattr(self.config, f"{part}_adapter", fields)
+
+    def _inject(self, part: str, lora: LoraConfig) -> None:
+        module = getattr(self, part)
+        learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        inject_adapter_in_model(lora, module)
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                # Adapters stay in float32 beside a bfloat16 backbone: their updates are
+                # smaller than bfloat16 can add up.
+                parameter.data = parameter.data.float()
+            else:
+                # PEFT freezes the whole module; what learned before goes on learning.
+                parameter.requires_grad_(name.replace(".base_layer", "") in learned)
+
+    def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
+        """Chooses what learns: a stage is nothing but this choice and a loss.
+
+        Args:
+            encoder: ``frozen``, ``lora`` (its adapter only) or ``full``.
+            connector: Whether connector and head learn.
+            llm: Whether the LLM's adapter learns; its own weights never do.
+
+        Raises:
+            LusiferError: If an adapter is asked for that does not exist.
+        """
+        if encoder == "lora" and not self.config.encoder_adapter:
+            raise LusiferError("the encoder has no adapter to train; add one or choose frozen or full")
+        if llm and not self.config.llm_adapter:
+            raise LusiferError("the LLM has no adapter to train; add one")
+        self.requires_grad_(False)
+        self.connector.requires_grad_(connector)
+        if self.head is not None:
+            self.head.requires_grad_(connector)
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(encoder == "full" or (encoder == "lora" and "lora_" in name))
+        for name, parameter in self.llm.named_parameters():
+            parameter.requires_grad_(llm and "lora_" in name)
+        if encoder == "full":
+            self.config.encoder_stored = True
+
+    def llm_embeddings(self) -> Tensor:
+        """The LLM's input embedding matrix, (vocab, llm_dim), as the LLM itself feeds it to its layers."""
+        table: Any = self.llm.get_input_embeddings()
+        scale = float(getattr(table, "scalar_embed_scale", 1.0))
+        return table.weight.detach() * scale
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's token embeddings: the first thing an input meets."""
+        return self.encoder.get_input_embeddings()
+
+    def soft_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs encoder and connector.
+
+        Args:
+            input_ids: (batch, seq) int64, encoder token ids, padded on either side.
+            attention_mask: (batch, seq), non-zero at real tokens.
+
+        Returns:
+            ``[bos] soft tokens [added tokens]`` of shape (batch, length, llm_dim), float32; its mask;
+            and the mask of positions to pool (all but BOS), both (batch, length) bool.
+        """
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        connector_dtype = self.connector.up.weight.dtype
+        soft = self.connector(states.to(connector_dtype)).float()
+        batch = soft.shape[0]
+        parts, masks, pooled = [soft], [attention_mask.bool()], [attention_mask.bool()]
+        added = self.connector.added_tokens.float().expand(batch, -1, -1)
+        ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
+        parts.append(added)
+        masks.append(ones)
+        pooled.append(ones)
+        bos_id = self.config.llm_config.bos_token_id
+        if self.config.use_bos and bos_id is not None:
+            table: Any = self.llm.get_input_embeddings()
+            bos = table(torch.full((batch, 1), _first(bos_id), device=soft.device)).float()
+            one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
+            parts.insert(0, bos)
+            masks.insert(0, one)
+            pooled.insert(0, torch.zeros_like(one))
+        mask = torch.cat(masks, dim=1)
+        packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
+        pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
+        return packed, packed_mask, pool_mask
+
+    def _run_llm(self, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self.llm(
+            inputs_embeds=embeds.to(self.llm.dtype),
+            attention_mask=mask.long(),
+            position_ids=positions,
+            is_causal=is_causal,
+            use_cache=False,
+        ).last_hidden_state
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Embeds texts.
+
+        Args:
+            input_ids: (batch, seq) int64, encoder token ids, padded on either side.
+            attention_mask: (batch, seq), non-zero at real tokens; all real when None.
+            return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
+
+        Returns:
+            ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
+            ``pooler_output`` (batch, dim) float32, not normalised.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
+        hidden = self._run_llm(embeds, mask, is_causal=False)
+        # A row without tokens has nothing to pool if there are no added tokens either.
+        pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
+        vector = pool(hidden, pooled, self.config.pooling)
+        if self.head is not None:
+            vector = self.head(vector)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
+
+    def align(self, input_ids: Tensor, attention_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
+        """Runs the LLM causally over soft tokens followed by a target text (stage 1).
+
+        Args:
+            input_ids: (batch, seq) int64, encoder token ids of the source.
+            attention_mask: (batch, seq), non-zero at real tokens.
+            target: (batch, target_seq, llm_dim), input embeddings of the target, possibly masked.
+            target_mask: (batch, target_seq) bool, True at real target tokens, padded on the right.
+
+        Returns:
+            (supervised, llm_dim) states that predict the real target tokens, row by row in order:
+            the state before each one, so that no position has seen what it predicts.
+        """
+        prefix, prefix_mask, _ = self.soft_tokens(input_ids, attention_mask)
+        embeds = torch.cat([prefix, target.to(prefix.dtype)], dim=1)
+        mask = torch.cat([prefix_mask, target_mask.bool()], dim=1)
+        packed, packed_mask = pack_left(embeds, mask)
+        hidden = self._run_llm(packed, packed_mask, is_causal=True)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        start = prefix_mask.sum(dim=1, keepdim=True) - 1
+        predicts = (positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))
+        return hidden[predicts]
+
+
+def _first(token_id: int | list[int]) -> int:
+    return token_id[0] if isinstance(token_id, list) else token_id
+
+
+def _load_backbones(
+    config: LusiferConfig,
+    encoder_dtype: torch.dtype | str,
+    llm_dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    if config.encoder is None or config.llm is None:
+        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    encoder = load_encoder(
+        config.encoder,
+        config.encoder_config,
+        dtype=encoder_dtype,
+        revision=config.encoder_revision or "main",
+        **attention,
+        **hub,
+    )
+    llm = load_llm(
+        config.llm,
+        config.llm_config,
+        dtype=llm_dtype,
+        revision=config.llm_revision or "main",
+        **attention,
+        **hub,
+    )
+    return encoder, llm
+
+
+def parameters_by_part(model: LusiferModel) -> dict[str, dict[str, int]]:
+    """Counts parameters of encoder, connector, LLM, head and adapters.
+
+    Returns:
+        ``{part: {"total": n, "trainable": n}}``.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".", 1)[0] + (" adapter" if "lora_" in name else "")
+        row = counts.setdefault(part, {"total": 0, "trainable": 0})
+        row["total"] += parameter.numel()
+        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return counts
+
+
+__all__ = ["LoraLayer", "LusiferModel", "PretrainedConfig", "pack_left", "parameters_by_part", "pool"]
