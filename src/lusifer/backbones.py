@@ -96,7 +96,7 @@ def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
     """Leaves out a pooler, which would be a trained part that never gets a gradient."""
     auto: Any = AutoModel
     model_class = auto._model_mapping.get(type(config), None)
-    if isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+    if isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters:
         return {"add_pooling_layer": False}
     return {}
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.backbones import build_encoder, build_llm, keep_layers, load_config, load_encoder, load_llm
@@ -87,14 +86,21 @@ class LusiferModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(
-        self, config: LusiferConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
+        self,
+        config: LusiferConfig,
+        encoder: PreTrainedModel | None = None,
+        llm: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
         self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
         self.llm = llm if llm is not None else build_llm(config.llm_config)
         encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
         self.connector = FeedForwardConnector(
-            encoder_dim, config.connector_dim or llm_dim, llm_dim, config.num_added_tokens, config.connector_shortcut
+            encoder_dim,
+            config.connector_dim or llm_dim,
+            llm_dim,
+            config.num_added_tokens,
+            config.connector_shortcut,
         )
         self.head: nn.Module | None = None
         if config.head_dim is not None:
@@ -134,9 +140,7 @@ class LusiferModel(PreTrainedModel):
         llm_config = load_config("llm", llm, revision=config.get("llm_revision"))
         if llm_layers is not None:
             keep_layers(llm_config, llm_layers)
-        built = LusiferConfig(
-            encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config
-        )
+        built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
         parts = _load_backbones(built, encoder_dtype, llm_dtype, attn_implementation)
         model = cls(built, *parts)
         embeddings = model.llm_embeddings().float()
@@ -175,7 +179,7 @@ class LusiferModel(PreTrainedModel):
         model = cls(config, *parts)
         for part in ("encoder", "llm"):
             if getattr(config, f"{part}_adapter"):
-                model._inject(part, LoraConfig(**getattr(config, f"{part}_adapter")))
+                add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
         load_stored(model, pretrained_model_name_or_path, **hub)
         if (device := kwargs.get("device_map")) is not None and device != "auto":
             model.to(device if not isinstance(device, dict) else next(iter(device.values())))
@@ -199,7 +203,7 @@ class LusiferModel(PreTrainedModel):
         self.config.standalone = True
         return self
 
-    def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:  # type: ignore[override]
+    def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
         """Puts a LoRA adapter on the encoder or the LLM.
 
         Args:
@@ -213,26 +217,9 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
         if getattr(self.config, f"{part}_adapter"):
             raise LusiferError(f"the {part} has an adapter already")
-        linear = {name.rsplit(".", 1)[-1] for name, m in getattr(self, part).named_modules() if isinstance(m, nn.Linear)}
-        fields = {"target_modules": sorted(linear), **adapter}
-        try:
-            self._inject(part, LoraConfig(**fields))
-        except (TypeError, ValueError) as error:
-            raise LusiferError(f"cannot add this adapter to the {part}: {error}") from error
+        fields = {"target_modules": linear_names(getattr(self, part)), **adapter}
+        add_lora(getattr(self, part), fields)
         setattr(self.config, f"{part}_adapter", fields)
-
-    def _inject(self, part: str, lora: LoraConfig) -> None:
-        module = getattr(self, part)
-        learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        inject_adapter_in_model(lora, module)
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                # Adapters stay in float32 beside a bfloat16 backbone: their updates are
-                # smaller than bfloat16 can add up.
-                parameter.data = parameter.data.float()
-            else:
-                # PEFT freezes the whole module; what learned before goes on learning.
-                parameter.requires_grad_(name.replace(".base_layer", "") in learned)
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
         """Chooses what learns: a stage is nothing but this choice and a loss.
@@ -363,6 +350,36 @@ class LusiferModel(PreTrainedModel):
         return hidden[predicts]
 
 
+def linear_names(module: nn.Module) -> list[str]:
+    """Names of all kinds of linear layers below a module: what a LoRA adapter covers by default."""
+    names = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return sorted(names)
+
+
+def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
+    """Puts LoRA layers into a module, in place; what learned before goes on learning.
+
+    Args:
+        module: An encoder or an LLM.
+        fields: Fields of ``peft.LoraConfig``; every linear layer is covered unless they say otherwise.
+
+    Raises:
+        LusiferError: If PEFT refuses the configuration.
+    """
+    learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    try:
+        inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
+    except (TypeError, ValueError) as error:
+        raise LusiferError(f"cannot add this adapter: {error}") from error
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            # Adapters stay in float32 beside a bfloat16 backbone: their updates are smaller
+            # than bfloat16 can add up.
+            parameter.data = parameter.data.float()
+        else:
+            parameter.requires_grad_(name.replace(".base_layer", "") in learned)
+
+
 def _first(token_id: int | list[int]) -> int:
     return token_id[0] if isinstance(token_id, list) else token_id
 
@@ -409,6 +426,3 @@ def parameters_by_part(model: LusiferModel) -> dict[str, dict[str, int]]:
         row["total"] += parameter.numel()
         row["trainable"] += parameter.numel() if parameter.requires_grad else 0
     return counts
-
-
-__all__ = ["LoraLayer", "LusiferModel", "PretrainedConfig", "pack_left", "parameters_by_part", "pool"]

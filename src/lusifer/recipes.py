@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from lusifer.errors import LusiferError
 
@@ -66,7 +74,8 @@ class WarmStartRecipe(_Strict):
     enabled: bool = True
     data: str | None = None
     texts: PositiveInt = 3000
-    ridge: PositiveFloat = 100.0
+    ridge: PositiveFloat = 1000.0
+    scale: PositiveFloat = 1.0
 
 
 class Optimisation(_Strict):

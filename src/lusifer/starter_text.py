@@ -12,7 +12,9 @@ import os
 import random
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lusifer.errors import LusiferError
 from lusifer.starter import PREFIX, cache_dir, resolve_backbone
@@ -75,7 +77,7 @@ def _write_all(folder: Path) -> None:
         _write(folder / f"{name}.jsonl", rows)
 
 
-def _write(path: Path, rows: list[dict[str, object]]) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

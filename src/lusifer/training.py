@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -46,10 +48,28 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("warm_start", "align", "contrast")
 _HELD_OUT = 64
+_LEARNING = "learning.safetensors"
 
 
 class AtomicTrainer(SentenceTransformerTrainer):
-    """A trainer whose checkpoints appear whole or not at all."""
+    """A trainer whose checkpoints appear whole or not at all, and hold only what learns.
+
+    A resumed run has built its model already, so reading the frozen backbones back from a
+    checkpoint would only cost time and memory.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        learning = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(learning, folder / _LEARNING)
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        try:
+            state = load_file(Path(checkpoint_path) / _LEARNING)
+        except (OSError, SafetensorError) as error:
+            raise LusiferError(f"cannot read the checkpoint {checkpoint_path!r}: {error}; remove it") from error
+        self.model.load_state_dict(state, strict=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output = str(self.args.output_dir)
@@ -134,9 +154,7 @@ def optimise(
         data_seed=seed,
     )
     model.model_card_data.local_files_only = True
-    trainer = AtomicTrainer(
-        model=model, args=arguments, train_dataset=dataset, loss=loss, data_collator=collator
-    )
+    trainer = AtomicTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, data_collator=collator)
     set_seed(seed)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last:
@@ -154,13 +172,18 @@ def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: An
     start = warmstart.fit(
         inner, model.tokenizer, llm_tokenizer, texts, ridge=recipe.warm_start.ridge, progress=progress
     )
-    warmstart.apply(inner, start)
+    warmstart.apply(inner, start, scale=recipe.warm_start.scale)
     logger.info("stage 0: %.1f%% of held-out variance explained, %d words", 100 * start.explained, start.words)
     return {"explained": start.explained, "words": start.words, "held_out_words": start.held_out_words}
 
 
 def run_align(
-    recipe: Recipe, stage: AlignRecipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
+    recipe: Recipe,
+    stage: AlignRecipe,
+    model: SentenceTransformer,
+    llm_tokenizer: Any,
+    folder: Path,
+    progress: bool,
 ) -> dict[str, Any]:
     """Stage 1; returns losses, also those of held-out records with the right and with shuffled sources."""
     inner = lusifer_model(model)
@@ -169,16 +192,19 @@ def run_align(
     loss = AlignmentLoss(model, head, mask_probability=stage.mask_probability, max_tokens=stage.max_tokens)
     rows = stage.steps * stage.batch_size + _HELD_OUT
     dataset = alignment_dataset(
-        stage.reconstruct, stage.complete, completion_ratio=stage.completion_ratio, rows=rows, seed=recipe.seed
+        stage.reconstruct,
+        stage.complete,
+        completion_ratio=stage.completion_ratio,
+        rows=rows,
+        seed=recipe.seed,
     )
     held_out, dataset = dataset.select(range(_HELD_OUT)), dataset.select(range(_HELD_OUT, rows))
     collator = AlignmentCollator(
-        preprocess_fn=model.preprocess, target_preprocess=llm_preprocess(llm_tokenizer, stage.target_max_seq_length)
+        preprocess_fn=model.preprocess,
+        target_preprocess=llm_preprocess(llm_tokenizer, stage.target_max_seq_length),
     )
     before = held_out_losses(loss, collator, held_out)
-    result = optimise(
-        model, loss, dataset, stage, folder, seed=recipe.seed + 1, collator=collator, progress=progress
-    )
+    result = optimise(model, loss, dataset, stage, folder, seed=recipe.seed + 1, collator=collator, progress=progress)
     return {**result, "held_out_before": before, "held_out": held_out_losses(loss, collator, held_out)}
 
 
@@ -275,7 +301,11 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     if model is None:
         model = load_checkpoint(str(previous))
     final = output / "model"
-    save_atomically(model, final, llm_tokenizer=load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision))
+    save_atomically(
+        model,
+        final,
+        llm_tokenizer=load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision),
+    )
     return final
 
 

@@ -1,13 +1,13 @@
 """Google's multilingual Universal Sentence Encoder (the CNN/DAN student, version 3) as a torch model.
 
 Architecture and training: Yang et al. 2019, "Multilingual Universal Sentence Encoder for Semantic Retrieval",
-arXiv 1907.04307. Three n-gram convolution branches look at windows of 2, 3 and 5 tokens; their outputs beside the
-raw embedding are the token states, which a deep averaging network turns into one sentence embedding.
+arXiv 1907.04307. Three n-gram convolution branches look at windows of 2, 3 and 5 tokens; their outputs beside
+the raw embedding are the token states, which a deep averaging network turns into one sentence embedding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class UseConfig(PretrainedConfig):
         vocab_size: Pieces of the SentencePiece vocabulary.
         embedding_size: Width of the token embeddings and of the sentence embedding.
         ngram_size: Width of each n-gram branch.
-        ngrams: Window lengths of the branches; a window of n tokens starts (n - 1) // 2 tokens before its own.
+        ngrams: Window lengths of the branches; a window of n tokens starts (n - 1) // 2 tokens before its
+            own.
         dan_sizes: Widths of the three hidden layers of the averaging network.
         layer_norm_eps: Added to the variance in every layer norm.
         max_position_embeddings: Length at which texts are cut. The model itself knows no positions and has no
@@ -165,8 +166,9 @@ class UseModel(PreTrainedModel):
             **kwargs: Ignored; callers pass what other encoders need.
 
         Returns:
-            ``last_hidden_state`` (batch, seq, hidden_size), the layer-normed token states before averaging, zero at
-            padding; ``pooler_output`` (batch, embedding_size), the sentence embedding, of unit length.
+            ``last_hidden_state`` (batch, seq, hidden_size), the layer-normed token states before averaging,
+            zero at padding; ``pooler_output`` (batch, embedding_size), the sentence embedding, of unit
+            length.
 
         Raises:
             ValueError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
@@ -180,8 +182,8 @@ class UseModel(PreTrainedModel):
             mask = attention_mask.unsqueeze(-1).to(embedded.dtype)
         parts = [embedded]
         branches = self.ngram_norm(self.ngram_input(embedded)).split(self.config.ngram_size, dim=-1)
-        for states, layers in zip(branches, self.ngram_layers, strict=True):
-            for layer in layers:
+        for branch, states in enumerate(branches):
+            for layer in cast(nn.ModuleList, self.ngram_layers[branch]):
                 states = layer(states, mask)
             parts.append(states)
         hidden = self.norm(torch.cat(parts, dim=-1)) * mask
@@ -191,8 +193,8 @@ class UseModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
     def _sum(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        # Sum over tokens / sqrt(tokens), written as mean * sqrt(tokens) so that half precision cannot overflow;
-        # the projection commutes with the mean, so it runs once per text instead of once per token.
+        # Sum over tokens / sqrt(tokens), written as mean * sqrt(tokens) so that half precision cannot
+        # overflow; the projection commutes with the mean, so it runs once per text instead of once per token.
         # A row of nothing but padding gets a length of one: its embedding means nothing but is no NaN.
         length = mask.sum(dim=1, dtype=torch.float32).clamp(min=1.0)
         mean = hidden.sum(dim=1, dtype=torch.float32) / length
@@ -200,10 +202,10 @@ class UseModel(PreTrainedModel):
 
 
 class UseTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer that gives the empty text the one unknown token the encoder was trained to see.
+    """A fast tokenizer that gives the empty text the one unknown token that the encoder's package gives it.
 
-    The pipeline in ``tokenizer.json`` does this for texts of nothing but spaces, but never sees an empty text.
-    Where lusifer is not imported, ``AutoTokenizer`` falls back to the pipeline alone.
+    The pipeline in ``tokenizer.json`` does this for texts of nothing but spaces, but never sees an empty
+    text. Where lusifer is not imported, ``AutoTokenizer`` falls back to the pipeline alone.
     """
 
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> BatchEncoding:

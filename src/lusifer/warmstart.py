@@ -50,7 +50,12 @@ def _has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _token_words(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]], *, special: bool, limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    *,
+    special: bool,
+    limit: int,
 ) -> tuple[list[int], list[int]] | None:
     """Token ids of a text, and for each token the word it belongs to (-1: none)."""
     options = {"add_special_tokens": special, "truncation": True, "max_length": limit}
@@ -153,7 +158,7 @@ def fit(
     llm_tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    ridge: float = 100.0,
+    ridge: float = 1000.0,
     held_out: float = 0.1,
     batch_size: int = 32,
     progress: bool = True,
@@ -182,13 +187,13 @@ def fit(
     batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:cut], batch_size=batch_size)
     total = -(-cut // batch_size)
     for x, y in tqdm(batches, total=total, desc="stage 0: aligning words", disable=not progress, leave=False):
-        ones = torch.ones(len(x), 1, dtype=torch.float64)
-        x1 = torch.cat([x.double(), ones], dim=1)
+        x1 = torch.cat([x, torch.ones(len(x), 1)], dim=1)
         if normal is None or moments is None:
             normal = torch.zeros(x1.shape[1], x1.shape[1], dtype=torch.float64)
             moments = torch.zeros(x1.shape[1], y.shape[1], dtype=torch.float64)
-        normal += x1.T @ x1
-        moments += x1.T @ y.double()
+        # Products of one batch are exact enough in float32; their long sum is not.
+        normal += (x1.T @ x1).double()
+        moments += (x1.T @ y).double()
         count += len(x)
     if normal is None or moments is None or count < 2:
         raise LusiferError(
@@ -207,6 +212,15 @@ def fit(
     return WarmStart(weight, bias, explained, count, len(x))
 
 
-def apply(model: LusiferModel, start: WarmStart) -> None:
-    """Starts the model's connector as the fitted map; its added tokens become the mean soft token."""
-    model.connector.start_linear(start.weight, start.bias)
+def apply(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
+    """Starts the model's connector as the fitted map.
+
+    Args:
+        model: Its connector is changed in place.
+        start: What `fit` found.
+        scale: Factor on the soft tokens. The LLM normalises its input in every layer, so a louder
+            soft token looks the same to its first layer but weighs more in the residual stream
+            against what the layers add: a knob between the LLM's own representation (1) and the
+            encoder's, which is the multilingual one (measured in docs/LOG.md).
+    """
+    model.connector.start_linear(scale * start.weight, scale * start.bias)

@@ -1,0 +1,274 @@
+"""The ``lusifer`` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+# The bars of the libraries beneath would drown our own.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from lusifer.errors import LusiferError
+
+app = typer.Typer(
+    name="lusifer",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Give an English-centric LLM embedder every language its multilingual encoder knows.\n\n"
+    "Start with `lusifer quickstart`: it fetches two small backbones, trains on English and scores "
+    "23 languages it never trained on.",
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for programs.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
+
+
+def _quiet_libraries(quiet: bool) -> None:
+    import warnings
+
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    for name in ("httpx", "sentence_transformers", "datasets", "transformers", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def _emit(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@app.command(rich_help_panel="Data and backbones")
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Starter names; all when left out.")] = None,
+    force: Annotated[bool, typer.Option(help="Fetch again even what is there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetches the starter backbones once; everything works offline afterwards.
+
+    They go to `$LUSIFER_CACHE` (else `~/.cache/lusifer`): about 130 MB to download, 410 MB on disk.
+
+    Example: `lusifer fetch`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.starter import fetch as fetch_starters
+
+    found = fetch_starters(names or None, force=force)
+    if as_json:
+        _emit({name: str(path) for name, path in found.items()})
+    else:
+        for name, path in found.items():
+            typer.echo(f"{name}  {path}")
+
+
+@app.command(rich_help_panel="Training", context_settings=_PASS_ON)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Runs a recipe: stage 0, 1 and 2. Call it again after an interruption and it goes on.
+
+    Every field can be overridden by its dotted name.
+
+    Examples:
+    - `lusifer train recipes/quickstart.yaml`
+    - `lusifer train recipes/quickstart.yaml --contrast.steps 400 --output runs/longer`
+    - `lusifer train recipes/quickstart.yaml --align.enabled false`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.recipes import load_recipe
+
+    checked = load_recipe(recipe, context.args)
+    from lusifer.training import train as run
+
+    folder = run(checked, progress=not quiet)
+    _emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
+
+
+@app.command(rich_help_panel="Using a model")
+def encode(
+    model: Model,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl or .parquet.")],
+    output: Annotated[Path, typer.Argument(help=".parquet (id, text, embedding) or .npy.")],
+    column: Annotated[str, typer.Option(help="Column of the text in JSONL and Parquet.")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
+    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Embeds the texts of a file, in any language; the output appears whole or not at all.
+
+    Examples:
+    - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`
+    - `lusifer encode runs/quickstart/model docs.jsonl docs.parquet --column body`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.encoding import check_output, encode_texts, load_checkpoint, read_inputs, write_embeddings
+    from lusifer.prompts import with_instruction
+
+    check_output(output)
+    texts = read_inputs(source, column)
+    loaded = load_checkpoint(model)
+    prompted = [with_instruction(instruction, text) for text in texts]
+    vectors, cut = encode_texts(loaded, prompted, batch_size=batch_size, progress=not quiet)
+    write_embeddings(output, texts, vectors)
+    if cut:
+        typer.echo(f"warning: {cut} of {len(texts)} texts were longer than the model's window and cut", err=True)
+    facts = {"texts": len(texts), "dimension": vectors.shape[1], "cut": cut, "output": str(output)}
+    _emit(facts) if as_json else typer.echo(f"{len(texts)} texts, {vectors.shape[1]} dimensions -> {output}")
+
+
+@app.command(rich_help_panel="Using a model")
+def evaluate(
+    model: Model,
+    langs: Annotated[str | None, typer.Option(help="Comma-separated codes; all 23 when left out.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Scores any Sentence Transformers model on the bundled everyday set (64 sentences, 23 languages).
+
+    Example: `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.encoding import load_checkpoint
+    from lusifer.evaluation import embedder, load_everyday, score
+
+    chosen = langs.split(",") if langs else list(load_everyday().sentences)
+    scores = score(embedder(load_checkpoint(model)), languages=chosen, progress=not quiet)
+    if as_json:
+        _emit(scores)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("language", "translation retrieval, %", "topic retrieval, %")
+    for code in scores["topic_retrieval"]:
+        translation = scores["translation_retrieval"].get(code)
+        shown = "-" if translation is None else f"{100 * translation:.1f}"
+        table.add_row(code, shown, f"{100 * scores['topic_retrieval'][code]:.1f}")
+    Console().print(table)
+
+
+@app.command(rich_help_panel="Using a model")
+def info(model: Model, as_json: Json = False) -> None:
+    """Shows what a checkpoint is made of: parameters by part, size, languages, provenance.
+
+    Example: `lusifer info runs/quickstart/model`
+    """
+    _quiet_libraries(True)
+    from lusifer.encoding import describe
+
+    facts = describe(model)
+    if as_json:
+        _emit(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "parameters", "learned in training", "frozen")
+    for part, row in facts["parameters"].items():
+        table.add_row(part, f"{row['total']:,}", f"{row['trainable']:,}", f"{row['total'] - row['trainable']:,}")
+    console = Console()
+    console.print(table)
+    for key in (
+        "encoder",
+        "llm",
+        "llm_layers",
+        "dimension",
+        "max_seq_length",
+        "pooling",
+        "checkpoint_mb",
+        "languages",
+    ):
+        value = facts[key]
+        console.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    console.print(f"provenance: {json.dumps(facts['provenance'], ensure_ascii=False)}")
+
+
+@app.command(rich_help_panel="Using a model")
+def merge(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="New folder for the standalone checkpoint.")],
+    quiet: Quiet = False,
+) -> None:
+    """Folds the adapters into the backbones and writes a checkpoint that needs neither by name.
+
+    Example: `lusifer merge runs/quickstart/model runs/quickstart/standalone`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically
+
+    if output.exists():
+        raise LusiferError(f"{str(output)!r} exists already; choose a new folder")
+    loaded = load_checkpoint(model)
+    lusifer_model(loaded).merge()
+    save_atomically(loaded, output)
+    typer.echo(f"standalone checkpoint: {output}")
+
+
+@app.command(rich_help_panel="Training", context_settings=_PASS_ON)
+def quickstart(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/quickstart"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetches the starter, trains on English, scores three systems in 23 languages, writes a report.
+
+    Interrupt it whenever you like: the same command goes on where it was.
+
+    Example: `lusifer quickstart`
+    """
+    _quiet_libraries(quiet)
+    from lusifer.evaluation import mean_score
+    from lusifer.quickstart import quickstart as run
+
+    results = run(output, overrides=context.args, progress=not quiet)
+    if as_json:
+        _emit(results)
+        return
+    seen = results["seen_languages"]
+    for name, scores in results["systems"].items():
+        mean = mean_score(scores["translation_retrieval"], seen)
+        typer.echo(f"{name:8}  translation retrieval, mean over {len(seen) - 1} languages: {100 * mean:.1f} %")
+    typer.echo(f"report: {output / 'report.md'}   plot: {output / 'scores.png'}   model: {output / 'model'}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        app()
+    except LusiferError as error:
+        typer.echo(f"lusifer: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("lusifer: interrupted; the same command goes on from here", err=True)
+        raise SystemExit(130) from None
+    except OSError as error:
+        typer.echo(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The quickstart: train on English text, score three systems zero-shot, write a report.
+
+Every step leaves its result in the output folder, so an interrupted run goes on where it was and a
+finished one does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import set_seed
+
+from lusifer.backbones import load_config
+from lusifer.data import contrastive_dataset
+from lusifer.encoding import load_checkpoint
+from lusifer.evaluation import STARTER_LANGUAGES, Embed, Scores, embedder, encoder_alone, score
+from lusifer.losses import ContrastiveLoss
+from lusifer.modeling import add_lora
+from lusifer.recipes import Recipe, load_recipe
+from lusifer.report import write_report
+from lusifer.starter import fetch, resolve_backbone
+from lusifer.training import STAGES, optimise, train
+
+logger = logging.getLogger(__name__)
+
+
+def quickstart_recipe(output: Path, overrides: list[str] | None = None) -> Recipe:
+    """The bundled recipe, writing to ``output``."""
+    bundled = files("lusifer") / "resources" / "quickstart.yaml"
+    return load_recipe(str(bundled), [*(overrides or []), "--output", str(output)])
+
+
+def llm_alone(recipe: Recipe) -> SentenceTransformer:
+    """The English baseline: the same LLM layers, bidirectional, mean pooled, with the same adapter, no encoder.
+
+    Raises:
+        LusiferError: If the LLM cannot be loaded.
+    """
+    config = load_config("llm", recipe.model.llm)
+    module = Transformer(
+        resolve_backbone(recipe.model.llm),
+        config_kwargs={
+            "is_causal": False,
+            "num_hidden_layers": recipe.model.llm_layers or config.num_hidden_layers,
+        },
+        model_kwargs={"dtype": recipe.model.llm_dtype},
+        max_seq_length=recipe.model.max_seq_length,
+    )
+    if module.tokenizer.pad_token is None:
+        module.tokenizer.pad_token = module.tokenizer.eos_token
+    if recipe.model.llm_lora is not None:
+        module.auto_model.requires_grad_(False)
+        add_lora(module.auto_model, recipe.model.llm_lora.fields())
+    return SentenceTransformer(modules=[module, Pooling(module.get_embedding_dimension()), Normalize()])
+
+
+def train_llm_alone(recipe: Recipe, *, progress: bool) -> SentenceTransformer:
+    """Trains the baseline on the same pairs, steps, batch and temperature as stage 2."""
+    stage = recipe.contrast
+    assert stage.data is not None
+    set_seed(recipe.seed)
+    model = llm_alone(recipe)
+    loss = ContrastiveLoss(model, temperature=stage.temperature, symmetric=stage.symmetric, max_tokens=stage.max_tokens)
+    dataset = contrastive_dataset(
+        stage.data, instruction=stage.instruction, hard_negatives=stage.hard_negatives, seed=recipe.seed
+    )
+    folder = Path(recipe.output) / "llm_alone" / "checkpoints"
+    settings = stage.model_copy(update={"connector_learning_rate": None})
+    optimise(model, loss, dataset, settings, folder, seed=recipe.seed + 2, progress=progress)
+    return model
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def _write_json(path: Path, value: Any) -> None:
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+class _Run:
+    """Results so far, their cost, and the file they are kept in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "progress.json"
+        try:
+            self.state: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            self.state = {"systems": {}, "seconds": 0.0, "peak_rss_mb": 0.0}
+        self.since = time.monotonic()
+
+    def save(self) -> None:
+        now = time.monotonic()
+        self.state["seconds"] = round(self.state["seconds"] + now - self.since, 1)
+        self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_rss_mb()), 1)
+        self.since = now
+        _write_json(self.path, self.state)
+
+    def system(self, name: str, make: Callable[[], Embed], progress: bool) -> None:
+        if name in self.state["systems"]:
+            logger.info("%s is scored already", name)
+            return
+        try:
+            scores: Scores = score(make(), progress=progress)
+            self.state["systems"][name] = scores
+        finally:
+            self.save()
+
+
+def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bool = True) -> dict[str, Any]:
+    """Runs the quickstart, or what is left of it.
+
+    Args:
+        output: Folder to write to.
+        overrides: Recipe overrides, ``--section.field value``.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        LusiferError: If something cannot be fetched, read or written.
+    """
+    recipe = quickstart_recipe(output, overrides)
+    output.mkdir(parents=True, exist_ok=True)
+    run = _Run(output)
+    fetch()
+    run.system("encoder", lambda: encoder_alone(recipe.model.encoder), progress)
+    run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
+    run.system("llm", lambda: embedder(train_llm_alone(recipe, progress=progress)), progress)
+    stages = {}
+    for name in STAGES:
+        path = output / name / "stage.json"
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            stages[name] = {key: value for key, value in facts.items() if key != "history"}
+    results = {
+        "systems": {name: run.state["systems"][name] for name in ("encoder", "llm", "lusifer")},
+        "seen_languages": list(STARTER_LANGUAGES),
+        "seconds": run.state["seconds"],
+        "peak_rss_mb": run.state["peak_rss_mb"],
+        "stages": stages,
+    }
+    _write_json(output / "results.json", results)
+    write_report(results, output)
+    return results

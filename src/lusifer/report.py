@@ -1,0 +1,135 @@
+"""Results to Markdown and a plot; imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NAMES = {"encoder": "encoder alone", "llm": "English LLM alone", "lusifer": "LUSIFER"}
+_COLOURS = {
+    "encoder": "#999999",
+    "llm": "#D55E00",
+    "lusifer": "#0072B2",
+}  # Okabe and Ito's, safe for the colour blind
+_HATCHES = {"encoder": "", "llm": "//", "lusifer": ""}
+TASKS = {"translation_retrieval": "Translation retrieval", "topic_retrieval": "Topic retrieval"}
+
+
+def language_order(results: dict[str, Any]) -> list[str]:
+    """Languages the encoder was trained on first, then the others, each by LUSIFER's translation score."""
+    scores = results["systems"]["lusifer"]["topic_retrieval"]
+    translation = results["systems"]["lusifer"]["translation_retrieval"]
+    seen = set(results["seen_languages"])
+    return sorted(scores, key=lambda code: (code != "en", code not in seen, -translation.get(code, 0.0), code))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report: one table per task, means over seen and unseen languages, how the run went."""
+    systems = list(results["systems"])
+    seen, order = set(results["seen_languages"]), language_order(results)
+    lines = [
+        "# Quickstart: zero-shot scores",
+        "",
+        "Trained on English only. Accuracy in per cent on the bundled everyday set (64 sentences, chance 1.6).",
+        "Languages marked † were not in the encoder's training data.",
+        "",
+        "![scores by language](scores.png)",
+        "",
+    ]
+    for task, title in TASKS.items():
+        lines += [f"## {title}", "", "| language | " + " | ".join(NAMES.get(s, s) for s in systems) + " |"]
+        lines.append("|---|" + "---:|" * len(systems))
+        rows = {name: results["systems"][name][task] for name in systems}
+        codes = [code for code in order if code in rows["lusifer"]]
+        for code in codes:
+            cells = " | ".join(f"{100 * rows[name][code]:.1f}" for name in systems)
+            lines.append(f"| {code}{'' if code in seen else ' †'} | {cells} |")
+        groups = (
+            ("seen, en aside", lambda c: c in seen and c != "en"),
+            ("not seen †", lambda c: c not in seen),
+        )
+        for label, member in groups:
+            chosen = [code for code in codes if member(code)]
+            if chosen:
+                means = (sum(rows[name][code] for code in chosen) / len(chosen) for name in systems)
+                lines.append(f"| **mean, {label}** | " + " | ".join(f"**{100 * m:.1f}**" for m in means) + " |")
+        lines.append("")
+    lines += ["## Run", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in _facts(results).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(results: dict[str, Any]) -> dict[str, str]:
+    facts = {
+        "training and scoring, all calls together": f"{results['seconds'] / 60:.1f} minutes",
+        "peak memory": f"{results['peak_rss_mb']:.0f} MB",
+    }
+    stages = results.get("stages", {})
+    if "warm_start" in stages:
+        facts["stage 0: held-out variance explained"] = f"{100 * stages['warm_start']['explained']:.1f} %"
+    if "align" in stages:
+        held = stages["align"]["held_out"]
+        facts["stage 1: loss per token, right source / another text's"] = (
+            f"{held['right']:.2f} / {held['shuffled']:.2f}"
+        )
+    if "contrast" in stages:
+        facts["stage 2: mean loss"] = f"{stages['contrast']['loss']:.2f}"
+    return facts
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws the systems side by side per language, both tasks, unseen languages shaded.
+
+    Args:
+        results: What the quickstart wrote.
+        path: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    systems, seen, order = list(results["systems"]), set(results["seen_languages"]), language_order(results)
+    figure, axes = plt.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    for axis, (task, title) in zip(axes, TASKS.items(), strict=True):
+        codes = [code for code in order if code in results["systems"]["lusifer"][task]]
+        width = 0.8 / len(systems)
+        for number, name in enumerate(systems):
+            values = [100 * results["systems"][name][task][code] for code in codes]
+            places = [x + (number - (len(systems) - 1) / 2) * width for x in range(len(codes))]
+            axis.bar(
+                places, values, width, label=NAMES.get(name, name), color=_COLOURS.get(name), hatch=_HATCHES.get(name),
+                edgecolor="white", linewidth=0.5,
+            )  # fmt: skip
+        unseen = [x for x, code in enumerate(codes) if code not in seen]
+        if unseen:
+            axis.axvspan(unseen[0] - 0.5, unseen[-1] + 0.5, color="#000000", alpha=0.06, lw=0)
+            axis.text(unseen[0] - 0.4, 97, "never seen by the encoder", fontsize=9, va="top")
+        axis.set_xticks(range(len(codes)), codes)
+        axis.set_xlim(-0.6, len(codes) - 0.4)
+        axis.set_ylim(0, 100)
+        axis.set_ylabel("accuracy, %")
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(ncols=len(systems), loc="lower left", bbox_to_anchor=(0.35, 1.0), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """Writes ``report.md`` and ``scores.png`` beside the results.
+
+    Args:
+        results: What the quickstart measured.
+        folder: Existing folder.
+    """
+    plot(results, folder / "scores.png")
+    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads a ``results.json``."""
+    return json.loads(path.read_text(encoding="utf-8"))
