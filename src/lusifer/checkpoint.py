@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora import LoraLayer
@@ -30,6 +31,20 @@ def stored_state(model: LusiferModel, state: dict[str, Tensor]) -> dict[str, Ten
     return {name: tensor for name, tensor in state.items() if is_stored(name, model)}
 
 
+def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shapes: Iterable[str]) -> None:
+    """Refuses weights that do not fit a configuration, where transformers would fill in random ones.
+
+    Raises:
+        LusiferError: If any tensor is missing, unexpected or of another shape.
+    """
+    for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
+        if found := sorted(names):
+            raise LusiferError(
+                f"the checkpoint {str(folder)!r} does not fit its configuration: it {what} "
+                f"{len(found)} tensors, {found[0]} first"
+            )
+
+
 def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     """Reads a small checkpoint's weights into a model that has its backbones and adapters already.
 
@@ -42,14 +57,11 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
         reason = str(error).splitlines()[0]
         raise LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {reason}") from error
     expected = stored_state(model, model.state_dict())
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
-    for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
-        if names:
-            raise LusiferError(
-                f"the checkpoint {str(folder)!r} does not fit its configuration: it {what} "
-                f"{len(names)} tensors, {names[0]} first"
-            )
+    # Tied weights (T5's embeddings) are written once.
+    read = {expected[name].data_ptr() for name in expected.keys() & state.keys()}
+    missing = [name for name in expected.keys() - state.keys() if expected[name].data_ptr() not in read]
+    check_fit(folder, missing=missing, extra=state.keys() - expected.keys(), shapes=shapes)
     model.load_state_dict(state, strict=False)
 
 

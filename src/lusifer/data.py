@@ -7,6 +7,7 @@ a text record has ``text``.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,12 @@ def read_records(source: str) -> Dataset:
             records = load_dataset(_SUFFIXES[suffixes[-1]], data_files=str(path), split="train")
         else:
             records = load_dataset(source, split="train")
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise LusiferError(f"cannot read the data set {source!r}: {cause}") from error
+    except StopIteration:  # What datasets raises for a JSON file without a line.
+        raise LusiferError(f"the data set {source!r} is empty") from None
+    except (OSError, ValueError, EOFError, zlib.error, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise LusiferError(f"cannot read the data set {source!r}: {reason}") from error
     if len(records) == 0:
         raise LusiferError(f"the data set {source!r} is empty")
     return records
@@ -60,10 +64,19 @@ def _text(source: str, row: int, column: str, value: Any) -> str:
     return value
 
 
-def _column(records: Dataset, source: str, column: str) -> Iterable[Any]:
+def _texts(source: str, row: int, column: str, value: Any) -> list[str]:
+    if value is not None and not isinstance(value, list):
+        raise LusiferError(f"{source}, row {row + 1}: {column!r} must be a list of texts, not {type(value).__name__}")
+    return [_text(source, row, column, text) for text in value or []]
+
+
+def _column(records: Dataset, source: str, column: str) -> list[Any]:
     if column not in records.column_names:
         raise LusiferError(f"{source!r} has no column {column!r}; it has {', '.join(records.column_names)}")
-    return records[column]
+    try:
+        return list(records[column])
+    except UnicodeDecodeError as error:
+        raise LusiferError(f"{source!r}: {column!r} is not valid UTF-8 ({error.reason})") from error
 
 
 def read_texts(source: str) -> list[str]:
@@ -74,7 +87,7 @@ def read_texts(source: str) -> list[str]:
     """
     records = read_records(source)
     if "text" in records.column_names:
-        return [_text(source, row, "text", value) for row, value in enumerate(records["text"])]
+        return [_text(source, row, "text", value) for row, value in enumerate(_column(records, source, "text"))]
     return [text for query, positives, _ in read_pairs(source) for text in (query, *positives)]
 
 
@@ -87,19 +100,13 @@ def read_pairs(source: str) -> list[tuple[str, list[str], list[str]]]:
     records = read_records(source)
     queries = _column(records, source, "query")
     positives = _column(records, source, "positive")
-    negatives = records["negative"] if "negative" in records.column_names else [None] * len(records)
+    negatives = _column(records, source, "negative") if "negative" in records.column_names else [None] * len(records)
     pairs = []
     for row, (query, positive, negative) in enumerate(zip(queries, positives, negatives, strict=True)):
-        several = [positive] if isinstance(positive, str) else (positive or [])
+        several = _texts(source, row, "positive", [positive] if isinstance(positive, str) else positive)
         if not several:
             raise LusiferError(f"{source}, row {row + 1}: 'positive' is empty; remove the row")
-        pairs.append(
-            (
-                _text(source, row, "query", query),
-                [_text(source, row, "positive", text) for text in several],
-                [_text(source, row, "negative", text) for text in (negative or [])],
-            )
-        )
+        pairs.append((_text(source, row, "query", query), several, _texts(source, row, "negative", negative)))
     return pairs
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 from tqdm.auto import tqdm
@@ -126,18 +127,24 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     Raises:
         LusiferError: If the disk is full or not writable; nothing half-written stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
-        new = Path(staging) / "new"
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+            new, old = Path(staging) / "new", Path(staging) / "old"
             model.save_pretrained(str(new), create_model_card=False)
             for name, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(new / name)
-        except OSError as error:
-            raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {error.strerror or error}") from error
-        if folder.exists():
-            os.replace(folder, Path(staging) / "old")
-        os.replace(new, folder)
+            try:
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {reason}") from error
 
 
 def read_inputs(path: Path, column: str = "text") -> list[str]:
@@ -179,7 +186,8 @@ def _read_lines(path: Path, column: str) -> Iterator[Any]:
     with path.open("rb") as file:
         for row, line in enumerate(file, start=1):
             try:
-                yield line.decode("utf-8").rstrip("\r\n")
+                # Windows editors open a file with a byte order mark.
+                yield line.decode("utf-8-sig" if row == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise LusiferError(f"{path}, row {row}: not valid UTF-8 ({error.reason})") from error
 
@@ -206,8 +214,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[Any]:
             raise LusiferError(f"{str(path)!r} has no column {column!r}; it has {known} (choose with --column)")
         for batch in file.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
-    except pa.ArrowException as error:
-        raise LusiferError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = f"not valid UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else error
+        raise LusiferError(f"cannot read {str(path)!r}: {str(reason).splitlines()[0]}") from error
 
 
 def encode_texts(
@@ -265,9 +274,9 @@ def write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> No
     from pyarrow import parquet
 
     check_output(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
-        new = Path(staging) / path.name
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
+            new = Path(staging) / path.name
             if path.suffix == ".npy":
                 np.save(new, embeddings)
             else:
@@ -276,8 +285,8 @@ def write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> No
                 table = pa.table({"id": list(range(len(texts))), "text": texts, "embedding": vectors})
                 parquet.write_table(table, new)
             os.replace(new, path)
-        except OSError as error:
-            raise LusiferError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    except OSError as error:
+        raise LusiferError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def check_output(path: Path) -> None:

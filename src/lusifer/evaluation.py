@@ -26,23 +26,18 @@ from lusifer.errors import LusiferError
 Embed = Callable[[Sequence[str]], Tensor]
 Scores = dict[str, dict[str, float]]
 
-# What Google's paper lists for the starter encoder (arXiv 1907.04307, section 1).
-STARTER_LANGUAGES = (
-    "ar", "de", "en", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "th", "tr", "zh",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class EverydaySet:
     """The bundled parallel sentences.
 
     Attributes:
-        ids: Name of each sentence.
+        names: Name of each sentence (``id`` is taken: it is Indonesian).
         topics: Topic of each sentence.
-        sentences: Language code to sentences, all in the order of ``ids``.
+        sentences: Language code to sentences, all in the order of ``names``.
     """
 
-    ids: list[str]
+    names: list[str]
     topics: list[str]
     sentences: dict[str, list[str]]
 
@@ -51,9 +46,9 @@ def load_everyday() -> EverydaySet:
     """Reads the bundled set."""
     text = (files("lusifer") / "resources" / "everyday.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    languages = [key for key in rows[0] if key not in ("id", "topic")]
+    languages = [key for key in rows[0] if key not in ("name", "topic")]
     return EverydaySet(
-        [row["id"] for row in rows],
+        [row["name"] for row in rows],
         [row["topic"] for row in rows],
         {language: [row[language] for row in rows] for language in languages},
     )

@@ -150,6 +150,8 @@ class ContrastiveLoss(nn.Module):
         keys, owners = torch.cat(candidate_keys), rows.repeat(len(candidate_keys))
         # Another row's copy of this query or of its positive is no negative.
         excluded = (keys == candidate_keys[0].unsqueeze(1)) | (keys == query_keys.unsqueeze(1))
+        # Nor is the positive of another row that asks the same.
+        excluded[:, : len(rows)] |= query_keys == query_keys.unsqueeze(1)
         if not self.in_batch_negatives:
             excluded |= owners != rows.unsqueeze(1)
         return excluded
@@ -170,8 +172,7 @@ class ContrastiveLoss(nn.Module):
         excluded = self._excluded(columns)
         loss = info_nce(queries, torch.cat(candidates), temperature=self.temperature, excluded=excluded)
         if self.symmetric and self.in_batch_negatives:
-            same = text_keys(columns[0])
-            backward = excluded[:, : len(queries)].T | (same == same.unsqueeze(1))
+            backward = excluded[:, : len(queries)].T
             loss = (loss + info_nce(candidates[0], queries, temperature=self.temperature, excluded=backward)) / 2
         return loss
 

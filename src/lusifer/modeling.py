@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.backbones import build_encoder, build_llm, keep_layers, load_config, load_encoder, load_llm
-from lusifer.checkpoint import load_stored, merge_adapters, stored_state
+from lusifer.checkpoint import check_fit, load_stored, merge_adapters, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
 from lusifer.errors import LusiferError
@@ -51,7 +52,7 @@ def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
 
     Args:
         states: (batch, seq, dim).
-        mask: (batch, seq) bool, True at the positions to pool; each row has at least one.
+        mask: (batch, seq) bool, True at the positions to pool; a row without any gives a finite vector.
         how: ``mean``, ``last_token`` or ``weighted_mean`` (weight 1, 2, 3, ... along the pooled
             positions; SGPT, arXiv 2202.08904, equation 2).
 
@@ -63,7 +64,7 @@ def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
         last = torch.where(mask, positions, -1).argmax(dim=1)
         return states[torch.arange(states.shape[0], device=states.device), last].float()
     weights = mask.float() if how == "mean" else mask.float().cumsum(dim=1) * mask.float()
-    weights = weights / weights.sum(dim=1, keepdim=True)
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.einsum("bs,bsd->bd", weights, states.float())
 
 
@@ -169,8 +170,16 @@ class LusiferModel(PreTrainedModel):
             config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
-            options = {**kwargs, "dtype": "auto" if dtype is None else dtype}
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
+            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            options = {**kwargs, **options, "dtype": "auto" if dtype is None else dtype}
+            name = str(pretrained_model_name_or_path)
+            try:
+                model, found = super().from_pretrained(name, *args, config=config, **options)
+            except SafetensorError as error:
+                raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
+            shapes = [key for key, *_ in found["mismatched_keys"]]
+            check_fit(name, missing=found["missing_keys"], extra=found["unexpected_keys"], shapes=shapes)
+            return model
         chosen = None if dtype in (None, "auto") else dtype
         encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
         llm_dtype = chosen or config.llm_config.dtype or torch.float32
@@ -268,6 +277,9 @@ class LusiferModel(PreTrainedModel):
             ``[bos] soft tokens [added tokens]`` of shape (batch, length, llm_dim), float32; its mask;
             and the mask of positions to pool (all but BOS), both (batch, length) bool.
         """
+        # Encoders with absolute positions (BERT) count padding on the left too.
+        packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
+        input_ids, attention_mask = packed_ids.squeeze(-1), real.to(attention_mask.dtype)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         connector_dtype = self.connector.up.weight.dtype
         soft = self.connector(states.to(connector_dtype)).float()
@@ -288,6 +300,8 @@ class LusiferModel(PreTrainedModel):
             pooled.insert(0, torch.zeros_like(one))
         mask = torch.cat(masks, dim=1)
         packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
+        # A row with nothing in it attends to a zero vector: attention over nothing is not a number.
+        packed_mask[:, 0] |= ~packed_mask.any(dim=1)
         pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
         return packed, packed_mask, pool_mask
 

@@ -24,13 +24,14 @@ from transformers import set_seed
 from lusifer.backbones import load_config
 from lusifer.data import contrastive_dataset
 from lusifer.encoding import load_checkpoint
-from lusifer.evaluation import STARTER_LANGUAGES, Embed, Scores, embedder, encoder_alone, score
+from lusifer.evaluation import Embed, Scores, embedder, encoder_alone, score
 from lusifer.losses import ContrastiveLoss
 from lusifer.modeling import add_lora
 from lusifer.recipes import Recipe, load_recipe
 from lusifer.report import write_report
 from lusifer.starter import fetch, resolve_backbone
 from lusifer.training import STAGES, optimise, train
+from lusifer.use_encoder import LANGUAGES
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
             stages[name] = {key: value for key, value in facts.items() if key != "history"}
     results = {
         "systems": {name: run.state["systems"][name] for name in ("encoder", "llm", "lusifer")},
-        "seen_languages": list(STARTER_LANGUAGES),
+        "seen_languages": list(LANGUAGES),
         "seconds": run.state["seconds"],
         "peak_rss_mb": run.state["peak_rss_mb"],
         "stages": stages,

@@ -75,6 +75,7 @@ class WarmStartRecipe(_Strict):
     data: str | None = None
     texts: PositiveInt = 3000
     ridge: PositiveFloat = 1000.0
+    spectrum: float = Field(default=0.5, ge=0.0, le=1.0)
     scale: PositiveFloat = 1.0
 
 
@@ -150,6 +151,9 @@ class Recipe(_Strict):
         for name, stage in (("align", self.align), ("contrast", self.contrast)):
             if stage.enabled and stage.encoder == "lora" and self.model.encoder_lora is None:
                 raise ValueError(f"{name}.encoder is lora, but model.encoder_lora is not set")
+            adapts = name == "contrast" and self.model.llm_lora is not None
+            if stage.enabled and stage.encoder == "frozen" and not stage.connector and not adapts:
+                raise ValueError(f"{name} has nothing to train: set {name}.connector: true or {name}.encoder")
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
             raise ValueError("nothing to do: every stage is switched off")
         return self
@@ -194,7 +198,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             raise LusiferError(f"unexpected argument {option!r}; overrides look like --align.steps 100")
         name, equals, text = option[2:].partition("=")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise LusiferError(f"the override {option!r} lacks a value")
             text = rest.pop(0)
         try:
@@ -225,6 +229,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is required"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

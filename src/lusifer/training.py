@@ -30,12 +30,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from lusifer import warmstart
-from lusifer.backbones import load_lm_head, load_tokenizer
+from lusifer.backbones import load_config, load_lm_head, load_tokenizer
 from lusifer.data import (
     AlignmentCollator,
     alignment_dataset,
     contrastive_dataset,
     llm_preprocess,
+    read_records,
     read_texts,
 )
 from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer
@@ -170,7 +171,13 @@ def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: An
     texts = read_texts(source)[: recipe.warm_start.texts]
     inner = lusifer_model(model)
     start = warmstart.fit(
-        inner, model.tokenizer, llm_tokenizer, texts, ridge=recipe.warm_start.ridge, progress=progress
+        inner,
+        model.tokenizer,
+        llm_tokenizer,
+        texts,
+        ridge=recipe.warm_start.ridge,
+        spectrum=recipe.warm_start.spectrum,
+        progress=progress,
     )
     warmstart.apply(inner, start, scale=recipe.warm_start.scale)
     logger.info("stage 0: %.1f%% of held-out variance explained, %d words", 100 * start.explained, start.words)
@@ -254,6 +261,21 @@ def run_contrast(
     return optimise(model, loss, dataset, stage, folder, seed=recipe.seed + 2, progress=progress)
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Opens every backbone's configuration and every data set of a recipe, before any work starts.
+
+    Raises:
+        LusiferError: If one is missing, empty or of the wrong kind.
+    """
+    load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
+    load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+    sources = [recipe.warm_start.data if recipe.warm_start.enabled else None]
+    sources += [recipe.align.reconstruct, recipe.align.complete] if recipe.align.enabled else []
+    sources += [recipe.contrast.data] if recipe.contrast.enabled else []
+    for source in {source for source in sources if source}:
+        read_records(source)
+
+
 def fingerprint(recipe: Recipe, stage: str) -> str:
     """Hash of everything that decides a stage's result: the model and every stage up to it."""
     upto = STAGES[: STAGES.index(stage) + 1]
@@ -275,8 +297,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
     """
+    check_inputs(recipe)
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
     model: SentenceTransformer | None = None
     llm_tokenizer: PreTrainedTokenizerBase | None = None
     previous: Path | None = None

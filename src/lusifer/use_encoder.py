@@ -23,6 +23,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+# Languages it was trained on (arXiv 1907.04307, section 1; Chinese in both scripts).
+LANGUAGES = ("ar", "de", "en", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "th", "tr", "zh")
+
 
 class UseConfig(PretrainedConfig):
     """Shape of a multilingual Universal Sentence Encoder; the defaults are the published model.
@@ -53,6 +56,7 @@ class UseConfig(PretrainedConfig):
         max_position_embeddings: int = 512,
         **kwargs: Any,
     ) -> None:
+        self.languages = list(kwargs.pop("languages", LANGUAGES))
         self.vocab_size = vocab_size
         self.embedding_size = embedding_size
         self.ngram_size = ngram_size

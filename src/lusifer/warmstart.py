@@ -2,7 +2,9 @@
 
 1. Cut English texts into words and find each word's tokens in both tokenizers.
 2. Average the encoder states of a word (in context), and the LLM's input embeddings of the same word.
-3. Solve one ridge regression from the first to the second, and start the connector as that map.
+3. Solve one ridge regression from the first to the second.
+4. Flatten the map's spectrum, and start the connector with it: plain ridge follows the directions in
+   which English words vary most and shrinks the others, where the encoder keeps its languages together.
 
 It needs no labels, no gradient and no other language: what a word means to the encoder is
 translated into the LLM's own vocabulary, and the encoder's other languages come along.
@@ -152,6 +154,37 @@ def aligned_words(
         yield torch.cat(inputs), torch.cat(outputs)
 
 
+class _Moments:
+    """Running sums of a regression with intercept: memory does not grow with the number of words."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.xx: Tensor | float = 0.0
+        self.xy: Tensor | float = 0.0
+        self.x: Tensor | float = 0.0
+        self.y: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        # Products of one batch are exact enough in float32; their long sum is not.
+        self.xx = self.xx + (x.T @ x).double()
+        self.xy = self.xy + (x.T @ y).double()
+        self.x = self.x + x.sum(dim=0).double()
+        self.y = self.y + y.sum(dim=0).double()
+        self.count += len(x)
+
+    def solve(self, ridge: float, spectrum: float) -> tuple[Tensor, Tensor]:
+        """Weight (llm_dim, encoder_dim) and bias (llm_dim,), float32."""
+        n, mean_x, mean_y = self.count, torch.as_tensor(self.x) / self.count, torch.as_tensor(self.y) / self.count
+        xx = torch.as_tensor(self.xx) - n * torch.outer(mean_x, mean_x)
+        xy = torch.as_tensor(self.xy) - n * torch.outer(mean_x, mean_y)
+        linear = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype), xy)
+        if spectrum != 1.0:
+            left, values, right = torch.linalg.svd(linear, full_matrices=False)
+            linear = left @ torch.diag(values**spectrum) @ right
+            linear = linear * (linear * xy).sum() / (linear * (xx @ linear)).sum()
+        return linear.T.float().contiguous(), (mean_y - mean_x @ linear).float()
+
+
 def fit(
     model: LusiferModel,
     encoder_tokenizer: PreTrainedTokenizerBase,
@@ -159,6 +192,7 @@ def fit(
     texts: Sequence[str],
     *,
     ridge: float = 1000.0,
+    spectrum: float = 0.5,
     held_out: float = 0.1,
     batch_size: int = 32,
     progress: bool = True,
@@ -173,6 +207,8 @@ def fit(
         llm_tokenizer: The LLM's tokenizer.
         texts: English texts; the last share ``held_out`` measures the fit and is not fitted.
         ridge: Penalty lambda on the squared weights (the intercept is free).
+        spectrum: Exponent on the map's singular values, before one least-squares factor restores its
+            size: 1 is the ridge map itself, 0 keeps angles as an isometry does.
         held_out: Share of the texts held out, between 0 and 1.
         batch_size: Texts per encoder batch.
         progress: Whether to show a progress bar.
@@ -181,28 +217,17 @@ def fit(
         LusiferError: If no word could be aligned (too few texts, or tokenizers that cannot be followed).
     """
     cut = max(1, round(len(texts) * (1 - held_out)))
-    normal: Tensor | None = None
-    moments: Tensor | None = None
-    count = 0
+    sums = _Moments()
     batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:cut], batch_size=batch_size)
     total = -(-cut // batch_size)
     for x, y in tqdm(batches, total=total, desc="stage 0: aligning words", disable=not progress, leave=False):
-        x1 = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-        if normal is None or moments is None:
-            normal = torch.zeros(x1.shape[1], x1.shape[1], dtype=torch.float64)
-            moments = torch.zeros(x1.shape[1], y.shape[1], dtype=torch.float64)
-        # Products of one batch are exact enough in float32; their long sum is not.
-        normal += (x1.T @ x1).double()
-        moments += (x1.T @ y).double()
-        count += len(x)
-    if normal is None or moments is None or count < 2:
+        sums.add(x, y)
+    if sums.count < 2:
         raise LusiferError(
             f"stage 0 could align no words in {len(texts)} texts; give it English text, or switch it off"
         )
-    penalty = torch.full((normal.shape[0],), ridge, dtype=torch.float64)
-    penalty[-1] = 1e-6
-    solution = torch.linalg.solve(normal + torch.diag(penalty), moments)
-    weight, bias = solution[:-1].T.float().contiguous(), solution[-1].float()
+    weight, bias = sums.solve(ridge, spectrum)
+    count = sums.count
     pairs = list(aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[cut:], batch_size=batch_size))
     if not pairs:
         return WarmStart(weight, bias, float("nan"), count, 0)

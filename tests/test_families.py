@@ -1,0 +1,158 @@
+"""Every family the README names, from a local folder: directions of attention, padding, batch mates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from conftest import sharpen
+
+from lusifer import LusiferError, LusiferModel
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+LLM = {**SHAPE, "vocab_size": 100, "num_key_value_heads": 2, "max_position_embeddings": 128}
+LLM |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"sliding_window": 3}
+
+ENCODERS = {
+    "xlm-roberta": lambda: tf.XLMRobertaModel(tf.XLMRobertaConfig(**SHAPE, vocab_size=100, max_position_embeddings=70)),
+    "bert": lambda: tf.BertModel(tf.BertConfig(**SHAPE, vocab_size=100)),
+    "modernbert": lambda: tf.ModernBertModel(tf.ModernBertConfig(**SHAPE, vocab_size=100, pad_token_id=0)),
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+    "mt5": lambda: tf.MT5ForConditionalGeneration(
+        tf.MT5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+}
+LLMS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLM)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**LLM, **SLIDING)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**{**LLM, "bos_token_id": None})),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**LLM, head_dim=8)),
+    "gemma3_text": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(**LLM, head_dim=8, sliding_window=64, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**LLM)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**LLM)),
+    "smollm3": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**LLM)),
+}
+# Float32 sums in another order: a few units in the last place of values near 1.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(kind, name):
+        if (kind, name) not in made:
+            path = tmp_path_factory.mktemp(f"{kind}-{name}")
+            torch.manual_seed(1)
+            sharpen((ENCODERS if kind == "encoder" else LLMS)[name]()).save_pretrained(path)
+            made[kind, name] = str(path)
+        return made[kind, name]
+
+    return folder
+
+
+def build(folders, encoder, llm, **kwargs):
+    torch.manual_seed(2)
+    model = LusiferModel.from_backbones(folders("encoder", encoder), folders("llm", llm), **kwargs)
+    sharpen(model.connector)
+    return model
+
+
+def batch(lengths, side="right", width=None):
+    width = width or max(lengths)
+    generator = torch.Generator().manual_seed(3)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place] = torch.randint(5, 95, (length,), generator=generator)
+        mask[row, place] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_encoding_is_bidirectional_and_alignment_causal(folders, llm, attention):
+    model = build(folders, "xlm-roberta", llm, attn_implementation=attention)
+    width = model.config.llm_config.hidden_size
+    torch.manual_seed(4)
+    embeds = torch.randn(2, 9, width)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False  # Padding: setting only self_attn.is_causal is silently causal then.
+    changed = embeds.clone()
+    changed[0, 8] += 1.0
+    changed[1, 5] += 1.0
+    both = [model._run_llm(e, mask, is_causal=False) for e in (embeds, changed)]
+    assert (both[0][:, 0] - both[1][:, 0]).abs().amax(dim=1).min() > 1e-3
+    causal = [model._run_llm(e, mask, is_causal=True) for e in (embeds, changed)]
+    assert torch.equal(causal[0][0, :8], causal[1][0, :8]) or torch.allclose(
+        causal[0][0, :8], causal[1][0, :8], **TOLERANCE
+    )
+    torch.testing.assert_close(causal[0][1, :5], causal[1][1, :5], **TOLERANCE)
+    assert (causal[0][0, 8] - causal[1][0, 8]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("llm", LLMS)
+def test_no_target_token_sees_itself_or_the_future(folders, llm):
+    model = build(folders, "xlm-roberta", llm)
+    ids, mask = batch([7, 4])
+    torch.manual_seed(5)
+    target, target_mask = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    target_mask[1, 4:] = False
+    states = model.align(ids, mask, target, target_mask)
+    assert states.shape == (10, 32)
+    for position in range(6):
+        changed = target.clone()
+        changed[0, position] += 1.0
+        moved = (model.align(ids, mask, changed, target_mask) - states).abs().amax(dim=1)
+        assert moved[: position + 1].max() < 1e-5  # These predict tokens up to and including this one.
+        assert moved[6:].max() < 1e-5  # The other row.
+        if position < 5:
+            assert moved[position + 1] > 1e-4  # The next one does see it.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("encoder", "llm"), [*((e, "llama") for e in ENCODERS), *(("xlm-roberta", m) for m in LLMS)])
+def test_embedding_is_its_own_whatever_the_batch(folders, encoder, llm):
+    model = build(folders, encoder, llm)
+    ids, mask = batch([9, 3, 6])
+    together = model(ids, mask).pooler_output
+    for row, length in enumerate([9, 3, 6]):
+        alone = model(ids[row : row + 1, :length]).pooler_output
+        torch.testing.assert_close(together[row : row + 1], alone, **TOLERANCE)
+    padded = model(*batch([9, 3, 6], width=15)).pooler_output
+    torch.testing.assert_close(together, padded, **TOLERANCE)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", ["t5", "mt5"])
+def test_left_padding_equals_right_padding(folders, encoder):
+    # Families whose positions are relative; BERT counts positions from the left edge.
+    model = build(folders, encoder, "llama")
+    right = model(*batch([9, 3, 6])).pooler_output
+    left = model(*batch([9, 3, 6], side="left")).pooler_output
+    torch.testing.assert_close(right, left, **TOLERANCE)
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_only_the_first_layers(folders, llm):
+    model = build(folders, "bert", llm, llm_layers=1)
+    assert len(model.llm.layers) == 1
+    with pytest.raises(LusiferError, match="between 1 and 2"):
+        build(folders, "bert", llm, llm_layers=3)
+
+
+def test_roles_are_checked(folders):
+    with pytest.raises(LusiferError, match="is a decoder LLM"):
+        LusiferModel.from_backbones(folders("llm", "llama"), folders("llm", "llama"))
+    with pytest.raises(LusiferError, match="is not a decoder LLM"):
+        LusiferModel.from_backbones(folders("encoder", "bert"), folders("encoder", "bert"))
+    with pytest.raises(LusiferError, match="cannot load the encoder '/no/such'"):
+        LusiferModel.from_backbones("/no/such", folders("llm", "llama"))
