@@ -58,9 +58,7 @@ def bpe(special, *, byte_level):
 
 def save_encoder_tokenizer(folder):
     inner = bpe(["<s>", "<pad>", "</s>", "<unk>"], byte_level=False)
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS, sharpen
 from safetensors.torch import load_file, save_file
 
 import lusifer
+from conftest import CORPUS, sharpen
 from lusifer import LusiferError, LusiferModel
 from lusifer.backbones import load_tokenizer
 from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer

@@ -225,9 +225,7 @@ def test_the_choice_of_positives_and_negatives_follows_the_seed(tmp_path):
 
 def test_a_row_without_a_hard_negative_is_named(tmp_path):
     source = jsonl(tmp_path / "d.jsonl", [*PAIRS, {"query": "q", "positive": "p", "negative": []}])
-    assert "row 4: no negatives" in refused(
-        contrastive_dataset, source, instruction=None, hard_negatives=1, seed=0
-    )
+    assert "row 4: no negatives" in refused(contrastive_dataset, source, instruction=None, hard_negatives=1, seed=0)
 
 
 def test_the_collator_tokenises_each_side_with_its_own_tokenizer(tiny_st, tiny_llm):

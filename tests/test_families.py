@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from conftest import sharpen
 
+from conftest import sharpen
 from lusifer import LusiferError, LusiferModel
+from lusifer.backbones import load_lm_head
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLM = {**SHAPE, "vocab_size": 100, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -29,11 +30,14 @@ LLMS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**LLM)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**LLM, **SLIDING)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**{**LLM, "bos_token_id": None})),
+    "qwen2-windows": lambda: tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(**LLM, sliding_window=3, use_sliding_window=True, max_window_layers=1)
+    ),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**LLM, head_dim=8)),
     "gemma3_text": lambda: tf.Gemma3ForCausalLM(
-        tf.Gemma3TextConfig(**LLM, head_dim=8, sliding_window=64, layer_types=["sliding_attention", "full_attention"])
+        tf.Gemma3TextConfig(**LLM, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
     ),
-    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**LLM)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**LLM, **SLIDING)),
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**LLM)),
     "smollm3": lambda: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**LLM)),
 }
@@ -132,10 +136,10 @@ def test_embedding_is_its_own_whatever_the_batch(folders, encoder, llm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("encoder", ["t5", "mt5"])
-def test_left_padding_equals_right_padding(folders, encoder):
-    # Families whose positions are relative; BERT counts positions from the left edge.
-    model = build(folders, encoder, "llama")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("encoder", "llm"), [*((e, "llama") for e in ENCODERS), *(("xlm-roberta", m) for m in LLMS)])
+def test_left_padding_equals_right_padding(folders, encoder, llm, attention):
+    model = build(folders, encoder, llm, attn_implementation=attention)
     right = model(*batch([9, 3, 6])).pooler_output
     left = model(*batch([9, 3, 6], side="left")).pooler_output
     torch.testing.assert_close(right, left, **TOLERANCE)
@@ -156,3 +160,72 @@ def test_roles_are_checked(folders):
         LusiferModel.from_backbones(folders("encoder", "bert"), folders("encoder", "bert"))
     with pytest.raises(LusiferError, match="cannot load the encoder '/no/such'"):
         LusiferModel.from_backbones("/no/such", folders("llm", "llama"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("llm", LLMS)
+def test_encoding_feeds_the_whole_row_to_the_llm(folders, llm):
+    # A last soft token that changes alone, as with an encoder that looks at one token only.
+    model = build(folders, "xlm-roberta", llm, num_added_tokens=0)
+    states = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(6))
+    model.encoder.forward = lambda **_: tf.modeling_outputs.BaseModelOutput(last_hidden_state=states)
+    ids, mask = batch([8, 4, 8])
+    before = model(ids, mask).last_hidden_state
+    states[0, 7] += 1.0
+    states[1, 3] += 1.0
+    moved = (model(ids, mask).last_hidden_state - before).abs()
+    assert moved[:2, 0].amax(dim=1).min() > 1e-3
+    assert moved[2].max() < 1e-5  # Another row, the same sums.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("llm", LLMS)
+def test_both_attention_implementations_agree(folders, llm):
+    found = [build(folders, "xlm-roberta", llm, attn_implementation=a)(*batch([9, 3])) for a in ("sdpa", "eager")]
+    # Two kernels, each with its own order of sums.
+    torch.testing.assert_close(found[0].pooler_output, found[1].pooler_output, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("llm", LLMS)
+def test_head_and_embeddings_are_the_llms_own(llm, tied, tmp_path):
+    causal = LLMS[llm]()
+    fields = causal.config.to_dict() | {"tie_word_embeddings": tied}
+    if llm == "gemma3_text":
+        fields["final_logit_softcapping"] = 2.0  # Small enough to bend the logits.
+    config = type(causal.config)(**fields)
+    causal = sharpen(type(causal)(config)).eval()
+    causal.save_pretrained(tmp_path)
+    bert = sharpen(ENCODERS["bert"]())
+    bert.save_pretrained(tmp_path / "bert")
+    model = LusiferModel.from_backbones(str(tmp_path / "bert"), str(tmp_path))
+    ids, mask = batch([8, 8])
+    torch.testing.assert_close(model.llm_embeddings()[ids], model.llm.get_input_embeddings()(ids), **TOLERANCE)
+    # A window of 3 is the LLM's own in causal attention and not ours: look at no further back than it does.
+    ids, mask = (ids[:, :3], mask[:, :3])
+    hidden = model._run_llm(model.llm_embeddings()[ids], mask.bool(), is_causal=True)
+    head = load_lm_head(str(tmp_path), model.llm)
+    torch.testing.assert_close(head(hidden), causal(input_ids=ids).logits, atol=1e-4, rtol=1e-4)  # Values up to 10.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learned", ["adapters", "encoder", "merged"])
+@pytest.mark.parametrize(("encoder", "llm"), [*((e, "llama") for e in ENCODERS), *(("bert", m) for m in LLMS)])
+def test_checkpoints_come_back(folders, encoder, llm, learned, tmp_path):
+    model = build(folders, encoder, llm)
+    model.add_adapter("llm", {"r": 2})
+    if learned == "encoder":
+        model.set_trainable(encoder="full", connector=True, llm=True)
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1.1)
+    else:
+        model.add_adapter("encoder", {"r": 2})
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = model.eval()(*batch([9, 3])).pooler_output
+    if learned == "merged":
+        expected = model.merge()(*batch([9, 3])).pooler_output
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LusiferModel.from_pretrained(tmp_path)(*batch([9, 3])).pooler_output, expected)

@@ -13,6 +13,7 @@ from lusifer.data import llm_preprocess
 from lusifer.encoding import lusifer_model
 from lusifer.losses import AlignmentLoss, ContrastiveLoss, embed_columns, info_nce, micro_batches, text_keys
 
+STEPS = 70  # Of the leak test.
 TEXTS = [
     "the cat sat on the mat",
     "rain fell on the roof all night while we slept",
@@ -89,6 +90,24 @@ def test_contrastive_loss_masks_duplicates(tiny_st):
     excluded[0, 2] = excluded[2, 0] = excluded[0, 3] = True
     assert found == pytest.approx(naive_info_nce(q, p, 0.1, excluded), rel=1e-4)
     assert found != pytest.approx(naive_info_nce(q, p, 0.1), rel=1e-3)
+
+
+def test_every_kind_of_copy_is_no_negative(tiny_st):
+    a, b, c, d, e, f = TEXTS
+    columns = [[a, b, a, e], [b, c, d, c], [f, d, c, e]]  # Queries, positives, hard negatives.
+    batch = [features(tiny_st, texts) for texts in columns]
+    excluded = torch.zeros(4, 8, dtype=torch.bool)
+    # Rows 0 and 2 ask the same; column 4 + i is the hard negative of row i.
+    for row, copies in ((0, [2]), (1, [0, 3, 6]), (2, [0, 5]), (3, [1, 6, 7])):
+        excluded[row, copies] = True
+    with torch.no_grad():
+        q, p, n = embed_columns(tiny_st, batch, 10_000)
+        found = float(ContrastiveLoss(tiny_st, temperature=0.1)(batch))
+        both = float(ContrastiveLoss(tiny_st, temperature=0.1, symmetric=True)(batch))
+    forward = naive_info_nce(q, torch.cat([p, n]), 0.1, excluded)
+    backward = naive_info_nce(p, q, 0.1, excluded[:, :4].T)
+    assert found == pytest.approx(forward, rel=1e-4)  # float32
+    assert both == pytest.approx((forward + backward) / 2, rel=1e-4)
 
 
 def test_without_in_batch_negatives_only_own_hard_negatives_count(tiny_st):
@@ -185,3 +204,78 @@ def test_soft_tokens_learn_to_carry_the_text(alignment, tiny_st):
     assert shuffled > right + 0.5
     for name, parameter in model.llm.named_parameters():
         assert torch.equal(parameter, frozen[name]), name
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in lusifer_model(model).named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(first, second):
+    assert first.keys() == second.keys() and first
+    for name, gradient in first.items():
+        assert gradient.abs().max() > 0 or "key" in name or "embeddings" in name, name
+        # Float32 sums over all tokens in another order: relative to the largest entry of each gradient.
+        torch.testing.assert_close(gradient, second[name], atol=1e-4 * float(gradient.abs().max() + 1), rtol=1e-3)
+
+
+def test_gradients_do_not_depend_on_micro_batches(alignment, tiny_st):
+    align, tokenize = alignment
+    lusifer_model(tiny_st).set_trainable(encoder="full", connector=True, llm=False)
+    pairs = [features(tiny_st, TEXTS[:3]), features(tiny_st, TEXTS[3:])]
+    contrast = ContrastiveLoss(tiny_st, temperature=0.2, symmetric=True)
+    for loss, batch in ((contrast, pairs), (align, [features(tiny_st, TEXTS), tokenize(TEXTS)])):
+        found = []
+        for budget in (1, 60, 10_000):
+            loss.max_tokens = budget
+            found.append(gradients(tiny_st, loss(batch)))
+        assert_same_gradients(found[2], found[0])
+        assert_same_gradients(found[2], found[1])
+
+
+def test_alignment_gradients_equal_full_logits(alignment, tiny_st):
+    loss, tokenize = alignment
+    model = lusifer_model(tiny_st)
+    model.set_trainable(encoder="full", connector=True, llm=False)
+    losses = []
+    for text in TEXTS[:3]:
+        source, target = features(tiny_st, [text]), tokenize([text])
+        prefix, _, _ = model.soft_tokens(source["input_ids"], source["attention_mask"])
+        embeds = torch.cat([prefix, model.llm.get_input_embeddings()(target["input_ids"])], dim=1)
+        logits = model.llm(inputs_embeds=embeds).last_hidden_state @ model.llm.get_input_embeddings().weight.T
+        losses.append(cross_entropy(logits[0, prefix.shape[1] - 1 : -1], target["input_ids"][0], reduction="none"))
+    naive = gradients(tiny_st, torch.cat(losses).mean())
+    found = gradients(tiny_st, loss([features(tiny_st, TEXTS[:3]), tokenize(TEXTS[:3])]))
+    assert_same_gradients(naive, found)
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_random_tokens_cannot_be_learned(alignment, tiny_st, monkeypatch, leak):
+    """The published code aligns with full attention and so reads its answers; fresh random tokens show it."""
+    loss, _ = alignment
+    model = lusifer_model(tiny_st).requires_grad_(True)
+    run = model._run_llm
+    if leak:
+        monkeypatch.setattr(model, "_run_llm", lambda embeds, mask, is_causal: run(embeds, mask, is_causal=False))
+    torch.manual_seed(0)
+    # Gentle weights learn faster, and start near the entropy.
+    for parameter in model.llm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    kinds, source = 8, features(tiny_st, ["bread"] * 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    history = []
+    for _ in range(STEPS):
+        ids = torch.randint(10, 10 + kinds, (32, 8))
+        optimizer.zero_grad()
+        value = loss([source, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+        value.backward()
+        optimizer.step()
+        history.append(float(value.detach()))
+    reached = sum(history[-10:]) / 10
+    if leak:
+        assert reached < 0.5 * math.log(kinds)  # The control: these steps suffice to exploit a leak.
+    else:
+        # 10 x 256 tokens: their mean loss scatters by less than a hundredth around at least the entropy.
+        assert reached > 0.97 * math.log(kinds)

@@ -172,3 +172,83 @@ def test_use_encoder_fits(tmp_path, tiny_llm):
         together = model(*tokens(6, 3)).pooler_output
         ids, mask = tokens(6, 3)
         torch.testing.assert_close(together[1:], model(ids[1:, :3]).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_is_never_read(tiny_model):
+    ids, mask = tokens(6, 3, 5)
+    expected = tiny_model(ids, mask).pooler_output
+    for side in ("left", "right"):
+        for width in (7, 20):
+            wide_ids, wide_mask = torch.full((3, width), 77), torch.zeros(3, width, dtype=torch.long)
+            for row, length in enumerate((6, 3, 5)):
+                place = slice(0, length) if side == "right" else slice(width - length, width)
+                wide_ids[row, place], wide_mask[row, place] = ids[row, :length], 1
+            found = tiny_model(wide_ids, wide_mask).pooler_output
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # Float32, another summation order.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"pooling": p} for p in ("mean", "last_token", "weighted_mean")])
+def test_pooled_vector_is_pooled_states_without_bos(tiny_encoder, tiny_llm, options):
+    model = LusiferModel.from_backbones(tiny_encoder, tiny_llm, num_added_tokens=2, head_dim=20, **options)
+    output = model(*tokens(6, 3))
+    states = output.last_hidden_state[1, 1 : 1 + 3 + 2].double()  # After BOS: three soft tokens, two added.
+    weights = {"mean": [1, 1, 1, 1, 1], "last_token": [0, 0, 0, 0, 1], "weighted_mean": [1, 2, 3, 4, 5]}
+    weight = torch.tensor(weights[options["pooling"]], dtype=torch.float64)
+    pooled = (weight / weight.sum()) @ states
+    first, _, last = model.head.double()
+    expected = (pooled @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
+    torch.testing.assert_close(output.pooler_output[1].double(), expected, atol=1e-5, rtol=1e-5)  # float32
+
+
+@torch.no_grad()
+def test_an_empty_text_leaves_its_batch_mates_alone(tiny_model):
+    ids, mask = tokens(6, 3)
+    expected = tiny_model(ids, mask).pooler_output
+    mask = torch.cat([mask, torch.zeros(1, 6, dtype=torch.long)])
+    found = tiny_model(torch.cat([ids, ids[:1]]), mask).pooler_output
+    assert found[2].isfinite().all()
+    torch.testing.assert_close(found[:2], expected, atol=1e-5, rtol=1e-5)  # Float32, another batch size.
+
+
+def test_lora_a_learns_after_the_first_step(tiny_model):
+    tiny_model.add_adapter("encoder", LORA)
+    tiny_model.add_adapter("llm", LORA)
+    tiny_model.set_trainable(encoder="lora", connector=False, llm=True)
+    learning = {name: p for name, p in tiny_model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(learning.values(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        tiny_model(*tokens(6, 3, 5)).pooler_output.square().mean().backward()
+        for name, parameter in learning.items():
+            if ".key." not in name:  # Some key directions cancel in the softmax.
+                assert (parameter.grad.abs().max() > 0) == ("lora_B" in name or step > 0), name
+        optimizer.step()
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "lora", "full"])
+def test_both_losses_leave_frozen_weights_bit_identical(tiny_st, tiny_llm, encoder):
+    from lusifer.backbones import load_lm_head
+    from lusifer.losses import AlignmentLoss, ContrastiveLoss
+
+    model = tiny_st[0].auto_model
+    model.add_adapter("llm", LORA)
+    if encoder == "lora":
+        model.add_adapter("encoder", LORA)
+    align = AlignmentLoss(tiny_st, load_lm_head(tiny_llm, model.llm))
+    source, target = tiny_st.preprocess(["the cat sat", "rain fell"]), tiny_st.preprocess(["on the mat", "all night"])
+    for loss, llm in ((align, False), (ContrastiveLoss(tiny_st), True)):
+        model.set_trainable(encoder=encoder, connector=True, llm=llm)
+        before = {name: p.detach().clone() for name, p in loss.named_parameters()}
+        learning = {name for name, p in loss.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2, weight_decay=0.1)
+        loss.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss([source, target]).backward()
+            optimizer.step()
+        for name, parameter in loss.named_parameters():
+            assert torch.equal(parameter, before[name]) != (name in learning), name
+        assert any("llm.layers" in name for name in learning) == llm
+        assert any("encoder." in name for name in learning) == (encoder != "frozen")

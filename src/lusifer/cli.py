@@ -44,7 +44,9 @@ def _quiet_libraries(quiet: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
-    for name in ("httpx", "sentence_transformers", "datasets", "transformers", "filelock"):
+    # What goes wrong inside datasets reaches the user as one line of ours.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    for name in ("httpx", "sentence_transformers", "transformers", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -154,7 +156,7 @@ def evaluate(
     from lusifer.encoding import load_checkpoint
     from lusifer.evaluation import embedder, load_everyday, score
 
-    chosen = langs.split(",") if langs else list(load_everyday().sentences)
+    chosen = [code.strip() for code in langs.split(",")] if langs else list(load_everyday().sentences)
     scores = score(embedder(load_checkpoint(model)), languages=chosen, progress=not quiet)
     if as_json:
         _emit(scores)
@@ -262,9 +264,10 @@ def main() -> None:
     except LusiferError as error:
         typer.echo(f"lusifer: {error}", err=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("lusifer: interrupted; the same command goes on from here", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's answer to Ctrl-C.
+            typer.echo("lusifer: interrupted; the same command goes on from here", err=True)
+        raise
     except OSError as error:
         typer.echo(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
         raise SystemExit(2) from None

@@ -24,13 +24,15 @@ from transformers import set_seed
 from lusifer.backbones import load_config
 from lusifer.data import contrastive_dataset
 from lusifer.encoding import load_checkpoint
+from lusifer.errors import LusiferError
 from lusifer.evaluation import Embed, Scores, embedder, encoder_alone, score
 from lusifer.losses import ContrastiveLoss
 from lusifer.modeling import add_lora
 from lusifer.recipes import Recipe, load_recipe
 from lusifer.report import write_report
 from lusifer.starter import fetch, resolve_backbone
-from lusifer.training import STAGES, optimise, train
+from lusifer.trainer import optimise
+from lusifer.training import STAGES, fingerprint, train
 from lusifer.use_encoder import LANGUAGES
 
 logger = logging.getLogger(__name__)
@@ -51,13 +53,12 @@ def llm_alone(recipe: Recipe) -> SentenceTransformer:
     config = load_config("llm", recipe.model.llm)
     module = Transformer(
         resolve_backbone(recipe.model.llm),
-        config_kwargs={
-            "is_causal": False,
-            "num_hidden_layers": recipe.model.llm_layers or config.num_hidden_layers,
-        },
+        config_kwargs={"num_hidden_layers": recipe.model.llm_layers or config.num_hidden_layers},
         model_kwargs={"dtype": recipe.model.llm_dtype},
         max_seq_length=recipe.model.max_seq_length,
     )
+    # Not in config_kwargs, which drop what the configuration does not have already.
+    module.auto_model.config.is_causal = False
     if module.tokenizer.pad_token is None:
         module.tokenizer.pad_token = module.tokenizer.eos_token
     if recipe.model.llm_lora is not None:
@@ -95,14 +96,24 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 class _Run:
-    """Results so far, their cost, and the file they are kept in."""
+    """Results so far, their cost, and the file they are kept in.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Existing folder of the run.
+        recipe: Hash of the recipe; scores of another one must not be taken for this one's.
+
+    Raises:
+        LusiferError: If the folder holds another recipe's run.
+    """
+
+    def __init__(self, folder: Path, recipe: str) -> None:
         self.path = folder / "progress.json"
         try:
             self.state: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            self.state = {"systems": {}, "seconds": 0.0, "peak_rss_mb": 0.0}
+            self.state = {"recipe": recipe, "systems": {}, "seconds": 0.0, "peak_rss_mb": 0.0}
+        if self.state.get("recipe") != recipe:
+            raise LusiferError(f"{str(folder)!r} holds a run of another recipe; choose another --output, or remove it")
         self.since = time.monotonic()
 
     def save(self) -> None:
@@ -139,7 +150,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     """
     recipe = quickstart_recipe(output, overrides)
     output.mkdir(parents=True, exist_ok=True)
-    run = _Run(output)
+    run = _Run(output, fingerprint(recipe, STAGES[-1]))
     fetch()
     run.system("encoder", lambda: encoder_alone(recipe.model.encoder), progress)
     run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)

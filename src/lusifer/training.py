@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +17,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
-from torch import nn
+from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from lusifer import warmstart
 from lusifer.backbones import load_config, load_lm_head, load_tokenizer
@@ -43,47 +34,13 @@ from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to
 from lusifer.errors import LusiferError
 from lusifer.losses import AlignmentLoss, ContrastiveLoss
 from lusifer.modeling import LusiferModel
-from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Optimisation, Recipe
+from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Recipe
+from lusifer.trainer import optimise
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("warm_start", "align", "contrast")
 _HELD_OUT = 64
-_LEARNING = "learning.safetensors"
-
-
-class AtomicTrainer(SentenceTransformerTrainer):
-    """A trainer whose checkpoints appear whole or not at all, and hold only what learns.
-
-    A resumed run has built its model already, so reading the frozen backbones back from a
-    checkpoint would only cost time and memory.
-    """
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        learning = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(learning, folder / _LEARNING)
-
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        try:
-            state = load_file(Path(checkpoint_path) / _LEARNING)
-        except (OSError, SafetensorError) as error:
-            raise LusiferError(f"cannot read the checkpoint {checkpoint_path!r}: {error}; remove it") from error
-        self.model.load_state_dict(state, strict=False)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output = str(self.args.output_dir)
-        os.makedirs(output, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as staging:
-            self.args.output_dir = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = output
-            for checkpoint in Path(staging).iterdir():
-                os.replace(checkpoint, Path(output) / checkpoint.name)
-        rotate_checkpoints(output_dir=output, save_total_limit=self.args.save_total_limit, use_mtime=True)
 
 
 def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTokenizerBase]:
@@ -99,69 +56,6 @@ def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTok
     tokenizer = load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
     llm_tokenizer = load_tokenizer("llm", recipe.llm, revision=recipe.llm_revision)
     return to_sentence_transformer(model, tokenizer), llm_tokenizer
-
-
-def optimise(
-    model: SentenceTransformer,
-    loss: nn.Module,
-    dataset: Dataset,
-    stage: Optimisation,
-    folder: Path,
-    *,
-    seed: int,
-    collator: Any = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Runs one gradient stage, from its last checkpoint if there is one.
-
-    Args:
-        model: The model; what learns has been chosen already.
-        loss: Its loss.
-        dataset: One column per loss input.
-        stage: Steps, batch size, learning rates.
-        folder: Where checkpoints go.
-        seed: Seed of data order, masking and dropout.
-        collator: Replaces Sentence Transformers' own.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The logged history and the final mean loss.
-
-    Raises:
-        LusiferError: If the data holds less than one batch.
-    """
-    if len(dataset) < stage.batch_size:
-        raise LusiferError(f"the data has {len(dataset)} rows, fewer than one batch of {stage.batch_size}")
-    mapping = {}
-    if stage.connector_learning_rate is not None and stage.connector:
-        mapping[r"\.(connector|head)\."] = stage.connector_learning_rate
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        learning_rate=stage.learning_rate,
-        learning_rate_mapping=mapping,
-        warmup_steps=stage.warmup_steps,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        save_strategy="steps",
-        save_steps=stage.save_steps,
-        save_total_limit=2,
-        logging_steps=stage.logging_steps,
-        dataloader_drop_last=True,
-        report_to="none",
-        disable_tqdm=not progress,
-        seed=seed,
-        data_seed=seed,
-    )
-    model.model_card_data.local_files_only = True
-    trainer = AtomicTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, data_collator=collator)
-    set_seed(seed)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last:
-        logger.info("resuming from %s", last)
-    result = trainer.train(resume_from_checkpoint=last)
-    return {"loss": result.training_loss, "history": trainer.state.log_history}
 
 
 def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, progress: bool) -> dict[str, Any]:
@@ -229,7 +123,8 @@ def held_out_losses(loss: AlignmentLoss, collator: AlignmentCollator, records: D
     device = loss.lm_head.weight.device
     mode, probability = loss.training, loss.mask_probability
     loss.eval()
-    loss.mask_probability = 1.0
+    # The flag of the loss alone masks targets; the model below it stays in evaluation mode.
+    loss.training, loss.mask_probability = True, 1.0
     losses = {}
     for name, columns in (("right", source), ("shuffled", other)):
         moved = [{k: v.to(device) for k, v in part.items()} for part in (columns, target)]
@@ -310,13 +205,17 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             logger.info("%s is finished, skipping it", name)
             previous, model = folder / "model", None
             continue
-        set_seed(recipe.seed + number)
         if previous is None:
+            set_seed(recipe.seed)
             model, llm_tokenizer = build_model(recipe.model)
         elif model is None:
-            model = load_checkpoint(str(previous))
+            model = load_checkpoint(
+                str(previous), model_kwargs={"attn_implementation": recipe.model.attn_implementation}
+            )
         if llm_tokenizer is None:
             llm_tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+        # Again, because a resumed run has drawn other numbers on its way here.
+        set_seed(recipe.seed + number)
         _run_stage(recipe, name, model, llm_tokenizer, folder, progress)
         previous = folder / "model"
     assert previous is not None
