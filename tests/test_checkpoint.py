@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,19 +149,17 @@ def test_adapters_matter(original, small):
 
 
 FRESH = """
+import json
 import sys
 import numpy as np
 import lusifer
 from sentence_transformers import SentenceTransformer
-import json
-texts = json.loads(sys.argv[2])
-np.save(sys.argv[3], np.stack([SentenceTransformer(sys.argv[1]).encode(texts), lusifer.load(sys.argv[1]).encode(texts)]))
+path, texts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+np.save(out, np.stack([load(path).encode(texts) for load in (SentenceTransformer, lusifer.load)]))
 """
 
 
 def test_fresh_process_needs_no_remote_code(small, original, tmp_path):
-    import numpy as np
-
     out = tmp_path / "found.npy"
     command = [sys.executable, "-c", FRESH, str(small), json.dumps(TEXTS), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
