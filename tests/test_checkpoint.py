@@ -176,6 +176,8 @@ def test_dtype_is_that_of_the_checkpoint_unless_asked(small):
     assert half.llm.dtype == half.encoder.dtype == torch.bfloat16
     # What learned stays in float32: its updates are smaller than bfloat16 can add up.
     assert half.connector.up.weight.dtype == torch.float32
+    adapters = [p.dtype for name, p in half.named_parameters() if "lora_" in name]
+    assert set(adapters) == {torch.float32}
 
 
 @pytest.mark.parametrize("part", ["encoder", "llm"])

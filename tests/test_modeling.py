@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lusifer import LusiferError, LusiferModel
-from lusifer.modeling import pack_left, pool
+from lusifer.pooling import pack_left, pool
 from lusifer.use_encoder import UseConfig
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}

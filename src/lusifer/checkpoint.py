@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError
@@ -63,13 +62,3 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     missing = [name for name in expected.keys() - state.keys() if expected[name].data_ptr() not in read]
     check_fit(folder, missing=missing, extra=state.keys() - expected.keys(), shapes=shapes)
     model.load_state_dict(state, strict=False)
-
-
-def merge_adapters(root: nn.Module) -> None:
-    """Folds every LoRA layer below a module into the linear layer it wraps, in place."""
-    wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
-    for name, module in wrapped:
-        layer: Any = module
-        layer.merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(root.get_submodule(parent), child, layer.get_base_layer())

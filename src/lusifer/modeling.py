@@ -15,57 +15,20 @@ import os
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lusifer.adapters import add_lora, linear_names, merge_adapters
 from lusifer.backbones import build_encoder, build_llm, keep_layers, load_config, load_encoder, load_llm
-from lusifer.checkpoint import check_fit, load_stored, merge_adapters, stored_state
+from lusifer.checkpoint import check_fit, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
 from lusifer.errors import LusiferError
+from lusifer.pooling import pack_left, pool
 
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-
-
-def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the real positions of every row to the left, in order.
-
-    Args:
-        states: (batch, seq, dim).
-        mask: (batch, seq) bool, True at real positions.
-
-    Returns:
-        The packed states, zero behind each row's end, and their mask; both cut to the longest row.
-    """
-    length = max(int(mask.sum(dim=1).max()), 1)
-    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :length]
-    packed = mask.gather(1, order)
-    moved = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-    return moved * packed.unsqueeze(-1).to(moved.dtype), packed
-
-
-def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
-    """Pools token states into one vector per row, in float32.
-
-    Args:
-        states: (batch, seq, dim).
-        mask: (batch, seq) bool, True at the positions to pool; a row without any gives a finite vector.
-        how: ``mean``, ``last_token`` or ``weighted_mean`` (weight 1, 2, 3, ... along the pooled
-            positions; SGPT, arXiv 2202.08904, equation 2).
-
-    Returns:
-        (batch, dim) float32.
-    """
-    if how == "last_token":
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask, positions, -1).argmax(dim=1)
-        return states[torch.arange(states.shape[0], device=states.device), last].float()
-    weights = mask.float() if how == "mean" else mask.float().cumsum(dim=1) * mask.float()
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.einsum("bs,bsd->bd", weights, states.float())
 
 
 class LusiferModel(PreTrainedModel):
@@ -291,9 +254,10 @@ class LusiferModel(PreTrainedModel):
         masks.append(ones)
         pooled.append(ones)
         bos_id = self.config.llm_config.bos_token_id
+        bos_id = bos_id[0] if isinstance(bos_id, list) else bos_id
         if self.config.use_bos and bos_id is not None:
             table: Any = self.llm.get_input_embeddings()
-            bos = table(torch.full((batch, 1), _first(bos_id), device=soft.device)).float()
+            bos = table(torch.full((batch, 1), bos_id, device=soft.device)).float()
             one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
             parts.insert(0, bos)
             masks.insert(0, one)
@@ -362,40 +326,6 @@ class LusiferModel(PreTrainedModel):
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
         predicts = (positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))
         return hidden[predicts]
-
-
-def linear_names(module: nn.Module) -> list[str]:
-    """Names of all kinds of linear layers below a module: what a LoRA adapter covers by default."""
-    names = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return sorted(names)
-
-
-def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
-    """Puts LoRA layers into a module, in place; what learned before goes on learning.
-
-    Args:
-        module: An encoder or an LLM.
-        fields: Fields of ``peft.LoraConfig``; every linear layer is covered unless they say otherwise.
-
-    Raises:
-        LusiferError: If PEFT refuses the configuration.
-    """
-    learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    try:
-        inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
-    except (TypeError, ValueError) as error:
-        raise LusiferError(f"cannot add this adapter: {error}") from error
-    for name, parameter in module.named_parameters():
-        if "lora_" in name:
-            # Adapters stay in float32 beside a bfloat16 backbone: their updates are smaller
-            # than bfloat16 can add up.
-            parameter.data = parameter.data.float()
-        else:
-            parameter.requires_grad_(name.replace(".base_layer", "") in learned)
-
-
-def _first(token_id: int | list[int]) -> int:
-    return token_id[0] if isinstance(token_id, list) else token_id
 
 
 def _load_backbones(

@@ -21,13 +21,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import set_seed
 
+from lusifer.adapters import add_lora
 from lusifer.backbones import load_config
 from lusifer.data import contrastive_dataset
 from lusifer.encoding import load_checkpoint
 from lusifer.errors import LusiferError
 from lusifer.evaluation import Embed, Scores, embedder, encoder_alone, score
 from lusifer.losses import ContrastiveLoss
-from lusifer.modeling import add_lora
 from lusifer.recipes import Recipe, load_recipe
 from lusifer.report import write_report
 from lusifer.starter import fetch, resolve_backbone

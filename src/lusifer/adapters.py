@@ -1,0 +1,55 @@
+"""LoRA adapters (arXiv 2106.09685): put into a module, folded back into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lusifer.errors import LusiferError
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Names of all kinds of linear layers below a module: what a LoRA adapter covers by default."""
+    names = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return sorted(names)
+
+
+def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
+    """Puts LoRA layers into a module, in place; what learned before goes on learning.
+
+    Args:
+        module: An encoder or an LLM.
+        fields: Fields of ``peft.LoraConfig``; every linear layer is covered unless they say otherwise.
+
+    Raises:
+        LusiferError: If PEFT refuses the configuration.
+    """
+    learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    try:
+        inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
+    except (TypeError, ValueError) as error:
+        raise LusiferError(f"cannot add this adapter: {error}") from error
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            # Adapters stay in float32 beside a bfloat16 backbone: their updates are smaller
+            # than bfloat16 can add up.
+            parameter.data = parameter.data.float()
+        else:
+            parameter.requires_grad_(name.replace(".base_layer", "") in learned)
+
+
+def _first(token_id: int | list[int]) -> int:
+    return token_id[0] if isinstance(token_id, list) else token_id
+
+
+def merge_adapters(root: nn.Module) -> None:
+    """Folds every LoRA layer below a module into the linear layer it wraps, in place."""
+    wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in wrapped:
+        layer: Any = module
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, layer.get_base_layer())
