@@ -32,7 +32,7 @@ def markdown(results: dict[str, Any]) -> str:
         "# Quickstart: zero-shot scores",
         "",
         "Trained on English only. Accuracy in per cent on the bundled everyday set (64 sentences, chance 1.6).",
-        "Languages marked † were not in the encoder's training data.",
+        "Languages marked † are not on the list of those the encoder was trained on.",
         "",
         "![scores by language](scores.png)",
         "",
@@ -105,7 +105,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         unseen = [x for x, code in enumerate(codes) if code not in seen]
         if unseen:
             axis.axvspan(unseen[0] - 0.5, unseen[-1] + 0.5, color="#000000", alpha=0.06, lw=0)
-            axis.text(unseen[0] - 0.4, 97, "never seen by the encoder", fontsize=9, va="top")
+            axis.text(unseen[0] - 0.4, 97, "not on the encoder's list", fontsize=9, va="top")
         axis.set_xticks(range(len(codes)), codes)
         axis.set_xlim(-0.6, len(codes) - 0.4)
         axis.set_ylim(0, 100)

@@ -55,6 +55,9 @@ class AtomicTrainer(SentenceTransformerTrainer):
         self.loss_sum += float(loss)
         return loss
 
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Gathers nothing: checkpoints carry their provenance in the configuration, not in a generated card."""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,6 @@ def optimise(
         seed=seed,
         data_seed=seed,
     )
-    model.model_card_data.local_files_only = True
     trainer = AtomicTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, data_collator=collator)
     # Both write the losses to standard output, which belongs to --json.
     trainer.remove_callback(PrinterCallback)
