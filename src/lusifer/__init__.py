@@ -24,7 +24,7 @@ def load(path: str, **kwargs: Any) -> SentenceTransformer:
     """Loads a LUSIFER checkpoint as a Sentence Transformers model.
 
     Args:
-        path: Checkpoint folder or hub id.
+        path: Checkpoint folder, hub id, or ``starter``, the released model (after ``lusifer fetch``).
         **kwargs: As for ``sentence_transformers.SentenceTransformer``.
 
     Raises:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
 from lusifer.starter import resolve_backbone
 from lusifer.use_encoder import UseConfig
@@ -82,6 +83,17 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
+def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
+    """Drops all but the first layers of a loaded LLM, in place, from its configuration too.
+
+    Raises:
+        LusiferError: If the model does not have so many.
+    """
+    model: Any = llm
+    keep_layers(model.config, num_layers)
+    model.layers = model.layers[:num_layers]
+
+
 # Importing it registers the starter's encoder with the Auto classes.
 STARTER_ENCODER = UseConfig.model_type
 
@@ -130,6 +142,40 @@ def load_llm(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedMo
     """
     _no_sliding_window(config)
     return _load("llm", name, AutoModel.from_pretrained, config=config, **kwargs)
+
+
+def load_backbones(
+    config: LusiferConfig,
+    encoder_dtype: torch.dtype | str,
+    llm_dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Loads the encoder and the LLM a configuration names.
+
+    Raises:
+        LusiferError: If it names none, or one cannot be read.
+    """
+    if config.encoder is None or config.llm is None:
+        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    encoder = load_encoder(
+        config.encoder,
+        config.encoder_config,
+        dtype=encoder_dtype,
+        revision=config.encoder_revision or "main",
+        **attention,
+        **hub,
+    )
+    llm = load_llm(
+        config.llm,
+        config.llm_config,
+        dtype=llm_dtype,
+        revision=config.llm_revision or "main",
+        **attention,
+        **hub,
+    )
+    return encoder, llm
 
 
 def _no_sliding_window(config: PretrainedConfig) -> None:

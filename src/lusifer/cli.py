@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 # The bars of the libraries beneath would drown our own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -15,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
+from lusifer.console import Json, Quiet, emit, quiet_libraries
+from lusifer.data_cli import data_app
 from lusifer.errors import LusiferError
 
 app = typer.Typer(
@@ -28,34 +28,12 @@ app = typer.Typer(
     "Start with `lusifer quickstart`: it fetches two small backbones, trains on English and scores "
     "23 languages it never trained on.",
 )
+app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for programs.")]
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
-
-
-def _quiet_libraries(quiet: bool) -> None:
-    import warnings
-
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as transformers_logging
-
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
-    )
-    # What goes wrong inside datasets reaches the user as one line of ours.
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    for name in ("httpx", "sentence_transformers", "transformers", "filelock"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
-
-
-def _emit(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
+]
 
 
 @app.command(rich_help_panel="Data and backbones")
@@ -71,12 +49,12 @@ def fetch(
 
     Example: `lusifer fetch`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.starter import fetch as fetch_starters
 
     found = fetch_starters(names or None, force=force)
     if as_json:
-        _emit({name: str(path) for name, path in found.items()})
+        emit({name: str(path) for name, path in found.items()})
     else:
         for name, path in found.items():
             typer.echo(f"{name}  {path}")
@@ -86,6 +64,7 @@ def fetch(
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
+    llm_alone: Annotated[bool, typer.Option("--llm-alone", help="Train the baseline instead: the LLM alone.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -97,15 +76,18 @@ def train(
     - `lusifer train recipes/quickstart.yaml`
     - `lusifer train recipes/quickstart.yaml --contrast.steps 400 --output runs/longer`
     - `lusifer train recipes/quickstart.yaml --align.enabled false`
+    - `lusifer train recipes/quickstart.yaml --contrast.data.0.weight 2`
+    - `lusifer train recipes/quickstart.yaml --llm-alone`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.recipes import load_recipe
 
     checked = load_recipe(recipe, context.args)
+    from lusifer.baselines import train_llm_alone
     from lusifer.training import train as run
 
-    folder = run(checked, progress=not quiet)
-    _emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
+    folder = (train_llm_alone if llm_alone else run)(checked, progress=not quiet)
+    emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
 
 
 @app.command(rich_help_panel="Using a model")
@@ -125,7 +107,7 @@ def encode(
     - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`
     - `lusifer encode runs/quickstart/model docs.jsonl docs.parquet --column body`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.encoding import check_output, encode_texts, load_checkpoint, read_inputs, write_embeddings
     from lusifer.prompts import with_instruction
 
@@ -138,7 +120,7 @@ def encode(
     if cut:
         typer.echo(f"warning: {cut} of {len(texts)} texts were longer than the model's window and cut", err=True)
     facts = {"texts": len(texts), "dimension": vectors.shape[1], "cut": cut, "output": str(output)}
-    _emit(facts) if as_json else typer.echo(f"{len(texts)} texts, {vectors.shape[1]} dimensions -> {output}")
+    emit(facts) if as_json else typer.echo(f"{len(texts)} texts, {vectors.shape[1]} dimensions -> {output}")
 
 
 @app.command(rich_help_panel="Using a model")
@@ -152,14 +134,14 @@ def evaluate(
 
     Example: `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.encoding import load_checkpoint
     from lusifer.evaluation import embedder, load_everyday, score
 
     chosen = [code.strip() for code in langs.split(",")] if langs else list(load_everyday().sentences)
     scores = score(embedder(load_checkpoint(model)), languages=chosen, progress=not quiet)
     if as_json:
-        _emit(scores)
+        emit(scores)
         return
     from rich.console import Console
     from rich.table import Table
@@ -178,12 +160,12 @@ def info(model: Model, as_json: Json = False) -> None:
 
     Example: `lusifer info runs/quickstart/model`
     """
-    _quiet_libraries(True)
+    quiet_libraries(True)
     from lusifer.encoding import describe
 
     facts = describe(model)
     if as_json:
-        _emit(facts)
+        emit(facts)
         return
     from rich.console import Console
     from rich.table import Table
@@ -218,7 +200,7 @@ def merge(
 
     Example: `lusifer merge runs/quickstart/model runs/quickstart/standalone`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically
 
     if output.exists():
@@ -242,13 +224,13 @@ def quickstart(
 
     Example: `lusifer quickstart`
     """
-    _quiet_libraries(quiet)
+    quiet_libraries(quiet)
     from lusifer.evaluation import mean_score
     from lusifer.quickstart import quickstart as run
 
     results = run(output, overrides=context.args, progress=not quiet)
     if as_json:
-        _emit(results)
+        emit(results)
         return
     seen = results["seen_languages"]
     for name, scores in results["systems"].items():

@@ -84,6 +84,10 @@ class LusiferConfig(PretrainedConfig):
         self.llm_revision = llm_revision
         self.encoder_config = _sub_config(encoder_config)
         self.llm_config = _sub_config(llm_config)
+        # Where a backbone lay on the machine that trained is nobody's business.
+        for sub, backbone in ((self.encoder_config, encoder), (self.llm_config, llm)):
+            if sub is not None:
+                sub._name_or_path = backbone or ""
         self.connector_dim = connector_dim
         self.connector_shortcut = connector_shortcut
         self.num_added_tokens = num_added_tokens

@@ -1,209 +1,253 @@
-"""Training data: one record format, read from JSONL, Parquet or a hub dataset, into batches of tokens.
+"""Training data: one record format, read from JSONL, Parquet or a hub data set, checked before any work starts.
 
-A pair record has ``query``, ``positive`` (a text or a list) and, optionally, ``negative`` (a list);
-a text record has ``text``.
+A pair record has ``query``, ``positive`` (a text or a list) and, optionally, ``negative`` (none, a text or a list)
+and ``cluster``; a text record has ``text``; both may have an ``id``. A set is read once, in blocks, into an Arrow
+file of the cache, which later runs and all ranks map into memory.
 """
 
 from __future__ import annotations
 
-import random
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+from tqdm.auto import tqdm
 
+from lusifer.canonical import MAX_CHARACTERS, canonical
 from lusifer.errors import LusiferError
-from lusifer.prompts import with_instruction
-from lusifer.starter_text import resolve_data
+from lusifer.reading import Block, fingerprint, read_blocks, unit
+from lusifer.recipes import DataRecipe
+from lusifer.starter import cache_dir
 
-_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def read_records(source: str) -> Dataset:
-    """Reads a data set.
-
-    Args:
-        source: A JSONL (also gzipped) or Parquet file, a starter name, or a hub id (its ``train`` split).
-
-    Raises:
-        LusiferError: If it cannot be read or is empty.
-    """
-    path = Path(resolve_data(source))
-    suffixes = [suffix for suffix in path.suffixes if suffix in _SUFFIXES]
-    try:
-        if path.is_file() or suffixes:
-            if not path.is_file():
-                raise LusiferError(f"no such data file: {source!r}")
-            if not suffixes:
-                raise LusiferError(f"cannot tell the format of {source!r}: name it .jsonl, .jsonl.gz or .parquet")
-            records = load_dataset(_SUFFIXES[suffixes[-1]], data_files=str(path), split="train")
-        else:
-            records = load_dataset(source, split="train")
-    except StopIteration:  # What datasets raises for a JSON file without a line.
-        raise LusiferError(f"the data set {source!r} is empty") from None
-    except (OSError, ValueError, EOFError, zlib.error, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-        raise LusiferError(f"cannot read the data set {source!r}: {reason}") from error
-    if len(records) == 0:
-        raise LusiferError(f"the data set {source!r} is empty")
-    return records
+# Part of the cache's key: another layout or another check makes another file.
+_LAYOUT = 1
+_WHERE = {"subset", "split", "revision", "columns", "streaming", "cap"}
 
 
-def _text(source: str, row: int, column: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise LusiferError(f"{source}, row {row + 1}: {column!r} must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise LusiferError(f"{source}, row {row + 1}: {column!r} is empty; remove the row")
-    return value
+class Rows(Protocol):
+    """What a mixture reads: so many rows, each ``{"query", "positive", "negative"}`` or ``{"text"}``."""
+
+    item: DataRecipe
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    def where(self, row: int) -> str:
+        """File and line (or row) of a row, for messages."""
 
 
-def _texts(source: str, row: int, column: str, value: Any) -> list[str]:
-    if value is not None and not isinstance(value, list):
-        raise LusiferError(f"{source}, row {row + 1}: {column!r} must be a list of texts, not {type(value).__name__}")
-    return [_text(source, row, column, text) for text in value or []]
-
-
-def _column(records: Dataset, source: str, column: str) -> list[Any]:
-    if column not in records.column_names:
-        raise LusiferError(f"{source!r} has no column {column!r}; it has {', '.join(records.column_names)}")
-    try:
-        return list(records[column])
-    except UnicodeDecodeError as error:
-        raise LusiferError(f"{source!r}: {column!r} is not valid UTF-8 ({error.reason})") from error
-
-
-def read_texts(source: str) -> list[str]:
-    """Texts of a data set: its ``text`` column, or the queries and positives of pair records.
-
-    Raises:
-        LusiferError: If it cannot be read or a text is missing or empty.
-    """
-    records = read_records(source)
-    if "text" in records.column_names:
-        return [_text(source, row, "text", value) for row, value in enumerate(_column(records, source, "text"))]
-    return [text for query, positives, _ in read_pairs(source) for text in (query, *positives)]
-
-
-def read_pairs(source: str) -> list[tuple[str, list[str], list[str]]]:
-    """Pair records as (query, positives, negatives).
-
-    Raises:
-        LusiferError: If it cannot be read, a column is missing, or a text is missing or empty.
-    """
-    records = read_records(source)
-    queries = _column(records, source, "query")
-    positives = _column(records, source, "positive")
-    negatives = _column(records, source, "negative") if "negative" in records.column_names else [None] * len(records)
-    pairs = []
-    for row, (query, positive, negative) in enumerate(zip(queries, positives, negatives, strict=True)):
-        several = _texts(source, row, "positive", [positive] if isinstance(positive, str) else positive)
-        if not several:
-            raise LusiferError(f"{source}, row {row + 1}: 'positive' is empty; remove the row")
-        pairs.append((_text(source, row, "query", query), several, _texts(source, row, "negative", negative)))
-    return pairs
-
-
-def alignment_dataset(
-    reconstruct: str | None, complete: str | None, *, completion_ratio: float, rows: int, seed: int
-) -> Dataset:
-    """Builds stage 1's records: columns ``source`` and ``target``.
-
-    Reconstruction takes a text as both; completion a query as source and a positive as target
-    (LUSIFER, section 3.1).
-
-    Args:
-        reconstruct: Data set of texts, or None.
-        complete: Data set of pairs, or None.
-        completion_ratio: Share of completion records where both are given.
-        rows: How many records; small sets repeat, each pass in a new order.
-        seed: Seed of the order.
-
-    Raises:
-        LusiferError: If data cannot be read.
-    """
-    generator = random.Random(seed)
-    texts = [(text, text) for text in read_texts(reconstruct)] if reconstruct else []
-    pairs = [(query, positives) for query, positives, _ in read_pairs(complete)] if complete else []
-    ratio = 0.0 if not pairs else completion_ratio if texts else 1.0
-    completions = round(rows * ratio)
-    chosen = list(_cycle(texts, rows - completions, generator)) if texts else []
-    chosen += [(query, generator.choice(several)) for query, several in _cycle(pairs, completions, generator)]
-    generator.shuffle(chosen)
-    return Dataset.from_dict({"source": [s for s, _ in chosen], "target": [t for _, t in chosen]})
-
-
-def _cycle(items: Sequence[Any], count: int, generator: random.Random) -> Iterable[Any]:
-    done = 0
-    while done < count:
-        order = generator.sample(range(len(items)), len(items))
-        for index in order[: count - done]:
-            yield items[index]
-        done += len(order)
-
-
-def contrastive_dataset(source: str, *, instruction: str | None, hard_negatives: int, seed: int) -> Dataset:
-    """Builds stage 2's records: columns ``query``, ``positive`` and ``negative_1`` ... ``negative_k``.
-
-    Args:
-        source: Data set of pairs.
-        instruction: Task instruction in front of every query, or None.
-        hard_negatives: Negatives per row; a row with fewer repeats them.
-        seed: Seed of the choice among several positives and negatives.
-
-    Raises:
-        LusiferError: If data cannot be read, or a row has no negative where some are asked for.
-    """
-    generator = random.Random(seed)
-    columns: dict[str, list[str]] = {"query": [], "positive": []}
-    columns |= {f"negative_{k + 1}": [] for k in range(hard_negatives)}
-    for row, (query, positives, negatives) in enumerate(read_pairs(source)):
-        if hard_negatives and not negatives:
-            raise LusiferError(f"{source}, row {row + 1}: no negatives, but hard_negatives is {hard_negatives}")
-        columns["query"].append(with_instruction(instruction, query))
-        columns["positive"].append(generator.choice(positives))
-        chosen = generator.sample(negatives, min(hard_negatives, len(negatives)))
-        for k in range(hard_negatives):
-            columns[f"negative_{k + 1}"].append(chosen[k % len(chosen)])
-    return Dataset.from_dict(columns)
-
-
-def llm_preprocess(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[list[str]], dict[str, Any]]:
-    """A function that tokenises targets with the LLM's tokenizer, without special tokens, padded on the right."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-
-    def preprocess(texts: list[str]) -> dict[str, Any]:
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-
-    return preprocess
+def holds_texts(item: DataRecipe) -> bool:
+    """Whether a set is read as texts (else as pairs)."""
+    return item.task == "reconstruct"
 
 
 @dataclass
-class AlignmentCollator(SentenceTransformerDataCollator):
-    """Tokenises ``source`` for the encoder and ``target`` for the LLM."""
+class Records:
+    """An opened, fully checked set, mapped from disk.
 
-    target_preprocess: Callable[[list[str]], dict[str, Any]] | None = None
+    Attributes:
+        item: The set's recipe.
+        path: The Arrow file.
+        files: Names of the files it was made of.
+        chosen: Rows kept by the recipe's cap, or None for all.
+    """
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Turns rows into ``source_*`` and ``target_*`` token tensors, each (batch, seq)."""
-        assert self.target_preprocess is not None
-        batch = super().__call__([{"source": row["source"]} for row in features])
-        for name, value in self.target_preprocess([row["target"] for row in features]).items():
-            batch[f"target_{name}"] = value
-        return batch
+    item: DataRecipe
+    path: Path
+    files: list[str]
+    chosen: np.ndarray | None = None
+    table: pa.Table = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __len__(self) -> int:
+        return self.table.num_rows if self.chosen is None else len(self.chosen)
+
+    def _row(self, row: int) -> int:
+        return row if self.chosen is None else int(self.chosen[row])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        names = ("text",) if holds_texts(self.item) else ("query", "positive", "negative")
+        return {name: self.table[name][self._row(row)].as_py() for name in names}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column, of the rows kept."""
+        return self.table[name] if self.chosen is None else self.table[name].take(pa.array(self.chosen))
+
+    def where(self, row: int) -> str:
+        """File and line (or row) of a row, for messages."""
+        row = self._row(row)
+        file = self.files[self.table["file"][row].as_py()]
+        return f"{file}, {unit(file)} {self.table['number'][row].as_py()}"
+
+    def clusters(self) -> dict[str, np.ndarray] | None:
+        """Rows (int64, increasing) of every cluster, or None for a set without clusters."""
+        if holds_texts(self.item) or self.table["cluster"].null_count:
+            return None
+        encoded = self.column("cluster").combine_chunks().dictionary_encode()
+        codes = encoded.indices.to_numpy()
+        order = np.argsort(codes, kind="stable")
+        names = encoded.dictionary.to_pylist()
+        return dict(zip(names, np.split(order, np.cumsum(np.bincount(codes))[:-1]), strict=True))
+
+
+def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
+    """Reads and checks a set, or maps what an earlier call has read.
+
+    Args:
+        item: The set; ``streaming`` is ignored.
+        seed: Seed of the rows that ``cap`` keeps.
+
+    Raises:
+        LusiferError: If it cannot be read, a record is not usable or lacks the hard negatives asked for, an id
+            occurs twice, or a row is alone.
+    """
+    key = [_LAYOUT, MAX_CHARACTERS, holds_texts(item), sorted(item.columns.items()), *(found := fingerprint(item)).key]
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    path = cache_dir() / "data" / f"{name}.arrow"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                _write(item, path)
+    except OSError as error:
+        raise LusiferError(f"cannot write the data cache {str(path.parent)!r}: {error.strerror or error}") from error
+    records = Records(item, path, found.files)
+    if item.cap is not None and item.cap < len(records):
+        generator = np.random.default_rng([seed, *item.source.encode()])
+        records.chosen = np.sort(generator.choice(len(records), item.cap, replace=False))
+    _check_set(records)
+    return records
+
+
+def _write(item: DataRecipe, path: Path) -> None:
+    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    try:
+        with (
+            open(handle, "wb") as file,
+            tqdm(desc=f"reading {item.source}", unit=" rows", disable=None, delay=2, leave=False) as bar,
+        ):
+            writer = None
+            for block in read_blocks(item):
+                batch = canonical(block, texts=holds_texts(item))
+                writer = writer or pa.ipc.new_file(file, batch.schema)
+                writer.write_batch(batch)
+                bar.update(batch.num_rows)
+            if writer is None:
+                raise LusiferError(f"the data set {item.source!r} is empty")
+            writer.close()
+        os.replace(staging, path)
+    finally:
+        Path(staging).unlink(missing_ok=True)
+
+
+def _check_set(records: Records) -> None:
+    full = Records(records.item, records.path, records.files)
+    counts = records.table["id"].drop_null().value_counts()
+    if len(counts) and (index := pc.greater(counts.field("counts"), 1).index(True).as_py()) >= 0:
+        value = counts.field("values")[index]
+        first, second = np.flatnonzero(pc.fill_null(pc.equal(records.table["id"], value), False).to_numpy())[:2]
+        problem = f"the id {value.as_py()!r} is that of {full.where(int(first))} already"
+        raise LusiferError(f"{full.where(int(second))}: {problem}; give every record its own id, or remove one")
+    if not holds_texts(records.item):
+        clusters = records.table["cluster"]
+        if 0 < clusters.null_count < len(clusters):
+            row = full.where(clusters.is_null().index(True).as_py())
+            raise LusiferError(f"{row}: no 'cluster', but other records have one; give it one, or drop the column")
+    if len(records) < 2:
+        raise LusiferError(f"{records.where(0)}: the only record of its set; a set needs at least 2")
+    if records.item.hard_negatives and not holds_texts(records.item):
+        none = pc.equal(pc.list_value_length(records.column("negative")), 0)
+        if (index := none.index(True).as_py()) >= 0:
+            problem = f"no 'negative', but hard_negatives is {records.item.hard_negatives}"
+            raise LusiferError(f"{records.where(index)}: {problem}; mine some (lusifer data mine) or set it to 0")
+
+
+def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
+    """Opens a set the way its recipe says: streamed, or read and checked in full.
+
+    Raises:
+        LusiferError: See `open_records` and `StreamedRecords`.
+    """
+    return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
+
+
+def read_texts(item: DataRecipe, limit: int) -> list[str]:
+    """The first texts of a set: its ``text`` column, or queries and positives of pair records.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    plain = DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct")
+    records = open_set(plain)
+    return [records[row]["text"] for row in range(min(limit, len(records)))]
+
+
+class StreamedRecords:
+    """The first ``cap`` rows of a set, read in order with one block in memory; going back starts again.
+
+    Raises:
+        LusiferError: From reading, if a record is not usable or the set holds fewer than ``cap`` rows.
+    """
+
+    def __init__(self, item: DataRecipe) -> None:
+        assert item.cap is not None
+        self.item, self._cap = item, item.cap
+        self._rewind()
+        self._load(0)
+
+    def _rewind(self) -> None:
+        self._blocks: Iterator[Block] = read_blocks(self.item)
+        self._start = 0
+        self._batch: pa.RecordBatch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"item": self.item, "_cap": self._cap}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rewind()
+
+    def __len__(self) -> int:
+        return self._cap
+
+    def where(self, row: int) -> str:
+        """Set and row, for messages."""
+        return f"{self.item.source}, row {row + 1}"
+
+    def _load(self, row: int) -> pa.RecordBatch:
+        if row < self._start:
+            self._rewind()
+        while self._batch is None or row >= self._start + self._batch.num_rows:
+            self._start += 0 if self._batch is None else self._batch.num_rows
+            block = next(self._blocks, None)
+            if block is None:
+                have = f"holds only {self._start} rows, fewer than its cap of {self._cap}"
+                raise LusiferError(f"{self.item.source!r} {have}; lower the cap")
+            batch = self._batch = canonical(block, texts=holds_texts(self.item))
+            if "cluster" in batch.schema.names and not batch["cluster"].null_count:
+                raise LusiferError(f"{self.item.source!r} has clusters, which need streaming: false")
+        return self._batch
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        batch = self._load(row)
+        names = ("text",) if holds_texts(self.item) else ("query", "positive", "negative")
+        found = {name: batch[name][row - self._start].as_py() for name in names}
+        if self.item.hard_negatives and not found.get("negative", True):
+            raise LusiferError(f"{self.where(row)}: no 'negative', but hard_negatives is {self.item.hard_negatives}")
+        return found

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
 from lusifer.modeling import LusiferModel, parameters_by_part
+from lusifer.released import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
+    path = resolve_model(path)
     folder = Path(path)
     looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not (folder / "modules.json").is_file():
@@ -91,6 +93,7 @@ def describe(path: str) -> dict[str, Any]:
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
+    path = resolve_model(path)
     model = lusifer_model(load_checkpoint(path))
     config = model.config
     if not config.standalone:

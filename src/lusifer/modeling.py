@@ -5,8 +5,8 @@ One model serves both training stages and inference; they differ in the directio
 1. The encoder reads the text; the connector turns each token state into a soft token.
 2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding
    depends on the padding its batch mates cause.
-3. ``forward`` runs the LLM over it bidirectionally and pools; ``align`` appends a target text and
-   runs the LLM causally (LUSIFER, arXiv 2501.00874, section 3).
+3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the
+   target too, causally, to predict it (LUSIFER, arXiv 2501.00874, section 3).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, linear_names, merge_adapters
-from lusifer.backbones import build_encoder, build_llm, keep_layers, load_config, load_encoder, load_llm
+from lusifer.backbones import build_encoder, build_llm, keep_layers, load_backbones, load_config
 from lusifer.checkpoint import check_fit, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
 from lusifer.errors import LusiferError
-from lusifer.pooling import pack_left, pool
+from lusifer.packing import pack_left, run_llm
+from lusifer.pooling import pool
 
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -105,7 +106,7 @@ class LusiferModel(PreTrainedModel):
         if llm_layers is not None:
             keep_layers(llm_config, llm_layers)
         built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
-        parts = _load_backbones(built, encoder_dtype, llm_dtype, attn_implementation)
+        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation)
         model = cls(built, *parts)
         embeddings = model.llm_embeddings().float()
         model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
@@ -147,7 +148,7 @@ class LusiferModel(PreTrainedModel):
         encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
         llm_dtype = chosen or config.llm_config.dtype or torch.float32
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
-        parts = _load_backbones(config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), **shared)
+        parts = load_backbones(config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), **shared)
         model = cls(config, *parts)
         for part in ("encoder", "llm"):
             if getattr(config, f"{part}_adapter"):
@@ -242,17 +243,17 @@ class LusiferModel(PreTrainedModel):
         """
         # Encoders with absolute positions (BERT) count padding on the left too.
         packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
-        input_ids, attention_mask = packed_ids.squeeze(-1), real.to(attention_mask.dtype)
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        connector_dtype = self.connector.up.weight.dtype
-        soft = self.connector(states.to(connector_dtype)).float()
+        seen = real.clone()
+        # A row with nothing in it: attention over nothing is not a number, nor is anything it touches.
+        seen[:, 0] |= ~real.any(dim=1)
+        states = self.encoder(
+            input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)
+        ).last_hidden_state
+        soft = self.connector(states.to(self.connector.up.weight.dtype)).float()
         batch = soft.shape[0]
-        parts, masks, pooled = [soft], [attention_mask.bool()], [attention_mask.bool()]
         added = self.connector.added_tokens.float().expand(batch, -1, -1)
         ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
-        parts.append(added)
-        masks.append(ones)
-        pooled.append(ones)
+        parts, masks, pooled = [soft, added], [real, ones], [real, ones]
         bos_id = self.config.llm_config.bos_token_id
         bos_id = bos_id[0] if isinstance(bos_id, list) else bos_id
         if self.config.use_bos and bos_id is not None:
@@ -264,38 +265,53 @@ class LusiferModel(PreTrainedModel):
             pooled.insert(0, torch.zeros_like(one))
         mask = torch.cat(masks, dim=1)
         packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
-        # A row with nothing in it attends to a zero vector: attention over nothing is not a number.
+        # Without BOS and added tokens an empty text leaves nothing to attend to: it gets a zero vector.
         packed_mask[:, 0] |= ~packed_mask.any(dim=1)
         pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
         return packed, packed_mask, pool_mask
 
     def _run_llm(self, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        return self.llm(
-            inputs_embeds=embeds.to(self.llm.dtype),
-            attention_mask=mask.long(),
-            position_ids=positions,
-            is_causal=is_causal,
-            use_cache=False,
-        ).last_hidden_state
+        return run_llm(self.llm, embeds.to(self.llm.dtype), mask, is_causal=is_causal)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        target_ids: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        target_hidden: Tensor | None = None,
+        mask_embedding: Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Embeds texts.
+        """Embeds texts or, given targets, reads them causally after the texts' soft tokens (stage 1).
 
         Args:
             input_ids: (batch, seq) int64, encoder token ids, padded on either side.
             attention_mask: (batch, seq), non-zero at real tokens; all real when None.
             return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
+            target_ids: (batch, target_seq) int64, LLM token ids of the targets, padded on the right.
+            target_mask: (batch, target_seq), non-zero at real target tokens; all real when None.
+            target_hidden: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
+                target's input embedding; nowhere when None.
+            mask_embedding: (llm_dim,), needed with ``target_hidden``.
 
         Returns:
             ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
-            ``pooler_output`` (batch, dim) float32, not normalised.
+            ``pooler_output`` (batch, dim) float32, not normalised. With targets, ``last_hidden_state``
+            alone: (supervised, llm_dim) states that predict the real target tokens, row by row in order.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
+        if target_ids is not None:
+            table: Any = self.llm.get_input_embeddings()
+            target = table(target_ids).float()
+            if target_hidden is not None:
+                assert mask_embedding is not None
+                target = torch.where(target_hidden.unsqueeze(-1), mask_embedding.float(), target)
+            target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
+            return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
         hidden = self._run_llm(embeds, mask, is_causal=False)
         # A row without tokens has nothing to pool if there are no added tokens either.
         pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
@@ -304,57 +320,14 @@ class LusiferModel(PreTrainedModel):
             vector = self.head(vector)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
 
-    def align(self, input_ids: Tensor, attention_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
-        """Runs the LLM causally over soft tokens followed by a target text (stage 1).
-
-        Args:
-            input_ids: (batch, seq) int64, encoder token ids of the source.
-            attention_mask: (batch, seq), non-zero at real tokens.
-            target: (batch, target_seq, llm_dim), input embeddings of the target, possibly masked.
-            target_mask: (batch, target_seq) bool, True at real target tokens, padded on the right.
-
-        Returns:
-            (supervised, llm_dim) states that predict the real target tokens, row by row in order:
-            the state before each one, so that no position has seen what it predicts.
-        """
-        prefix, prefix_mask, _ = self.soft_tokens(input_ids, attention_mask)
-        embeds = torch.cat([prefix, target.to(prefix.dtype)], dim=1)
-        mask = torch.cat([prefix_mask, target_mask.bool()], dim=1)
-        packed, packed_mask = pack_left(embeds, mask)
+    def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
+        """The states before each real target token, so that no position has seen what it predicts."""
+        mask = torch.cat([prefix_mask, target_mask], dim=1)
+        packed, packed_mask = pack_left(torch.cat([prefix, target], dim=1), mask)
         hidden = self._run_llm(packed, packed_mask, is_causal=True)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
-        predicts = (positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))
-        return hidden[predicts]
-
-
-def _load_backbones(
-    config: LusiferConfig,
-    encoder_dtype: torch.dtype | str,
-    llm_dtype: torch.dtype | str,
-    attn_implementation: str | None,
-    **hub: Any,
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    if config.encoder is None or config.llm is None:
-        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    encoder = load_encoder(
-        config.encoder,
-        config.encoder_config,
-        dtype=encoder_dtype,
-        revision=config.encoder_revision or "main",
-        **attention,
-        **hub,
-    )
-    llm = load_llm(
-        config.llm,
-        config.llm_config,
-        dtype=llm_dtype,
-        revision=config.llm_revision or "main",
-        **attention,
-        **hub,
-    )
-    return encoder, llm
+        return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]
 
 
 def parameters_by_part(model: LusiferModel) -> dict[str, dict[str, int]]:

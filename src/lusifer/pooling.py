@@ -1,26 +1,9 @@
-"""Rows packed to the left, and pooling over their real positions."""
+"""Pooling of token states over a row's real positions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the real positions of every row to the left, in order.
-
-    Args:
-        states: (batch, seq, dim).
-        mask: (batch, seq) bool, True at real positions.
-
-    Returns:
-        The packed states, zero behind each row's end, and their mask; both cut to the longest row.
-    """
-    length = max(int(mask.sum(dim=1).max()), 1)
-    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :length]
-    packed = mask.gather(1, order)
-    moved = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-    return moved * packed.unsqueeze(-1).to(moved.dtype), packed
 
 
 def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:

@@ -18,20 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import set_seed
 
-from lusifer.adapters import add_lora
-from lusifer.backbones import load_config
-from lusifer.data import contrastive_dataset
+from lusifer.baselines import train_llm_alone
 from lusifer.encoding import load_checkpoint
 from lusifer.errors import LusiferError
 from lusifer.evaluation import Embed, Scores, embedder, encoder_alone, score
-from lusifer.losses import ContrastiveLoss
 from lusifer.recipes import Recipe, load_recipe
 from lusifer.report import write_report
-from lusifer.starter import fetch, resolve_backbone
-from lusifer.trainer import optimise
+from lusifer.starter import fetch
 from lusifer.training import STAGES, fingerprint, train
 from lusifer.use_encoder import LANGUAGES
 
@@ -42,45 +36,6 @@ def quickstart_recipe(output: Path, overrides: list[str] | None = None) -> Recip
     """The bundled recipe, writing to ``output``."""
     bundled = files("lusifer") / "resources" / "quickstart.yaml"
     return load_recipe(str(bundled), [*(overrides or []), "--output", str(output)])
-
-
-def llm_alone(recipe: Recipe) -> SentenceTransformer:
-    """The English baseline: the same LLM layers, bidirectional, mean pooled, with the same adapter, no encoder.
-
-    Raises:
-        LusiferError: If the LLM cannot be loaded.
-    """
-    config = load_config("llm", recipe.model.llm)
-    module = Transformer(
-        resolve_backbone(recipe.model.llm),
-        config_kwargs={"num_hidden_layers": recipe.model.llm_layers or config.num_hidden_layers},
-        model_kwargs={"dtype": recipe.model.llm_dtype},
-        max_seq_length=recipe.model.max_seq_length,
-    )
-    # Not in config_kwargs, which drop what the configuration does not have already.
-    module.auto_model.config.is_causal = False
-    if module.tokenizer.pad_token is None:
-        module.tokenizer.pad_token = module.tokenizer.eos_token
-    if recipe.model.llm_lora is not None:
-        module.auto_model.requires_grad_(False)
-        add_lora(module.auto_model, recipe.model.llm_lora.fields())
-    return SentenceTransformer(modules=[module, Pooling(module.get_embedding_dimension()), Normalize()])
-
-
-def train_llm_alone(recipe: Recipe, *, progress: bool) -> SentenceTransformer:
-    """Trains the baseline on the same pairs, steps, batch and temperature as stage 2."""
-    stage = recipe.contrast
-    assert stage.data is not None
-    set_seed(recipe.seed)
-    model = llm_alone(recipe)
-    loss = ContrastiveLoss(model, temperature=stage.temperature, symmetric=stage.symmetric, max_tokens=stage.max_tokens)
-    dataset = contrastive_dataset(
-        stage.data, instruction=stage.instruction, hard_negatives=stage.hard_negatives, seed=recipe.seed
-    )
-    folder = Path(recipe.output) / "llm_alone" / "checkpoints"
-    settings = stage.model_copy(update={"connector_learning_rate": None})
-    optimise(model, loss, dataset, settings, folder, seed=recipe.seed + 2, progress=progress)
-    return model
 
 
 def peak_rss_mb() -> float:
@@ -154,7 +109,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     fetch()
     run.system("encoder", lambda: encoder_alone(recipe.model.encoder), progress)
     run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
-    run.system("llm", lambda: embedder(train_llm_alone(recipe, progress=progress)), progress)
+    run.system("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
     stages = {}
     for name in STAGES:
         path = output / name / "stage.json"

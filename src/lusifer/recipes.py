@@ -11,21 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lusifer.errors import LusiferError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Probability = Field(ge=0.0, le=1.0)
 
 
 class _Strict(BaseModel):
@@ -44,6 +36,53 @@ class Lora(_Strict):
         """The adapter as fields of ``peft.LoraConfig``."""
         targets = {"target_modules": self.target_modules} if self.target_modules else {}
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **targets}
+
+
+class DataRecipe(_Strict):
+    """One data set of a mixture; `lusifer.mixture` says how sets are drawn.
+
+    Attributes:
+        source: A file (.jsonl, .jsonl.gz, .json, .parquet or a glob of them), a starter name or a hub id.
+        subset, split, revision: Which part of a hub data set.
+        columns: Our column name -> theirs, e.g. ``{query: question}``.
+        task: What stage 1 does with a record; stage 2 always contrasts.
+        weight: How often each record counts: a set is drawn in proportion to weight * rows.
+        cap: At most this many rows: a seeded choice, or the first ones of a streamed set.
+        streaming: Read in order with bounded memory, instead of from a local table.
+        instruction: Task instruction in front of every query; this and the next two are for stage 2.
+        in_batch_negatives: Whether other rows' texts are negatives; off for classification-like sets.
+        hard_negatives: Negatives per row; a row with fewer repeats them.
+        reverse: Probability that the passage is the source and the query the target (completion).
+        start, end: The set is drawn between these shares of the stage's steps.
+    """
+
+    source: str = Field(min_length=1)
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[Literal["query", "positive", "negative", "text", "cluster", "id"], str] = {}
+    task: Literal["reconstruct", "complete", "contrast"] | None = None
+    weight: PositiveFloat = 1.0
+    cap: PositiveInt | None = None
+    streaming: bool = False
+    instruction: str | None = None
+    in_batch_negatives: bool = True
+    hard_negatives: int = Field(default=0, ge=0)
+    reverse: float = Field(default=0.0, ge=0.0, le=1.0)
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)
+    end: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> DataRecipe:
+        if self.streaming and self.cap is None:
+            raise ValueError("a streaming set needs cap: the number of rows to read of it")
+        if self.start >= self.end:
+            raise ValueError(f"start ({self.start:g}) must be less than end ({self.end:g})")
+        if self.reverse and self.task != "complete":
+            raise ValueError("reverse is for task: complete")
+        if not self.in_batch_negatives and self.hard_negatives == 0:
+            raise ValueError("no negatives: set hard_negatives, or in_batch_negatives: true")
+        return self
 
 
 class ModelRecipe(_Strict):
@@ -66,6 +105,7 @@ class ModelRecipe(_Strict):
     max_seq_length: int = Field(default=512, ge=4)
     encoder_lora: Lora | None = None
     llm_lora: Lora | None = Lora()
+    quantization: Literal["8bit", "4bit"] | None = None
 
 
 class WarmStartRecipe(_Strict):
@@ -80,9 +120,18 @@ class WarmStartRecipe(_Strict):
 
 
 class Optimisation(_Strict):
-    """What both gradient stages share."""
+    """What both gradient stages share.
+
+    Attributes:
+        batch_size: Rows of one step, over all ranks.
+        max_seq_length: Encoder tokens of a text in this stage; the model's own limit when None.
+        max_tokens: Padded tokens of one forward pass.
+        graph_tokens: Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
+        best_metric: Name of the metric that chooses the checkpoint kept beside the last ones.
+    """
 
     enabled: bool = True
+    data: list[DataRecipe] = []
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 2e-4
@@ -92,60 +141,117 @@ class Optimisation(_Strict):
     max_grad_norm: PositiveFloat = 1.0
     encoder: Literal["frozen", "lora", "full"] = "frozen"
     connector: bool = True
+    max_seq_length: PositiveInt | None = None
     max_tokens: PositiveInt = 16384
+    graph_tokens: PositiveInt = 65536
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
     save_steps: PositiveInt = 100
+    save_total_limit: PositiveInt = 2
+    best_metric: str | None = None
+    eval_steps: PositiveInt | None = None
     logging_steps: PositiveInt = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    max_loss: PositiveFloat | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _some_set_at_every_step(self) -> Optimisation:
+        for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
+            if self.data and not any(item.start <= moment < item.end for item in self.data):
+                raise ValueError(f"no data set is drawn after {moment:g} of the steps: mend start and end of the sets")
+        return self
 
 
 class AlignRecipe(Optimisation):
-    """Stage 1: reconstruction and completion through the frozen LLM."""
+    """Stage 1; ``mask_probability`` hides target tokens: one number, or two between which it moves linearly."""
 
-    reconstruct: str | None = None
-    complete: str | None = None
-    completion_ratio: float = Field(default=0.5, ge=0.0, le=1.0)
-    mask_probability: float = Field(default=0.5, ge=0.0, le=1.0)
+    mask_probability: float | tuple[float, float] = 0.5
     target_max_seq_length: PositiveInt = 512
 
-    @model_validator(mode="after")
+    @pydantic.field_validator("mask_probability", mode="before")
+    @classmethod
+    def _probabilities(cls, value: Any) -> Any:
+        several = isinstance(value, list | tuple)
+        try:
+            numbers = tuple(float(number) for number in (value if several else [value]))
+        except (TypeError, ValueError):
+            numbers = ()
+        if len(numbers) != (2 if several else 1) or not all(0.0 <= number <= 1.0 for number in numbers):
+            raise ValueError(f"must be a probability or two, [at the start, at the end], not {value!r}")
+        return numbers if several else numbers[0]
+
+    @pydantic.model_validator(mode="after")
     def _has_data(self) -> AlignRecipe:
-        if self.enabled and not (self.reconstruct or self.complete):
-            raise ValueError("stage 1 needs data: set reconstruct, complete or both (or enabled: false)")
+        if self.enabled and not self.data:
+            raise ValueError("stage 1 needs data: list a set (or enabled: false)")
+        for number, item in enumerate(self.data):
+            if item.task not in ("reconstruct", "complete"):
+                raise ValueError(f"data.{number}.task must be reconstruct or complete")
+            for field in ("instruction", "in_batch_negatives", "hard_negatives"):
+                if field in item.model_fields_set:
+                    raise ValueError(f"data.{number}.{field} is for stage 2; remove it")
         return self
 
 
 class ContrastRecipe(Optimisation):
-    """Stage 2: contrastive finetuning with bidirectional attention."""
+    """Stage 2: contrastive finetuning with bidirectional attention.
 
-    data: str | None = None
-    instruction: str | None = None
-    hard_negatives: int = Field(default=0, ge=0)
-    in_batch_negatives: bool = True
+    Attributes:
+        llm_layers: The LLM's first layers to go on with; stage 1 needs the whole LLM, whose head is behind the last.
+        guide: Sentence Transformers model whose scores tell false negatives.
+        guide_margin: A negative counts only if the guide scores it below the positive minus this margin.
+        matryoshka_dims: Leading dimensions that must be good embeddings by themselves, increasing.
+    """
+
     symmetric: bool = False
     temperature: PositiveFloat = 0.05
+    llm_layers: PositiveInt | None = None
+    guide: str | None = None
+    guide_margin: float = Field(default=0.0, ge=-2.0, le=2.0)
+    matryoshka_dims: list[PositiveInt] = []
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _has_data(self) -> ContrastRecipe:
         if self.enabled and not self.data:
-            raise ValueError("stage 2 needs data (or enabled: false)")
-        if self.enabled and not self.in_batch_negatives and self.hard_negatives == 0:
-            raise ValueError("stage 2 has no negatives: set hard_negatives, or in_batch_negatives: true")
+            raise ValueError("stage 2 needs data: list at least one set (or enabled: false)")
+        for number, item in enumerate(self.data):
+            if item.task not in (None, "contrast"):
+                raise ValueError(f"data.{number}.task must be contrast, or be left out")
+        self.data = [item.model_copy(update={"task": "contrast"}) for item in self.data]
+        if self.guide_margin and not self.guide:
+            raise ValueError("guide_margin needs guide: the model whose scores it is a margin of")
+        if self.matryoshka_dims != (increasing := sorted(set(self.matryoshka_dims))):
+            raise ValueError(f"matryoshka_dims must increase: {increasing}")
         return self
+
+
+class ScaleRecipe(_Strict):
+    """How several processes share the work (`torchrun`).
+
+    Attributes:
+        strategy: ``ddp`` copies the model to every rank; ``fsdp2`` shards it, backbones included.
+        cpu_offload: Keeps the shards in the host's memory while they are not used (fsdp2).
+    """
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    cpu_offload: bool = False
 
 
 class Recipe(_Strict):
     """One training run: model, stages 0 to 2, where it writes."""
 
     output: str
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelRecipe
     warm_start: WarmStartRecipe = WarmStartRecipe()
     align: AlignRecipe = AlignRecipe(enabled=False)
     contrast: ContrastRecipe = ContrastRecipe(enabled=False)
+    scale: ScaleRecipe = ScaleRecipe()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.warm_start.enabled and not (self.warm_start.data or self.align.reconstruct):
-            raise ValueError("warm_start needs data: set warm_start.data or align.reconstruct (or enabled: false)")
+        if self.warm_start.enabled and self.warm_start_data() is None:
+            raise ValueError("warm_start needs data: set warm_start.data or align.data (or enabled: false)")
         if self.warm_start.enabled and not self.model.connector_shortcut:
             raise ValueError("warm_start needs model.connector_shortcut: true (or enabled: false)")
         for name, stage in (("align", self.align), ("contrast", self.contrast)):
@@ -157,6 +263,12 @@ class Recipe(_Strict):
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
             raise ValueError("nothing to do: every stage is switched off")
         return self
+
+    def warm_start_data(self) -> DataRecipe | None:
+        """The set stage 0 reads: its own, else the first to reconstruct of stage 1, else the first of stage 2."""
+        if self.warm_start.data:
+            return DataRecipe(source=self.warm_start.data)
+        return next((d for d in [*self.align.data, *self.contrast.data] if d.task != "complete"), None)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -210,12 +322,18 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _set(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, field = name.split(".")
+    node: Any = tree
     for section in sections:
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
+        node = node[_index(node, section, name)] if isinstance(node, list) else node.setdefault(section, {})
+        if not isinstance(node, dict | list):
             raise LusiferError(f"cannot override {name!r}: {section!r} is not a section")
-        tree = child
-    tree[field] = value
+    node[_index(node, field, name) if isinstance(node, list) else field] = value
+
+
+def _index(items: list[Any], text: str, name: str) -> int:
+    if not text.isdecimal() or int(text) >= len(items):
+        raise LusiferError(f"cannot override {name!r}: the list has {len(items)} items, counted from 0, not {text!r}")
+    return int(text)
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -232,13 +350,15 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{where} is required"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return ": ".join(part for part in (where, str(first["ctx"]["error"])) if part)
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
 
 def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
     owner: type[BaseModel] | None = root
     for part in path:
+        if part.isdecimal():  # An item of a list; the class of the items is the owner already.
+            continue
         annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         owner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

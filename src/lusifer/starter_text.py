@@ -2,7 +2,8 @@
 
 The World English Bible, the American Standard and the King James Version (the ``pythonbible-*``
 packages, MIT). `starter:english-verses` holds verses of the first, for stage 0 and reconstruction;
-`starter:english-pairs` the same verse in two translations, as paraphrase pairs.
+`starter:english-pairs` the same verse in two translations, as paraphrase pairs;
+`starter:english-passages` a verse and the passage around it in another translation, as retrieval pairs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from lusifer.starter import PREFIX, cache_dir, resolve_backbone
 
 VERSES = "english-verses"
 PAIRS = "english-pairs"
+PASSAGES = "english-passages"
+_PASSAGE_VERSES = 7
 # Short verses keep CPU training quick; the bounds are in characters.
 _SHORTEST, _LONGEST_PAIR, _LONGEST_VERSE = 20, 95, 160
 
 
 def resolve_data(name: str) -> str:
-    """Maps ``starter:english-verses`` and ``starter:english-pairs`` to their files, making them once.
+    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, making them once.
 
     Every other name goes to `resolve_backbone`, so a mistyped starter name is refused.
 
@@ -34,7 +37,7 @@ def resolve_data(name: str) -> str:
         LusiferError: If the text packages are missing or the cache is not writable.
     """
     key = name.removeprefix(PREFIX)
-    if not name.startswith(PREFIX) or key not in (VERSES, PAIRS):
+    if not name.startswith(PREFIX) or key not in (VERSES, PAIRS, PASSAGES):
         return resolve_backbone(name)
     path = cache_dir() / "starter" / f"{key}.jsonl"
     if not path.is_file():
@@ -71,10 +74,29 @@ def _write_all(folder: Path) -> None:
         positives = sorted({o for o in found if _SHORTEST < len(o) <= _LONGEST_PAIR and o != text})
         if positives and _SHORTEST < len(text) <= _LONGEST_PAIR:
             pairs.append({"query": text, "positive": positives, "negative": []})
+    passages = _passages(modern, others, random.Random(1))
     generator = random.Random(0)
-    for name, rows in ((VERSES, verses), (PAIRS, pairs)):
+    for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
         generator.shuffle(rows)
         _write(folder / f"{name}.jsonl", rows)
+
+
+def _passages(
+    modern: Mapping[int, str], others: Sequence[Mapping[int, str]], generator: random.Random
+) -> list[dict[str, Any]]:
+    """Each verse with the seven around it, at a place of its own among them, within one chapter."""
+    chapters: dict[int, list[int]] = {}
+    for verse in sorted(modern):
+        chapters.setdefault(verse // 1000, []).append(verse)
+    rows = []
+    for verses in chapters.values():
+        for place, verse in enumerate(verses):
+            other = generator.choice(others)
+            begin = max(0, min(place - generator.randrange(_PASSAGE_VERSES), len(verses) - _PASSAGE_VERSES))
+            passage = " ".join(other[v] for v in verses[begin : begin + _PASSAGE_VERSES] if v in other)
+            if verse in other and _SHORTEST < len(modern[verse]) <= _LONGEST_VERSE:
+                rows.append({"query": modern[verse], "positive": [passage], "negative": []})
+    return rows
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

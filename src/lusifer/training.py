@@ -12,35 +12,34 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from lusifer import warmstart
-from lusifer.backbones import load_config, load_lm_head, load_tokenizer
-from lusifer.data import (
-    AlignmentCollator,
-    alignment_dataset,
-    contrastive_dataset,
-    llm_preprocess,
-    read_records,
-    read_texts,
-)
+from lusifer.alignment import AlignmentLoss, held_out_metrics
+from lusifer.backbones import load_config, load_lm_head, load_tokenizer, truncate_llm
+from lusifer.collate import AlignCollator, ContrastCollator, llm_preprocess
+from lusifer.contrastive import ContrastiveLoss
+from lusifer.data import read_texts
 from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.errors import LusiferError
-from lusifer.losses import AlignmentLoss, ContrastiveLoss
+from lusifer.mixture import Mixture
 from lusifer.modeling import LusiferModel
-from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Recipe
-from lusifer.trainer import optimise
+from lusifer.optimise import optimise
+from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Optimisation, Recipe
+from lusifer.trainer import load_learning
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("warm_start", "align", "contrast")
-_HELD_OUT = 64
+_HELD_OUT = 32
 
 
 def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTokenizerBase]:
@@ -60,15 +59,14 @@ def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTok
 
 def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, progress: bool) -> dict[str, Any]:
     """Stage 0; returns what it found."""
-    source = recipe.warm_start.data or recipe.align.reconstruct
+    source = recipe.warm_start_data()
     assert source is not None
-    texts = read_texts(source)[: recipe.warm_start.texts]
     inner = lusifer_model(model)
     start = warmstart.fit(
         inner,
         model.tokenizer,
         llm_tokenizer,
-        texts,
+        read_texts(source, recipe.warm_start.texts),
         ridge=recipe.warm_start.ridge,
         spectrum=recipe.warm_start.spectrum,
         progress=progress,
@@ -78,103 +76,162 @@ def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: An
     return {"explained": start.explained, "words": start.words, "held_out_words": start.held_out_words}
 
 
+def prepare(recipe: Recipe, name: str, model: LusiferModel) -> None:
+    """Gives a model the adapters and the depth of a stage, and chooses what learns in it."""
+    lora = recipe.model.llm_lora
+    if name == "contrast":
+        depth = recipe.contrast.llm_layers
+        if depth is not None and depth != model.config.llm_config.num_hidden_layers:
+            truncate_llm(model.llm, depth)
+        if lora is not None and not model.config.llm_adapter:
+            model.add_adapter("llm", lora.fields())
+    stage = recipe.align if name == "align" else recipe.contrast
+    model.set_trainable(encoder=stage.encoder, connector=stage.connector, llm=name == "contrast" and lora is not None)
+
+
+def stage_mixture(recipe: Recipe, name: str) -> Mixture:
+    """The examples of a gradient stage, with some rows kept out of training."""
+    stage: Optimisation = getattr(recipe, name)
+    seed = recipe.seed + STAGES.index(name)
+    return Mixture(stage.data, steps=stage.steps, batch_size=stage.batch_size, seed=seed, held_out=_HELD_OUT)
+
+
 def run_align(
-    recipe: Recipe,
-    stage: AlignRecipe,
-    model: SentenceTransformer,
-    llm_tokenizer: Any,
-    folder: Path,
-    progress: bool,
+    recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """Stage 1; returns losses, also those of held-out records with the right and with shuffled sources."""
+    """Stage 1; returns losses, and what held-out texts show before and after."""
+    stage: AlignRecipe = recipe.align
     inner = lusifer_model(model)
-    inner.set_trainable(encoder=stage.encoder, connector=stage.connector, llm=False)
-    head = load_lm_head(recipe.model.llm, inner.llm, revision=recipe.model.llm_revision)
-    loss = AlignmentLoss(model, head, mask_probability=stage.mask_probability, max_tokens=stage.max_tokens)
-    rows = stage.steps * stage.batch_size + _HELD_OUT
-    dataset = alignment_dataset(
-        stage.reconstruct,
-        stage.complete,
-        completion_ratio=stage.completion_ratio,
-        rows=rows,
-        seed=recipe.seed,
+    prepare(recipe, "align", inner)
+    seed = recipe.seed + STAGES.index("align")
+    loss = AlignmentLoss(
+        load_lm_head(recipe.model.llm, inner.llm, revision=recipe.model.llm_revision),
+        inner.llm_embeddings().float().mean(dim=0),
+        mask_probability=stage.mask_probability,
+        max_tokens=stage.max_tokens,
+        seed=seed,
     )
-    held_out, dataset = dataset.select(range(_HELD_OUT)), dataset.select(range(_HELD_OUT, rows))
-    collator = AlignmentCollator(
-        preprocess_fn=model.preprocess,
-        target_preprocess=llm_preprocess(llm_tokenizer, stage.target_max_seq_length),
+    collator = AlignCollator(
+        model.tokenizer,
+        stage.max_seq_length or recipe.model.max_seq_length,
+        llm_preprocess(llm_tokenizer, stage.target_max_seq_length),
     )
-    before = held_out_losses(loss, collator, held_out)
-    result = optimise(model, loss, dataset, stage, folder, seed=recipe.seed + 1, collator=collator, progress=progress)
-    return {**result, "held_out_before": before, "held_out": held_out_losses(loss, collator, held_out)}
+    mixture = stage_mixture(recipe, "align")
+    examples = [example for several in mixture.held_out_examples() for example in several]
+    batch = collator(examples) if len(examples) > 1 else None
+
+    def metrics(wrapped: Any) -> dict[str, float]:
+        assert batch is not None
+        device = loss.lm_head.weight.device
+        moved = {key: _to(value, device) for key, value in batch.items()}
+        return held_out_metrics(loss, wrapped, moved)
+
+    before = metrics(inner) if batch else {}
+    result = optimise(
+        inner, loss, mixture, collator, stage, folder, seed=seed, scale=recipe.scale,
+        evaluator=metrics if batch else None, progress=progress,
+    )  # fmt: skip
+    return {**result, "held_out_before": before, "metrics": metrics if batch else None}
 
 
-@torch.no_grad()
-def held_out_losses(loss: AlignmentLoss, collator: AlignmentCollator, records: Dataset) -> dict[str, float]:
-    """Cross-entropy per target token with the right sources, and with each row reading its neighbour's.
-
-    The target's inputs are all masked, so only the soft tokens can help: the gap between the two
-    figures is what they carry.
-    """
-    batch = collator(list(records))
-    source = {"input_ids": batch["source_input_ids"], "attention_mask": batch["source_attention_mask"]}
-    target = {"input_ids": batch["target_input_ids"], "attention_mask": batch["target_attention_mask"]}
-    other = {name: tensor.roll(1, dims=0) for name, tensor in source.items()}
-    device = loss.lm_head.weight.device
-    mode, probability = loss.training, loss.mask_probability
-    loss.eval()
-    # The flag of the loss alone masks targets; the model below it stays in evaluation mode.
-    loss.training, loss.mask_probability = True, 1.0
-    losses = {}
-    for name, columns in (("right", source), ("shuffled", other)):
-        moved = [{k: v.to(device) for k, v in part.items()} for part in (columns, target)]
-        losses[name] = float(loss(moved))
-    loss.mask_probability = probability
-    loss.train(mode)
-    return losses
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {key: _to(part, device) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def run_contrast(
-    recipe: Recipe, stage: ContrastRecipe, model: SentenceTransformer, folder: Path, progress: bool
+    recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
 ) -> dict[str, Any]:
     """Stage 2; returns losses."""
     inner = lusifer_model(model)
-    if recipe.model.llm_lora is not None and not inner.config.llm_adapter:
-        inner.add_adapter("llm", recipe.model.llm_lora.fields())
-    inner.set_trainable(encoder=stage.encoder, connector=stage.connector, llm=recipe.model.llm_lora is not None)
+    prepare(recipe, "contrast", inner)
+    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
+    return contrast(recipe, inner, model.tokenizer, limit, folder, progress)
+
+
+def contrast(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    folder: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """Contrastive training of a model whose forward gives ``pooler_output``, also of a baseline.
+
+    Args:
+        recipe: Its stage 2 says data, steps and loss.
+        model: The model; what learns has been chosen already.
+        tokenizer: Its tokenizer.
+        max_seq_length: Tokens of a text.
+        folder: Where checkpoints go.
+        progress: Whether to show a progress bar.
+    """
+    stage: ContrastRecipe = recipe.contrast
+    seed = recipe.seed + STAGES.index("contrast")
+    guide = SentenceTransformer(stage.guide) if stage.guide else None
     loss = ContrastiveLoss(
-        model,
         temperature=stage.temperature,
-        in_batch_negatives=stage.in_batch_negatives,
         symmetric=stage.symmetric,
+        matryoshka_dims=stage.matryoshka_dims,
+        guide=guide,
+        guide_margin=stage.guide_margin,
         max_tokens=stage.max_tokens,
+        graph_tokens=stage.graph_tokens,
     )
-    assert stage.data is not None
-    dataset = contrastive_dataset(
-        stage.data, instruction=stage.instruction, hard_negatives=stage.hard_negatives, seed=recipe.seed
-    )
-    return optimise(model, loss, dataset, stage, folder, seed=recipe.seed + 2, progress=progress)
+    collator = ContrastCollator(tokenizer, max_seq_length, guide.preprocess if guide else None)
+    mixture = stage_mixture(recipe, "contrast")
+    batches = [collator(examples) for examples in mixture.held_out_examples()]
+
+    def metrics(wrapped: Any) -> dict[str, float]:
+        device = next(model.parameters()).device
+        mode = wrapped.training
+        wrapped.eval()
+        with torch.no_grad():
+            losses = [float(loss(wrapped, {k: _to(v, device) for k, v in batch.items()})) for batch in batches]
+        wrapped.train(mode)
+        return {"loss": sum(losses) / len(losses)}
+
+    result = optimise(
+        model, loss, mixture, collator, stage, folder, seed=seed, scale=recipe.scale,
+        evaluator=metrics if batches else None, progress=progress,
+    )  # fmt: skip
+    return {**result, "metrics": metrics if batches else None}
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Opens every backbone's configuration and every data set of a recipe, before any work starts.
+    """Opens every backbone's configuration and checks every data set of a recipe, before any work starts.
 
     Raises:
-        LusiferError: If one is missing, empty or of the wrong kind.
+        LusiferError: If one is missing, broken or of the wrong kind; see `lusifer.data`.
     """
-    load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
-    load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
-    sources = [recipe.warm_start.data if recipe.warm_start.enabled else None]
-    sources += [recipe.align.reconstruct, recipe.align.complete] if recipe.align.enabled else []
-    sources += [recipe.contrast.data] if recipe.contrast.enabled else []
-    for source in {source for source in sources if source}:
-        read_records(source)
+    encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
+    llm = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+    del encoder
+    depth = recipe.model.llm_layers or llm.num_hidden_layers
+    if recipe.contrast.enabled and (recipe.contrast.llm_layers or 0) > depth:
+        raise LusiferError(f"contrast.llm_layers is {recipe.contrast.llm_layers}, but the LLM has {depth} layers")
+    source = recipe.warm_start_data()
+    if recipe.warm_start.enabled and source is not None:
+        read_texts(source, 1)
+    for name in ("align", "contrast"):
+        if getattr(recipe, name).enabled:
+            stage_mixture(recipe, name)
 
 
 def fingerprint(recipe: Recipe, stage: str) -> str:
     """Hash of everything that decides a stage's result: the model and every stage up to it."""
     upto = STAGES[: STAGES.index(stage) + 1]
-    volatile = {"save_steps", "logging_steps"}
+    volatile = {
+        "save_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_total_limit",
+        "report_to",
+        "max_tokens",
+        "graph_tokens",
+    }
     tree = {name: getattr(recipe, name).model_dump(exclude=volatile) for name in ("model", *upto)}
     return hashlib.sha256(json.dumps([recipe.seed, tree], sort_keys=True).encode()).hexdigest()
 
@@ -192,7 +249,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
     """
-    check_inputs(recipe)
+    state = PartialState()
+    with state.main_process_first():  # The others find the data read already.
+        check_inputs(recipe)
     output = Path(recipe.output)
     model: SentenceTransformer | None = None
     llm_tokenizer: PreTrainedTokenizerBase | None = None
@@ -205,29 +264,30 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             logger.info("%s is finished, skipping it", name)
             previous, model = folder / "model", None
             continue
-        if previous is None:
-            set_seed(recipe.seed)
-            model, llm_tokenizer = build_model(recipe.model)
-        elif model is None:
-            model = load_checkpoint(
-                str(previous), model_kwargs={"attn_implementation": recipe.model.attn_implementation}
-            )
+        make = partial(_model_before, recipe, previous)
+        model = make() if model is None else model
         if llm_tokenizer is None:
             llm_tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
         # Again, because a resumed run has drawn other numbers on its way here.
         set_seed(recipe.seed + number)
-        _run_stage(recipe, name, model, llm_tokenizer, folder, progress)
+        model = _run_stage(recipe, name, model, llm_tokenizer, folder, progress, make)
         previous = folder / "model"
     assert previous is not None
     if model is None:
         model = load_checkpoint(str(previous))
     final = output / "model"
-    save_atomically(
-        model,
-        final,
-        llm_tokenizer=load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision),
-    )
+    if state.is_main_process:
+        tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+        save_atomically(model, final, llm_tokenizer=tokenizer)
+    state.wait_for_everyone()
     return final
+
+
+def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
+    if previous is None:
+        set_seed(recipe.seed)
+        return build_model(recipe.model)[0]
+    return load_checkpoint(str(previous), model_kwargs={"attn_implementation": recipe.model.attn_implementation})
 
 
 def _finished(folder: Path, expected: str) -> bool:
@@ -253,25 +313,47 @@ def _other_recipe(folder: Path) -> LusiferError:
 
 
 def _run_stage(
-    recipe: Recipe, name: str, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
-) -> None:
+    recipe: Recipe,
+    name: str,
+    model: SentenceTransformer,
+    llm_tokenizer: Any,
+    folder: Path,
+    progress: bool,
+    again: Callable[[], SentenceTransformer],
+) -> SentenceTransformer:
+    """Runs one stage and writes its model; returns it.
+
+    ``again`` makes the model as it was before the stage: a sharded one cannot be put together in place.
+    """
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fingerprint").write_text(fingerprint(recipe, name), encoding="utf-8")
-    checkpoints = folder / "checkpoints"
-    runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "warm_start": lambda: run_warm_start(recipe, model, llm_tokenizer, progress),
-        "align": lambda: run_align(recipe, recipe.align, model, llm_tokenizer, checkpoints, progress),
-        "contrast": lambda: run_contrast(recipe, recipe.contrast, model, checkpoints, progress),
-    }
-    result = runs[name]()
+    state = PartialState()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprint").write_text(fingerprint(recipe, name), encoding="utf-8")
+    state.wait_for_everyone()
+    if name == "warm_start":
+        result = run_warm_start(recipe, model, llm_tokenizer, progress)
+    else:
+        run = run_align if name == "align" else run_contrast
+        result = run(recipe, model, llm_tokenizer, folder / "checkpoints", progress)
+        learned, metrics = result.pop("learned"), result.pop("metrics")
+        if metrics is not None:
+            result["held_out"] = metrics(lusifer_model(model))
+        if recipe.scale.strategy == "fsdp2" and state.num_processes > 1:
+            model = again()
+            prepare(recipe, name, lusifer_model(model))
+            load_learning(lusifer_model(model), learned)
     seconds = time.monotonic() - started
     inner = lusifer_model(model)
     facts = {key: value for key, value in result.items() if key != "history"}
     done = {**inner.config.provenance.get("stages", {}), name: {**facts, "seconds": round(seconds, 1)}}
     inner.config.provenance = {**inner.config.provenance, "seed": recipe.seed, "stages": done}
-    save_atomically(model.eval(), folder / "model")
-    report = {"stage": name, "fingerprint": fingerprint(recipe, name), "seconds": seconds, **result}
-    staging = folder / ".stage.json"
-    staging.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    os.replace(staging, folder / "stage.json")
+    model.eval()
+    if state.is_main_process:
+        save_atomically(model, folder / "model")
+        report = {"stage": name, "fingerprint": fingerprint(recipe, name), "seconds": seconds, **result}
+        staging = folder / ".stage.json"
+        staging.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        os.replace(staging, folder / "stage.json")
+    state.wait_for_everyone()
+    return model

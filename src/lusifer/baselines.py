@@ -1,0 +1,93 @@
+"""The English baseline: the LLM alone, bidirectional and mean pooled, trained on the same pairs, without an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lusifer.adapters import add_lora, merge_adapters
+from lusifer.backbones import load_config
+from lusifer.encoding import save_atomically
+from lusifer.recipes import Recipe
+from lusifer.starter import resolve_backbone
+from lusifer.training import contrast
+
+
+class LLMAlone(nn.Module):
+    """An LLM with the interface the contrastive loss expects of a model.
+
+    Args:
+        llm: A decoder of transformers, without LM head.
+    """
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
+        """Embeds texts.
+
+        Args:
+            input_ids: (batch, seq) int64, ids of the LLM's tokenizer.
+            attention_mask: (batch, seq), non-zero at real tokens.
+
+        Returns:
+            ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
+        """
+        states = self.llm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).float()
+        mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean)
+
+
+def llm_alone(recipe: Recipe) -> SentenceTransformer:
+    """The untrained baseline: as many layers and the same adapter as in stage 2 of the recipe.
+
+    Raises:
+        LusiferError: If the LLM cannot be loaded.
+    """
+    config = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+    layers = recipe.contrast.llm_layers or recipe.model.llm_layers or config.num_hidden_layers
+    module = Transformer(
+        resolve_backbone(recipe.model.llm),
+        config_kwargs={"num_hidden_layers": layers},
+        model_kwargs={"dtype": recipe.model.llm_dtype},
+        max_seq_length=recipe.model.max_seq_length,
+    )
+    # Not in config_kwargs, which drop what the configuration does not have already.
+    module.auto_model.config.is_causal = False
+    if module.tokenizer.pad_token is None:
+        module.tokenizer.pad_token = module.tokenizer.eos_token
+    if recipe.model.llm_lora is not None:
+        module.auto_model.requires_grad_(False)
+        add_lora(module.auto_model, recipe.model.llm_lora.fields())
+    return SentenceTransformer(modules=[module, Pooling(module.get_embedding_dimension()), Normalize()])
+
+
+def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
+    """Trains the baseline as stage 2 of the recipe trains LUSIFER: same data, steps, batch and loss.
+
+    Args:
+        recipe: The recipe.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``OUTPUT/llm_alone/model``, adapters merged, which Sentence Transformers opens without us.
+
+    Raises:
+        LusiferError: If the LLM or the data cannot be read, or training has to stop.
+    """
+    set_seed(recipe.seed)
+    model = llm_alone(recipe)
+    folder = Path(recipe.output) / "llm_alone"
+    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
+    llm = model[0].auto_model
+    contrast(recipe, LLMAlone(llm), model.tokenizer, limit, folder / "checkpoints", progress)
+    merge_adapters(llm)
+    save_atomically(model.eval(), folder / "model")
+    return folder / "model"
