@@ -29,6 +29,7 @@ check: $(READY)  ## lint, format check and types
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/train.py
 
 clean:           ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -7,12 +7,13 @@ position (in stage 2 too, where the result is dropped, as the published code doe
 and, in stage 2, runs the gradient cache in chunks of 4 texts, all in float32.
 
 Every variant runs in a process of its own, in turns: ``seconds`` is the median CPU time of a step,
-``memory`` the peak above what the process held before its first step. ``ratio`` is the naive form's
+``memory_mb`` the peak above what the process held before its first step. ``ratio`` is the naive form's
 time over ours, ``memory_ratio`` our memory over the naive form's, ``max_abs_diff`` the larger of two
 differences from the naive form, without dropout, in float32: of the losses, and of any gradient entry
 relative to the largest. Rows not named float32 compute in bfloat16 (autocast over frozen bfloat16
 weights; what learns stays in float32): ``bfloat16_diff`` is their own difference. ``loss at batch
-1024 x 7`` is the loss alone, forward and backward down to the embeddings (dim 768, one process).
+1024 x 7`` is the loss alone, forward and backward down to the embeddings (dim 768). ``ratio_without_head``
+compares with a naive form that spares itself the LM head, measured once.
 
 Writes runs/bench/train.json and a Markdown table.
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,18 +40,20 @@ from transformers import LlamaConfig, XLMRobertaConfig
 from lusifer import LusiferConfig, LusiferModel
 from lusifer.alignment import AlignmentLoss
 from lusifer.backbones import LMHead
-from lusifer.contrastive import ContrastiveLoss, text_keys
+from lusifer.contrastive import ContrastiveLoss
+from lusifer.microbatches import text_keys
 
 OUT = Path("runs/bench")
-TURNS, STEPS = 3, 1
+TURNS, STEPS = 3, 2
 PASS_TOKENS = 512  # Small passes are the fastest on a CPU.
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-# Row of the report: stage, our variant in bfloat16, our variant in float32, naive variant.
-ROWS = {
+# Row of the report: its stage, and options of our loss.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "alignment": ("align", {}),
     "contrastive, batch fits": ("contrast", {"graph_tokens": 10**9}),
     "contrastive, gradient cache": ("contrast", {"graph_tokens": 0}),
 }
+LOSS_ROW = "loss at batch 1024 x 7"
 
 
 def build() -> tuple[LusiferModel, LMHead]:
@@ -107,7 +109,9 @@ def batch(stage: str) -> dict[str, Any]:
     return {**shared, **tokens(lengths, generator), "columns": 9, "in_batch_negatives": True, "task": "contrast"}
 
 
-def naive_states(model: LusiferModel, ids: Tensor, mask: Tensor, target: Tensor | None, target_mask: Tensor | None) -> Any:
+def naive_states(
+    model: LusiferModel, ids: Tensor, mask: Tensor, target: Tensor | None, target_mask: Tensor | None
+) -> Any:
     """LLM states over ``[bos] soft [added] target`` as wide as the padding makes it, and the mask."""
     table: Any = model.llm.get_input_embeddings()
     soft = model.connector(model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
@@ -138,7 +142,9 @@ def naive_align(model: LusiferModel, loss: AlignmentLoss, data: dict[str, Any]) 
     states, _ = naive_states(model, source["input_ids"], source["attention_mask"], inputs, target["attention_mask"])
     labels = torch.where(target["attention_mask"].bool(), target["input_ids"], -100)
     labels = torch.nn.functional.pad(labels, (states.shape[1] - labels.shape[1], 0), value=-100)
-    value = cross_entropy(loss.lm_head(states.flatten(0, 1)).unflatten(0, labels.shape)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    value = cross_entropy(
+        loss.lm_head(states.flatten(0, 1)).unflatten(0, labels.shape)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     value.backward()
     return float(value.detach())
 
@@ -205,24 +211,25 @@ def resident(field: str) -> float:
 
 def measure(variant: str, file: str) -> None:
     """Runs one variant in this process; its figures and first gradients go to a file."""
-    torch.set_num_threads(int(os.environ.get("LUSIFER_BENCH_THREADS", "1")))
-    step, model = steps(variant) if variant != LOSS_ROW else large_loss()
-    Path("/proc/self/clear_refs").write_text("5")
+    step, model = large_loss() if variant == LOSS_ROW else steps(variant)
+    Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak of building the model.
     before = resident("VmRSS")
-    seconds, found = [], {}
-    for index in range(STEPS + 1):
-        start = time.process_time()
-        value = step()
-        if index:  # The first step also loads kernels.
-            seconds.append(time.process_time() - start)
-        else:
-            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    # The first step also loads kernels; a step of half a minute does not notice.
+    count, warm = (1, False) if variant.startswith("contrastive") else (STEPS, True)
+    seconds, wall, value = [], [], 0.0
+    found: dict[str, Tensor] = {}
+    for index in range(count + warm):
         model.zero_grad()
+        start, tick = time.process_time(), time.perf_counter()
+        value = step()
+        if index >= warm:
+            seconds.append(time.process_time() - start)
+            wall.append(time.perf_counter() - tick)
+        if not found:
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     memory = resident("VmHWM") - before
-    torch.save({"seconds": seconds, "memory": memory, "loss": value, "gradients": found}, file)
-
-
-LOSS_ROW = "loss at batch 1024 x 7"
+    figures = {"seconds": seconds, "wall": min(wall), "memory": memory, "loss": value, "gradients": found}
+    torch.save(figures, file)
 
 
 def large_loss() -> tuple[Callable[[], float], torch.nn.Module]:
@@ -241,10 +248,76 @@ def large_loss() -> tuple[Callable[[], float], torch.nn.Module]:
     return step, vectors
 
 
+def run(variant: str) -> dict[str, Any]:
+    """One turn of a variant, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/figures.pt"
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        subprocess.run([sys.executable, __file__, variant, file], check=True, env=environment)
+        return torch.load(file)
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The larger of the losses' difference and the gradients', relative to the largest gradient entry."""
+    gradients = expected["gradients"]
+    assert found["gradients"].keys() == gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    worst = max(float((found["gradients"][name] - gradients[name]).abs().max()) for name in gradients)
+    return max(abs(found["loss"] - expected["loss"]), worst / largest)
+
+
+def middle(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last turn, its seconds and memory the medians of all."""
+    seconds = statistics.median(second for turn in turns for second in turn["seconds"])
+    return {**turns[-1], "seconds": seconds, "memory": statistics.median(turn["memory"] for turn in turns)}
+
+
 def main() -> None:
     """Runs all variants in turns, and reports."""
-    measure(sys.argv[1], sys.argv[2])
+    # Both contrastive rows have the same naive form.
+    naive = {row: f"{'alignment' if row == 'alignment' else 'contrastive, gradient cache'}/naive" for row in ROWS}
+    variants = [*dict.fromkeys(naive.values()), *(f"{row}/{form}" for row in ROWS for form in ("float32", "bfloat16"))]
+    turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in [*variants, LOSS_ROW]}
+    for _ in range(TURNS):
+        for variant, found in turns.items():
+            found.append(run(variant))
+    figures = {variant: middle(found) for variant, found in turns.items()}
+    report: dict[str, Any] = {}
+    lines = ["| step | CPU seconds | memory, MB | speed-up | memory | difference |", "|---|---:|---:|---:|---:|---:|"]
+    for row in ROWS:
+        base, single = figures[naive[row]], figures[f"{row}/float32"]
+        lines.append(f"| {row}, naive | {base['seconds']:.2f} | {base['memory']:.0f} | 1 | 1 | |")
+        for form in ("float32", "bfloat16"):
+            ours = figures[f"{row}/{form}"]
+            entry = {
+                "ratio": base["seconds"] / ours["seconds"],
+                "memory_ratio": ours["memory"] / base["memory"],
+                "max_abs_diff": difference(single, base),
+                "seconds": ours["seconds"],
+                "memory_mb": ours["memory"],
+            }
+            if form == "bfloat16":
+                entry["bfloat16_diff"] = difference(ours, base)
+            report[row if form == "bfloat16" else f"{row}, float32"] = entry
+            lines.append(
+                f"| {row}, {form} | {ours['seconds']:.2f} | {ours['memory']:.0f} | {entry['ratio']:.2f} "
+                f"| {entry['memory_ratio']:.2f} | {difference(ours, base):.1e} |"
+            )
+    bare = run("contrastive, gradient cache/naive without head")
+    for row in list(ROWS)[1:]:
+        report[row]["ratio_without_head"] = bare["seconds"][0] / report[row]["seconds"]
+    lines.append(f"| contrastive, naive without LM head | {bare['seconds'][0]:.2f} | {bare['memory']:.0f} | | | |")
+    loss = figures[LOSS_ROW]
+    report[LOSS_ROW] = {"seconds": loss["seconds"], "memory_mb": loss["memory"], "wall_seconds": loss["wall"]}
+    lines.append(f"| {LOSS_ROW} | {loss['seconds']:.2f} (wall {loss['wall']:.2f}) | {loss['memory']:.0f} | | | |")
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "train.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (OUT / "train.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3:
+        measure(*sys.argv[1:])
+    else:
+        main()

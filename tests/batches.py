@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -77,7 +81,11 @@ def learning(model, dropout=0.0):
 
 
 def collect(model):
-    found = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if (gradient := parameter.grad) is not None:
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            found[name.removeprefix("module.")] = whole.clone()
     model.zero_grad()
     assert found
     return found
@@ -95,7 +103,7 @@ def graph_gradients(loss, model, batch, **options):
     return float(value.detach()), collect(model)
 
 
-def assert_same(found, expected, tolerance=1e-4):
+def assert_same(found, expected, tolerance=1e-5):
     """Same gradients: float32 sums over all tokens in another order, relative to the largest entry of all."""
     assert found.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -104,11 +112,25 @@ def assert_same(found, expected, tolerance=1e-4):
         torch.testing.assert_close(found[name], gradient, atol=tolerance * largest, rtol=0, msg=lambda m, n=name: n + m)
 
 
+def sharded(model):
+    """A copy of the model under FSDP2, and its ``no_sync``; to be called on every rank."""
+    model = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in [*model.encoder.encoder.layer, *model.llm.layers, model]:
+        fully_shard(layer, mesh=mesh)
+
+    @contextmanager
+    def no_sync():
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return model, no_sync
+
+
 def _entry(rank, size, folder, work, arguments):
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         torch.save(work(rank, size, *arguments), f"{folder}/{rank}.pt")
     finally:

@@ -6,13 +6,24 @@ import math
 
 import pytest
 import torch
-from batches import assert_same, contrast_batch, graph_gradients, learning, on_two_ranks, part, step_gradients, tokens
 from torch import distributed
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from batches import (
+    assert_same,
+    contrast_batch,
+    graph_gradients,
+    learning,
+    on_two_ranks,
+    part,
+    sharded,
+    step_gradients,
+    tokens,
+)
 from lusifer import LusiferError
-from lusifer.contrastive import ContrastiveLoss, info_nce, text_keys
+from lusifer.contrastive import ContrastiveLoss, info_nce
+from lusifer.microbatches import text_keys
 
 
 def naive(queries, candidates, tau, out=lambda i, j: False):
@@ -261,20 +272,21 @@ def disagreements(model):
 
 
 def on_a_rank(rank, size, model):
-    model, found = DistributedDataParallel(model), []
+    whole, (shards, no_sync) = DistributedDataParallel(model), sharded(model)
+    found = []
     for options, settings in CASES:
-        mine = part(case_batch(settings), rank, size)
-        found.append(step_gradients(ContrastiveLoss(temperature=0.1, **options), model, mine))
-    return found, disagreements(model)
+        loss, mine = ContrastiveLoss(temperature=0.1, **options), part(case_batch(settings), rank, size)
+        found.append([step_gradients(loss, whole, mine), step_gradients(loss, shards, mine, no_sync=no_sync)])
+    return found, disagreements(whole)
 
 
 def test_two_processes_equal_one_and_stop_where_they_disagree(tiny_model):
+    """Under DDP and under FSDP2."""
     model = learning(tiny_model)
     ranks = on_two_ranks(on_a_rank, model)
     for index, (options, settings) in enumerate(CASES):
         expected, gradients = step_gradients(ContrastiveLoss(temperature=0.1, **options), model, case_batch(settings))
-        for steps, _ in ranks:
-            metrics, found = steps[index]
+        for metrics, found in [step for steps, _ in ranks for step in steps[index]]:
             assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)  # float32
             assert_same(found, gradients)
     for rank, (_, messages) in enumerate(ranks):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
 from test_training import TEXTS
 
 STEPS = 6

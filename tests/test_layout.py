@@ -44,6 +44,7 @@ ORDER = [
     "trainer",
     "optimise",
     "training",
+    "dryrun",
     "baselines",
     "evaluation",
     "datacheck",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import align_batch, assert_same, contrast_batch, learning, step_gradients, tokens
 
+from batches import align_batch, assert_same, contrast_batch, learning, step_gradients, tokens
 from lusifer.alignment import AlignmentLoss
 from lusifer.backbones import LMHead
 from lusifer.contrastive import ContrastiveLoss

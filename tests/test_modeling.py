@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from transformers import AttentionInterface, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from batches import align_batch, contrast_batch
+from conftest import sharpen
 from lusifer import LusiferError, LusiferModel
-from lusifer.pooling import pack_left, pool
+from lusifer.alignment import AlignmentLoss
+from lusifer.backbones import LMHead, build_llm
+from lusifer.contrastive import ContrastiveLoss
+from lusifer.packing import is_varlen, pack_left
+from lusifer.pooling import pool
 from lusifer.use_encoder import UseConfig
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -228,27 +237,114 @@ def test_lora_a_learns_after_the_first_step(tiny_model):
 
 
 @pytest.mark.parametrize("encoder", ["frozen", "lora", "full"])
-def test_both_losses_leave_frozen_weights_bit_identical(tiny_st, tiny_llm, encoder):
-    from lusifer.backbones import load_lm_head
-    from lusifer.losses import AlignmentLoss, ContrastiveLoss
-
-    model = tiny_st[0].auto_model
+def test_both_losses_leave_frozen_weights_bit_identical(tiny_model, encoder):
+    model = tiny_model
     model.add_adapter("llm", LORA)
     if encoder == "lora":
         model.add_adapter("encoder", LORA)
-    align = AlignmentLoss(tiny_st, load_lm_head(tiny_llm, model.llm))
-    source, target = tiny_st.preprocess(["the cat sat", "rain fell"]), tiny_st.preprocess(["on the mat", "all night"])
-    for loss, llm in ((align, False), (ContrastiveLoss(tiny_st), True)):
+    embeddings = model.llm_embeddings()
+    align = AlignmentLoss(LMHead(embeddings, None, model.llm.config), embeddings.mean(dim=0))
+    for loss, batch, llm in ((align, align_batch(), False), (ContrastiveLoss(), contrast_batch(), True)):
         model.set_trainable(encoder=encoder, connector=True, llm=llm)
-        before = {name: p.detach().clone() for name, p in loss.named_parameters()}
-        learning = {name for name, p in loss.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2, weight_decay=0.1)
-        loss.train()
+        everything = torch.nn.ModuleList([model, loss])
+        before = {name: p.detach().clone() for name, p in everything.named_parameters()}
+        learning = {name for name, p in everything.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(everything.parameters(), lr=1e-2, weight_decay=0.1)
+        everything.train()
         for _ in range(3):
             optimizer.zero_grad()
-            loss([source, target]).backward()
+            loss.step(model, batch, backward=torch.Tensor.backward, no_sync=nullcontext)
             optimizer.step()
-        for name, parameter in loss.named_parameters():
+        for name, parameter in everything.named_parameters():
             assert torch.equal(parameter, before[name]) != (name in learning), name
         assert any("llm.layers" in name for name in learning) == llm
         assert any("encoder." in name for name in learning) == (encoder != "frozen")
+
+
+@torch.no_grad()
+def test_targets_follow_the_prefix_and_may_be_hidden(tiny_model):
+    ids, mask = tokens(6, 3)
+    target, target_mask = tokens(2, 5)
+    hidden = torch.zeros_like(target_mask, dtype=torch.bool)
+    hidden[1, 3] = True
+    replacement = torch.randn(48)
+    targets = {"target_ids": target, "target_mask": target_mask}
+    output = tiny_model(ids, mask, **targets, target_hidden=hidden, mask_embedding=replacement)
+    assert output.pooler_output is None
+    expected = []
+    for row, (length, own) in enumerate(((6, 2), (3, 5))):
+        prefix, _, _ = tiny_model.soft_tokens(ids[row : row + 1, :length], mask[row : row + 1, :length])
+        inputs = tiny_model.llm_embeddings()[target[row : row + 1, :own]]
+        if row == 1:
+            inputs[0, 3] = replacement
+        states = tiny_model.llm(inputs_embeds=torch.cat([prefix, inputs], dim=1)).last_hidden_state
+        expected.append(states[0, prefix.shape[1] - 1 : -1])  # The added token's state predicts the first one.
+    torch.testing.assert_close(output.last_hidden_state, torch.cat(expected), atol=1e-5, rtol=1e-5)  # float32
+    plain = tiny_model(ids, mask, **targets).last_hidden_state
+    assert torch.equal(plain[:6], output.last_hidden_state[:6])  # Up to the hidden token nothing changes.
+    assert not torch.equal(plain[6:], output.last_hidden_state[6:])
+
+
+def flash_reference(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
+    """What FlashAttention does for one packed row, a text at a time."""
+    assert attention_mask is None and query.shape[0] == 1
+    bounds = kwargs["cu_seq_lens_q"]
+    assert bounds.dtype == torch.int32 and torch.equal(bounds, kwargs["cu_seq_lens_k"])
+    lengths = bounds.diff()
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == int(lengths.max()) and int(bounds[-1]) == query.shape[2]
+    flash_reference.texts = len(lengths)
+    causal = module.is_causal if is_causal is None else is_causal
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(states[:, :, begin:end] for states in (query, key, value)),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_attention_equals_padded(tiny_model, family):
+    """The LLM runs one row of all texts, in both directions, with the same states and gradients."""
+    AttentionInterface.register("flash_reference", flash_reference)
+    torch.manual_seed(2)
+    config = FAMILIES[family](
+        vocab_size=300,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=64,
+    )
+    tiny_model.llm = sharpen(build_llm(config))
+    ids, mask = tokens(6, 3, 5)
+    target, target_mask = tokens(2, 5, 4)
+    found = []
+    for attention in ("sdpa", "flash_reference"):
+        tiny_model.llm.config._attn_implementation = attention
+        assert is_varlen(tiny_model.llm.config) == (attention != "sdpa")
+        flash_reference.texts = 0
+        both = tiny_model(ids, mask)
+        causal = tiny_model(ids, mask, target_ids=target, target_mask=target_mask).last_hidden_state
+        assert flash_reference.texts == (0 if attention == "sdpa" else 3)
+        real = torch.arange(8) < torch.tensor([[8], [5], [7]])
+        vectors = (both.pooler_output, both.last_hidden_state[real], causal)
+        weight = tiny_model.connector.up.weight
+        gradients = torch.autograd.grad(both.pooler_output.square().sum() + causal.square().sum(), weight)[0]
+        found.append((*vectors, gradients / gradients.abs().max()))
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)  # Float32, another summation order.
+    alone = tiny_model(ids[1:2, :3]).pooler_output
+    torch.testing.assert_close(alone[0], found[1][0][1], atol=1e-5, rtol=1e-5)

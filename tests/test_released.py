@@ -34,7 +34,7 @@ def fake_cache(tmp_path, monkeypatch):
     for name in STARTERS:
         folder = tmp_path / "cache" / "starter" / name
         folder.mkdir(parents=True)
-        (folder / "tokenizer.json").write_text('{"of": "%s"}' % name)
+        (folder / "tokenizer.json").write_text(json.dumps({"of": name}))
         size = (folder / "tokenizer.json").stat().st_size
         marker = {"format": 1, "files": {"tokenizer.json": [size, "unchecked"]}}
         (folder / "complete.json").write_text(json.dumps(marker))

@@ -424,6 +424,21 @@ def test_an_encoder_trained_in_full_is_saved_and_loaded(make, tmp_path):
     assert kept and all(torch.equal(plain[key], fresh[key]) for key in kept)
 
 
+def test_stage_1_has_the_whole_llm_and_stage_2_its_first_layers(make, tmp_path):
+    recipe = make(tmp_path / "run", align={"steps": 1}, contrast={"steps": 1, "llm_layers": 1})
+    train(recipe, progress=False)
+    depths = []
+    for name in ("align/model", "contrast/model", "model"):
+        loaded = lusifer.load(str(tmp_path / "run" / name), device="cpu")
+        inner = loaded[0].auto_model
+        depths.append(len(inner.llm.layers))
+        assert inner.config.llm_config.num_hidden_layers == inner.llm.config.num_hidden_layers == depths[-1]
+    assert depths == [2, 1, 1]
+    assert loaded.encode(["the cat"]).shape == (1, 48)
+    with pytest.raises(LusiferError, match="llm_layers is 5, but the LLM has 2"):
+        train(make(tmp_path / "deep", contrast={"llm_layers": 5}), progress=False)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_resumed_run_keeps_the_chosen_attention(make, tmp_path, monkeypatch, attention):
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -149,12 +151,13 @@ def load_backbones(
     encoder_dtype: torch.dtype | str,
     llm_dtype: torch.dtype | str,
     attn_implementation: str | None,
+    quantization: str | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the encoder and the LLM a configuration names.
+    """Loads the encoder and the LLM a configuration names; ``quantization`` is for the LLM.
 
     Raises:
-        LusiferError: If it names none, or one cannot be read.
+        LusiferError: If it names none, one cannot be read, or the LLM cannot be quantised.
     """
     if config.encoder is None or config.llm is None:
         raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
@@ -172,10 +175,36 @@ def load_backbones(
         config.llm_config,
         dtype=llm_dtype,
         revision=config.llm_revision or "main",
+        **quantized(quantization, llm_dtype),
         **attention,
         **hub,
     )
     return encoder, llm
+
+
+def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a frozen LLM in 8 or 4 bits (QLoRA, arXiv 2305.14314).
+
+    Args:
+        kind: ``8bit``, ``4bit`` (NF4, constants quantised again) or None.
+        dtype: Data type the LLM computes in.
+
+    Raises:
+        LusiferError: If bitsandbytes is missing.
+    """
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LusiferError(f"quantization: {kind} needs bitsandbytes; run `pip install 'lusifer[quantization]'`")
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+    )
+    return {"quantization_config": config}
 
 
 def _no_sliding_window(config: PretrainedConfig) -> None:
@@ -227,7 +256,9 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Maps states (tokens, llm_dim) to float32 logits (tokens, vocab)."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float() * self.scale
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1:
+            logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

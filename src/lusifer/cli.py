@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # The bars of the libraries beneath would drown our own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -65,6 +65,8 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
     llm_alone: Annotated[bool, typer.Option("--llm-alone", help="Train the baseline instead: the LLM alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; loads no weights.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes to plan for, with --dry-run.")] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -83,11 +85,36 @@ def train(
     from lusifer.recipes import load_recipe
 
     checked = load_recipe(recipe, context.args)
+    if dry_run:
+        from lusifer.dryrun import dry_run as plan
+
+        facts = plan(checked, recipe, ranks=ranks)
+        emit(facts) if as_json else _show_plan(facts)
+        return
     from lusifer.baselines import train_llm_alone
     from lusifer.training import train as run
 
     folder = (train_llm_alone if llm_alone else run)(checked, progress=not quiet)
     emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
+
+
+def _show_plan(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("part", "parameters", "learn in the last stage")
+    for part, row in facts["parameters"].items():
+        table.add_row(part, f"{row['total']:,}", f"{row['trainable']:,}")
+    console.print(table)
+    table = Table("", *facts["stages"])
+    for key in next(iter(facts["stages"].values()), {}):
+        cells = [stage[key] for stage in facts["stages"].values()]
+        if key == "memory_gb":
+            cells = ["\n".join(f"{part} {gb:.2f}" for part, gb in cell.items()) for cell in cells]
+        table.add_row(key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells])
+    console.print(table)
+    console.print(facts["launch"], soft_wrap=True)
 
 
 @app.command(rich_help_panel="Using a model")

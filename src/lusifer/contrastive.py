@@ -30,22 +30,13 @@ from lusifer.microbatches import (
     groups_within,
     micro_batches,
     padded_tokens,
+    text_keys,
     token_features,
     trim,
     world,
 )
 
-_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants of SplitMix64, as signed numbers.
 _SLICE = 256  # Queries per slice of the score matrix.
-
-
-def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(rows,) int64 keys, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions)."""
-    ids, mask = input_ids.long(), attention_mask.long()
-    weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]
-    weights = (weights ^ (weights >> 30)) * _MULTIPLIERS[1]
-    weights = (weights ^ (weights >> 27)) | 1
-    return ((ids + 1) * mask * weights).sum(dim=1)
 
 
 class _InfoNCE(torch.autograd.Function):

@@ -28,6 +28,8 @@ Features = dict[str, Tensor]
 NoSync = Callable[[], AbstractContextManager[Any]]
 Backward = Callable[[Tensor], Any]
 
+_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants of SplitMix64, as signed numbers.
+
 
 def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[Tensor]:
     """Groups rows of similar length.
@@ -75,6 +77,15 @@ def token_features(batch: dict[str, Any]) -> Features:
     """The entries of a batch that have one value per token: tensors of the shape of ``input_ids``."""
     shape = batch["input_ids"].shape
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+
+
+def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(rows,) int64 keys, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions)."""
+    ids, mask = input_ids.long(), attention_mask.long()
+    weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]
+    weights = (weights ^ (weights >> 30)) * _MULTIPLIERS[1]
+    weights = (weights ^ (weights >> 27)) | 1
+    return ((ids + 1) * mask * weights).sum(dim=1)
 
 
 def world() -> tuple[int, int]:

@@ -85,6 +85,7 @@ class LusiferModel(PreTrainedModel):
         encoder_dtype: torch.dtype | str = torch.float32,
         llm_dtype: torch.dtype | str = torch.float32,
         attn_implementation: str | None = None,
+        quantization: str | None = None,
         **config: Any,
     ) -> LusiferModel:
         """Builds an untrained model from two pretrained backbones.
@@ -96,6 +97,7 @@ class LusiferModel(PreTrainedModel):
             encoder_dtype: Data type of the encoder's weights.
             llm_dtype: Data type of the LLM's weights.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice when None.
+            quantization: ``8bit`` or ``4bit`` loads the LLM's linear layers so; they stay frozen.
             **config: Further fields of `LusiferConfig`.
 
         Raises:
@@ -106,7 +108,7 @@ class LusiferModel(PreTrainedModel):
         if llm_layers is not None:
             keep_layers(llm_config, llm_layers)
         built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
-        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation)
+        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
         model = cls(built, *parts)
         embeddings = model.llm_embeddings().float()
         model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
@@ -123,12 +125,13 @@ class LusiferModel(PreTrainedModel):
             pretrained_model_name_or_path: Folder or hub id.
             *args: For transformers' loader.
             **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones'
-                data types, which otherwise are those of the checkpoint's configuration.
+                data types, which otherwise are those of the checkpoint's configuration;
+                ``quantization`` is as for `from_backbones`.
 
         Raises:
             LusiferError: If the checkpoint cannot be read, or a backbone is missing.
         """
-        config = kwargs.pop("config", None)
+        config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
         if not isinstance(config, LusiferConfig):
             config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -148,7 +151,9 @@ class LusiferModel(PreTrainedModel):
         encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
         llm_dtype = chosen or config.llm_config.dtype or torch.float32
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
-        parts = load_backbones(config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), **shared)
+        parts = load_backbones(
+            config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
+        )
         model = cls(config, *parts)
         for part in ("encoder", "llm"):
             if getattr(config, f"{part}_adapter"):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from lusifer import warmstart
 from lusifer.alignment import AlignmentLoss, held_out_metrics
-from lusifer.backbones import load_config, load_lm_head, load_tokenizer, truncate_llm
+from lusifer.backbones import keep_layers, load_config, load_lm_head, load_tokenizer, truncate_llm
 from lusifer.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.contrastive import ContrastiveLoss
 from lusifer.data import read_texts
@@ -83,6 +83,8 @@ def prepare(recipe: Recipe, name: str, model: LusiferModel) -> None:
         depth = recipe.contrast.llm_layers
         if depth is not None and depth != model.config.llm_config.num_hidden_layers:
             truncate_llm(model.llm, depth)
+            if model.llm.config is not model.config.llm_config:
+                keep_layers(model.config.llm_config, depth)
         if lora is not None and not model.config.llm_adapter:
             model.add_adapter("llm", lora.fields())
     stage = recipe.align if name == "align" else recipe.contrast
@@ -287,7 +289,8 @@ def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
     if previous is None:
         set_seed(recipe.seed)
         return build_model(recipe.model)[0]
-    return load_checkpoint(str(previous), model_kwargs={"attn_implementation": recipe.model.attn_implementation})
+    chosen = {name: getattr(recipe.model, name) for name in ("attn_implementation", "quantization")}
+    return load_checkpoint(str(previous), model_kwargs=chosen)
 
 
 def _finished(folder: Path, expected: str) -> bool:
