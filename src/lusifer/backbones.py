@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,7 +145,22 @@ def load_llm(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedMo
         LusiferError: If it cannot be read.
     """
     _no_sliding_window(config)
-    return _load("llm", name, AutoModel.from_pretrained, config=config, **kwargs)
+    with _no_load_report():  # It lists the layers and the head that are left out on purpose.
+        llm, found = _load("llm", name, AutoModel.from_pretrained, config=config, output_loading_info=True, **kwargs)
+    if missing := sorted(found["missing_keys"]):
+        raise LusiferError(f"the llm {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
+    return llm
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_backbones(
