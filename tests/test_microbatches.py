@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -82,7 +84,7 @@ def test_cached_gradient_is_the_single_pass_one_under_dropout(tiny_model, graph_
 
 @pytest.mark.parametrize("outside", [True, False])
 def test_autocast_around_a_cached_step_loses_no_gradient(tiny_model, outside):
-    """Autocast keeps weights cast without a graph; used in the second pass they would get no gradient."""
+    """Older autocasts keep weights cast without a graph; used in the second pass they would get no gradient."""
     model, batch = learning(tiny_model), contrast_batch()
     single, cached = (ContrastiveLoss(max_tokens=40, graph_tokens=tokens) for tokens in (10_000, 0))
     forward = model.forward
@@ -114,3 +116,30 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, stage):
         found.append((len(calls), step_gradients(loss, model, batch)[1], len(calls)))
     assert found[1][2] > found[0][2]  # Layers did run again.
     assert_same(found[1][1], found[0][1], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 120, 10_000])
+def test_gradients_are_reduced_once(tiny_model, graph_tokens):
+    """Outside of ``no_sync`` there are one backward pass and, right before it, one forward pass with a graph."""
+    model, log, depth = learning(tiny_model), [], [0]
+
+    @contextmanager
+    def no_sync():
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    def backward(value):
+        log.append(("backward", depth[0]))
+        value.backward()
+
+    model.register_forward_hook(lambda *_: log.append(("forward", depth[0])))
+    embeddings = model.llm_embeddings()
+    align = AlignmentLoss(LMHead(embeddings, None, model.llm.config), embeddings.mean(dim=0), max_tokens=60)
+    contrast = ContrastiveLoss(max_tokens=40, graph_tokens=graph_tokens)
+    for loss, batch in ((align, align_batch()), (contrast, contrast_batch())):
+        log.clear()
+        loss.step(model, batch, backward=backward, no_sync=no_sync)
+        assert len(log) > 3 and depth == [0]
+        assert log[-2:] == [("forward", 0), ("backward", 0)]
+        assert all(inside == 1 for _, inside in log[:-2])

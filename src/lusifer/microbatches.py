@@ -166,7 +166,7 @@ class CachedPass:
                 self.states.append(RandomState(self.device))
                 with torch.no_grad(), no_sync():
                     parts.append(self.embed(rows))
-                # Autocast remembers weights it cast without a graph, and would hand them to the pass that needs one.
+                # Autocast of torch before 2.10 or so hands weights it cast without a graph to the pass that needs one.
                 torch.clear_autocast_cache()
                 continue
             # A distributed wrapper prepares the reduction in the forward pass before the last backward pass.

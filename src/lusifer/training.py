@@ -42,6 +42,11 @@ STAGES = ("warm_start", "align", "contrast")
 _HELD_OUT = 32
 
 
+def processes() -> PartialState:
+    """The processes torchrun started, connected; a single one otherwise."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTokenizerBase]:
     """The untrained model of a recipe, and its LLM's tokenizer.
 
@@ -251,7 +256,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
     """
-    state = PartialState()
+    state = processes()
     with state.main_process_first():  # The others find the data read already.
         check_inputs(recipe)
     output = Path(recipe.output)
@@ -329,7 +334,7 @@ def _run_stage(
     ``again`` makes the model as it was before the stage: a sharded one cannot be put together in place.
     """
     started = time.monotonic()
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "fingerprint").write_text(fingerprint(recipe, name), encoding="utf-8")
