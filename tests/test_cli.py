@@ -12,9 +12,11 @@ import warnings
 import numpy as np
 import pytest
 from pyarrow import parquet
+from sentence_transformers import SentenceTransformer
 
 import lusifer
 from lusifer import LusiferError, cli, quickstart
+from lusifer.baselines import llm_alone, train_llm_alone
 from lusifer.encoding import save_atomically
 from lusifer.evaluation import load_everyday
 from lusifer.use_encoder import LANGUAGES
@@ -64,7 +66,7 @@ def recipe(tmp_path, data, tiny_encoder, tiny_llm, more=""):
         f"output: {tmp_path / 'run'}\n"
         f"model: {{encoder: {tiny_encoder}, llm: {tiny_llm}, max_seq_length: 32}}\n"
         "warm_start: {enabled: false}\n"
-        f"contrast: {{data: {data / 'pairs.jsonl'}, steps: 2, batch_size: 4}}\n{more}"
+        f"contrast: {{data: [{{source: {data / 'pairs.jsonl'}}}], steps: 2, batch_size: 4}}\n{more}"
     )
     return path
 
@@ -104,7 +106,7 @@ def test_train_then_mistakes_in_recipes(call, tmp_path, data, tiny_encoder, tiny
     assert "lacks a value" in mistake(*call("train", path, "--contrast.steps"))
     assert "none.yaml" in mistake(*call("train", tmp_path / "none.yaml"))
     assert "/nowhere/encoder" in mistake(*call("train", path, "--model.encoder", "/nowhere/encoder"))
-    assert "pairz.jsonl" in mistake(*call("train", path, "--contrast.data", tmp_path / "pairz.jsonl"))
+    assert "pairz.jsonl" in mistake(*call("train", path, "--contrast.data.0.source", tmp_path / "pairz.jsonl"))
     blocked = tmp_path / "recipe.yaml" / "inside"
     assert "Not a directory" in mistake(*call("train", path, "--output", blocked, "-q"))
 
@@ -241,9 +243,10 @@ def overrides(data, tiny_encoder, tiny_llm, monkeypatch):
     pairs, texts = str(data / "pairs.jsonl"), str(data / "texts.jsonl")
     values = {
         "model.encoder": tiny_encoder, "model.llm": tiny_llm, "model.llm_layers": "null",
-        "model.llm_dtype": "float32", "warm_start.data": texts, "align.reconstruct": texts, "align.complete": pairs,
-        "align.steps": 2, "align.batch_size": 4, "contrast.data": pairs, "contrast.steps": 2,
-        "contrast.batch_size": 4,
+        "model.llm_dtype": "float32", "warm_start.data": texts,
+        "align.data.0.source": texts, "align.data.1.source": pairs,
+        "align.steps": 2, "align.batch_size": 4, "contrast.steps": 2, "contrast.batch_size": 4,
+        "contrast.data.0.source": pairs,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in values.items()]
 
@@ -274,7 +277,7 @@ def test_the_quickstart_end_to_end(call, overrides, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("worked again")
 
-    for name in ("optimise", "score", "train", "train_llm_alone"):
+    for name in ("score", "train", "train_llm_alone"):
         monkeypatch.setattr(quickstart, name, never)
     (output / "report.md").unlink()
     code, out, _ = call("quickstart", "--output", output, "-q", *overrides)
@@ -291,10 +294,16 @@ def test_the_baseline_sees_both_directions_and_trains_only_its_adapter(overrides
     import torch
 
     recipe = quickstart.quickstart_recipe(tmp_path / "q", overrides)
-    model = quickstart.train_llm_alone(recipe, progress=False).eval()
-    learning = [name for name, value in model.named_parameters() if value.requires_grad]
+    learning = [name for name, value in llm_alone(recipe).named_parameters() if value.requires_grad]
     assert learning and all("lora_" in name for name in learning)
+    folder = train_llm_alone(recipe, progress=False)
+    model = SentenceTransformer(str(folder)).eval()
+    untrained = llm_alone(recipe)[0].auto_model.state_dict()
     inner = model[0].auto_model
+    assert inner.config.num_hidden_layers == len(inner.layers)
+    name = "layers.0.self_attn.q_proj"
+    assert not torch.equal(inner.get_submodule(name).weight, untrained[f"{name}.base_layer.weight"])
+    assert torch.equal(inner.norm.weight, untrained["norm.weight"])
     ids = torch.tensor([[5, 6, 7, 8]])
     other = torch.tensor([[5, 6, 7, 9]])
     with torch.no_grad():

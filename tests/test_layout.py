@@ -54,6 +54,7 @@ ORDER = [
     "report",
     "quickstart",
     "cli",
+    "__main__",
 ]
 
 

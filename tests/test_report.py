@@ -27,7 +27,13 @@ def made_up():
         }
     stages = {
         "warm_start": {"explained": 0.437},
-        "align": {"held_out": {"right": 1.234, "shuffled": 5.678}},
+        "align": {
+            "held_out": {
+                "visible_own_accuracy": 0.7004,
+                "visible_other_accuracy": 0.242,
+                "visible_none_accuracy": 0.25,
+            }
+        },  # fmt: skip
         "contrast": {"loss": 0.5},
     }
     return {"systems": systems, "seen_languages": SEEN, "seconds": 90.0, "peak_rss_mb": 1234.5, "stages": stages}
@@ -88,7 +94,7 @@ def test_how_the_run_went():
     assert run["training and scoring, all calls together"] == "1.5 minutes"
     assert run["peak memory"] in ("1234 MB", "1235 MB")
     assert run["stage 0: held-out variance explained"] == "43.7 %"
-    assert run["stage 1: loss per token, right source / another text's"] == "1.23 / 5.68"
+    assert run["stage 1: held-out tokens right with own / another text's / no soft tokens"] == "70.0 / 24.2 / 25.0 %"
     assert run["stage 2: mean loss"] == "0.50"
 
 

@@ -68,11 +68,9 @@ def _facts(results: dict[str, Any]) -> dict[str, str]:
     stages = results.get("stages", {})
     if "warm_start" in stages:
         facts["stage 0: held-out variance explained"] = f"{100 * stages['warm_start']['explained']:.1f} %"
-    if "align" in stages:
-        held = stages["align"]["held_out"]
-        facts["stage 1: loss per token, right source / another text's"] = (
-            f"{held['right']:.2f} / {held['shuffled']:.2f}"
-        )
+    if held := stages.get("align", {}).get("held_out"):
+        shares = " / ".join(f"{100 * held[f'visible_{kind}_accuracy']:.1f}" for kind in ("own", "other", "none"))
+        facts["stage 1: held-out tokens right with own / another text's / no soft tokens"] = f"{shares} %"
     if "contrast" in stages:
         facts["stage 2: mean loss"] = f"{stages['contrast']['loss']:.2f}"
     return facts
