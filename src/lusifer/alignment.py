@@ -50,14 +50,12 @@ class _CrossEntropy(torch.autograd.Function):
             if head.softcap is not None and gradient is not None:
                 slope = 1 - (logits / head.softcap) ** 2
             labels = (torch.arange(len(logits), device=logits.device), wanted[rows])
-            right = logits[labels]
-            highest = logits.amax(dim=1, keepdim=True)
-            probabilities = logits.sub_(highest).exp_()
-            sums = probabilities.sum(dim=1, keepdim=True)
-            total += (sums.log() + highest).squeeze(1).sub(right).sum()
+            logarithms = torch.log_softmax(logits, dim=1)
+            total -= logarithms[labels].sum()
             if gradient is None:
                 continue
-            probabilities.div_(sums)[labels] -= 1
+            probabilities = logarithms.exp_()
+            probabilities[labels] -= 1
             if head.softcap is not None:
                 probabilities.mul_(slope)
             if head.scale != 1:

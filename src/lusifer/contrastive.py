@@ -58,14 +58,12 @@ class _InfoNCE(torch.autograd.Function):
                 out = excluded(rows)
                 out[own] = False
                 scores.masked_fill_(out, float("-inf"))
-            positive = scores[own]
-            highest = scores.amax(dim=1, keepdim=True)
-            probabilities = scores.sub_(highest).exp_()
-            sums = probabilities.sum(dim=1, keepdim=True)
-            total += (sums.log() + highest).squeeze(1).sub(positive).sum()
+            logarithms = torch.log_softmax(scores, dim=1)
+            total -= logarithms[own].sum()
             if query_grad is not None and candidate_grad is not None:
-                probabilities.div_(sums * (temperature * len(queries)))
-                probabilities[own] -= 1 / (temperature * len(queries))
+                probabilities = logarithms.exp_()
+                probabilities[own] -= 1
+                probabilities.mul_(1 / (temperature * len(queries)))
                 torch.mm(probabilities, candidates, out=query_grad[rows])
                 candidate_grad.addmm_(probabilities.T, queries[rows])
         ctx.save_for_backward(query_grad, candidate_grad)
