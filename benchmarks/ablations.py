@@ -36,6 +36,7 @@ VARIANTS: dict[str, list[str]] = {
     "no added token": ["--model.num_added_tokens", "0"],
     "mask 0": ["--align.mask_probability", "0"],
     "mask 0.9": ["--align.mask_probability", "0.9"],
+    "no distillation": ["--contrast.guide", "null", "--contrast.distill", "0"],
     "LLM frozen in stage 2": ["--model.llm_lora", "null"],
     "English LLM alone": [],
     "encoder alone": [],

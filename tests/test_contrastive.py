@@ -23,6 +23,7 @@ from batches import (
 )
 from lusifer import LusiferError
 from lusifer.contrastive import ContrastiveLoss, info_nce
+from lusifer.distillation import neighbourhood_divergence
 from lusifer.microbatches import text_keys
 
 
@@ -164,10 +165,21 @@ def test_a_guide_leaves_out_what_it_finds_closer_than_the_positive(margin, in_ba
 
 def test_symmetric_guide_is_the_mirror_image():
     vectors, guide = embeddings(2), normalize(embeddings(2, seed=1).detach(), dim=-1)
-    loss = ContrastiveLoss(temperature=0.1, symmetric=True)
+    loss = ContrastiveLoss(temperature=0.1, symmetric=True, guide_margin=0.0)
     forward = naive(*vectors, 0.1, lambda i, j: guide[0, i] @ guide[1, j] > guide[0, i] @ guide[1, i])
     mirror = naive(vectors[1], vectors[0], 0.1, lambda i, j: guide[1, i] @ guide[0, j] > guide[1, i] @ guide[0, i])
     compare(loss.of_embeddings(vectors, distinct(vectors), guide), (forward + mirror) / 2, vectors)
+
+
+def test_a_guide_without_margin_leaves_out_nothing_and_distill_adds_its_divergence():
+    vectors, guide = embeddings(), normalize(embeddings(seed=1).detach(), dim=-1)
+    plain = ContrastiveLoss(temperature=0.1).of_embeddings(vectors, distinct(vectors))
+    idle = ContrastiveLoss(temperature=0.1, guide=torch.nn.Linear(1, 1))
+    compare(idle.of_embeddings(vectors, distinct(vectors), guide), plain, vectors)
+    taught = ContrastiveLoss(temperature=0.1, guide=torch.nn.Linear(1, 1), distill=3.0, distill_temperature=0.2)
+    texts, theirs = vectors.flatten(0, 1), guide.flatten(0, 1)
+    expected = plain + 3 * neighbourhood_divergence(texts, theirs, temperature=0.2)
+    compare(taught.of_embeddings(vectors, distinct(vectors), guide), expected, vectors)
 
 
 class Guide(torch.nn.Module):
@@ -187,7 +199,9 @@ class Guide(torch.nn.Module):
 def test_the_guide_reads_its_own_features_and_learns_nothing(tiny_model):
     model, batch = learning(tiny_model), contrast_batch()
     plain = ContrastiveLoss(temperature=0.1)
-    guided = ContrastiveLoss(temperature=0.1, guide=Guide(), max_tokens=40, graph_tokens=80).train()
+    guided = ContrastiveLoss(
+        temperature=0.1, guide=Guide(), guide_margin=0.0, distill=0.5, max_tokens=40, graph_tokens=80
+    ).train()
     with pytest.raises(LusiferError, match="guide"):
         guided.step(model, batch, backward=torch.Tensor.backward, no_sync=torch.no_grad)
     model.zero_grad()
@@ -245,7 +259,8 @@ def test_a_single_process_uses_in_batch_negatives():
 CASES = [
     ({"symmetric": True, "max_tokens": 30, "graph_tokens": 10_000}, {}),
     ({"max_tokens": 30, "graph_tokens": 60}, {}),
-    ({"max_tokens": 30, "graph_tokens": 0, "matryoshka_dims": [48, 16], "guide": Guide()}, {}),
+    ({"max_tokens": 30, "graph_tokens": 0, "matryoshka_dims": [48, 16], "guide": Guide(), "distill": 2.0}, {}),
+    ({"max_tokens": 30, "graph_tokens": 60, "guide": Guide(), "guide_margin": 0.1, "distill": 0.5}, {}),
     ({"max_tokens": 30, "graph_tokens": 60}, {"in_batch": False}),
 ]
 

@@ -38,6 +38,7 @@ ORDER = [
     "mixture",
     "collate",
     "microbatches",
+    "distillation",
     "contrastive",
     "alignment",
     "encoding",

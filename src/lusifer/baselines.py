@@ -83,6 +83,9 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
         LusiferError: If the LLM or the data cannot be read, or training has to stop.
     """
     set_seed(recipe.seed)
+    if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
+        alone = {"guide": None, "guide_margin": None, "distill": 0.0}
+        recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=alone)})
     model = llm_alone(recipe)
     folder = Path(recipe.output) / "llm_alone"
     limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length

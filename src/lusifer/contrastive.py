@@ -6,8 +6,9 @@
 3. It back-propagates the gradient of its own rows, so that W processes equal one.
 
 Candidates that are no negatives are left out: copies of the query or of its positive, and, with a
-guide model, whatever the guide finds closer to the query than the positive, less a margin (GISTEmbed,
-arXiv 2402.16829). Matryoshka dimensions average the loss over truncated embeddings (arXiv 2205.13147).
+guide model and a margin, whatever the guide finds closer to the query than the positive, less the margin
+(GISTEmbed, arXiv 2402.16829). `distill` adds the divergence of `lusifer.distillation` from the guide.
+Matryoshka dimensions average the loss over truncated embeddings (arXiv 2205.13147).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from lusifer.distillation import neighbourhood_divergence
 from lusifer.errors import LusiferError
 from lusifer.microbatches import (
     Backward,
@@ -161,7 +163,10 @@ class ContrastiveLoss(nn.Module):
             Empty for the whole embedding.
         guide: A SentenceTransformer or the like, which maps ``batch["guide"]`` to a dict with
             ``sentence_embedding``; never trained.
-        guide_margin: Candidates the guide scores above ``score of the positive - guide_margin`` are left out.
+        guide_margin: Candidates the guide scores above ``score of the positive - guide_margin`` are left out;
+            None leaves out none.
+        distill: Weight of the divergence of the embeddings' neighbourhoods from the guide's.
+        distill_temperature: Its temperature.
         max_tokens: Most padded tokens in one forward pass.
         graph_tokens: Most padded tokens whose activations are kept; the rest goes through the gradient cache.
     """
@@ -173,7 +178,9 @@ class ContrastiveLoss(nn.Module):
         symmetric: bool = False,
         matryoshka_dims: Sequence[int] = (),
         guide: nn.Module | None = None,
-        guide_margin: float = 0.0,
+        guide_margin: float | None = None,
+        distill: float = 0.0,
+        distill_temperature: float = 0.05,
         max_tokens: int = 16384,
         graph_tokens: int = 65536,
     ) -> None:
@@ -183,6 +190,8 @@ class ContrastiveLoss(nn.Module):
         self.matryoshka_dims = list(matryoshka_dims)
         self.guide = None if guide is None else guide.requires_grad_(False).eval()
         self.guide_margin = guide_margin
+        self.distill = distill
+        self.distill_temperature = distill_temperature
         self.max_tokens = max_tokens
         self.graph_tokens = graph_tokens
 
@@ -276,14 +285,22 @@ class ContrastiveLoss(nn.Module):
         Raises:
             LusiferError: If a Matryoshka dimension exceeds the embedding's.
         """
-        known = _Columns(keys, guide, self.guide_margin)
+        known = _Columns(keys, None if self.guide_margin is None else guide, self.guide_margin or 0.0)
         dims = self.matryoshka_dims or [vectors.shape[-1]]
         if max(dims) > vectors.shape[-1]:
             raise LusiferError(f"matryoshka_dims asks for {max(dims)} dimensions, the model has {vectors.shape[-1]}")
         one = self._in_batch if in_batch else self._own_negatives
         # Cosines over a small temperature need all of float32.
         with torch.autocast(vectors.device.type, enabled=False):
-            return torch.stack([one(vectors[..., :dim].float(), known) for dim in dims]).mean()
+            loss = torch.stack([one(vectors[..., :dim].float(), known) for dim in dims]).mean()
+            if self.distill and guide is not None:
+                texts, theirs = vectors.flatten(0, 1), guide.flatten(0, 1)
+                parts = [
+                    neighbourhood_divergence(texts[:, :dim], theirs, temperature=self.distill_temperature)
+                    for dim in dims
+                ]
+                loss = loss + self.distill * torch.stack(parts).mean()
+            return loss
 
     def _in_batch(self, vectors: Tensor, known: _Columns) -> Tensor:
         queries, candidates = vectors[0], vectors[1:].flatten(0, 1)

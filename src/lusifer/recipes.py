@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from lusifer.errors import LusiferError
 
@@ -198,8 +198,10 @@ class ContrastRecipe(Optimisation):
 
     Attributes:
         llm_layers: The LLM's first layers to go on with; stage 1 needs the whole LLM, whose head is behind the last.
-        guide: Sentence Transformers model whose scores tell false negatives.
+        guide: Sentence Transformers model that reads the same texts; ``encoder`` is the recipe's own encoder alone.
         guide_margin: A negative counts only if the guide scores it below the positive minus this margin.
+        distill: Weight of keeping the texts' neighbourhoods as the guide sees them.
+        distill_temperature: Divisor of the cosines compared.
         matryoshka_dims: Leading dimensions that must be good embeddings by themselves, increasing.
     """
 
@@ -207,7 +209,9 @@ class ContrastRecipe(Optimisation):
     temperature: PositiveFloat = 0.05
     llm_layers: PositiveInt | None = None
     guide: str | None = None
-    guide_margin: float = Field(default=0.0, ge=-2.0, le=2.0)
+    guide_margin: float | None = Field(default=None, ge=-2.0, le=2.0)
+    distill: NonNegativeFloat = 0.0
+    distill_temperature: PositiveFloat = 0.05
     matryoshka_dims: list[PositiveInt] = []
 
     @pydantic.model_validator(mode="after")
@@ -218,8 +222,11 @@ class ContrastRecipe(Optimisation):
             if item.task not in (None, "contrast"):
                 raise ValueError(f"data.{number}.task must be contrast, or be left out")
         self.data = [item.model_copy(update={"task": "contrast"}) for item in self.data]
-        if self.guide_margin and not self.guide:
-            raise ValueError("guide_margin needs guide: the model whose scores it is a margin of")
+        for field in ("guide_margin", "distill"):
+            if getattr(self, field) and not self.guide:
+                raise ValueError(f"{field} needs guide: the model whose scores it is about (or guide: encoder)")
+        if self.guide and self.guide_margin is None and not self.distill:
+            raise ValueError("guide is of no use without guide_margin or distill; set one of them")
         if self.matryoshka_dims != (increasing := sorted(set(self.matryoshka_dims))):
             raise ValueError(f"matryoshka_dims must increase: {increasing}")
         return self

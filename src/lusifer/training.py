@@ -28,6 +28,7 @@ from lusifer.backbones import keep_layers, load_config, load_lm_head, load_token
 from lusifer.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.contrastive import ContrastiveLoss
 from lusifer.data import read_texts
+from lusifer.distillation import EncoderGuide
 from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.errors import LusiferError
 from lusifer.mixture import Mixture
@@ -157,6 +158,14 @@ def run_contrast(
     return contrast(recipe, inner, model.tokenizer, limit, folder, progress)
 
 
+def _guide(recipe: Recipe) -> EncoderGuide | SentenceTransformer | None:
+    name, chosen = recipe.contrast.guide, recipe.model
+    if name == "encoder":
+        limit = recipe.contrast.max_seq_length or chosen.max_seq_length
+        return EncoderGuide.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=limit)
+    return SentenceTransformer(name) if name else None
+
+
 def contrast(
     recipe: Recipe,
     model: torch.nn.Module,
@@ -177,13 +186,15 @@ def contrast(
     """
     stage: ContrastRecipe = recipe.contrast
     seed = recipe.seed + STAGES.index("contrast")
-    guide = SentenceTransformer(stage.guide) if stage.guide else None
+    guide = _guide(recipe)
     loss = ContrastiveLoss(
         temperature=stage.temperature,
         symmetric=stage.symmetric,
         matryoshka_dims=stage.matryoshka_dims,
         guide=guide,
         guide_margin=stage.guide_margin,
+        distill=stage.distill,
+        distill_temperature=stage.distill_temperature,
         max_tokens=stage.max_tokens,
         graph_tokens=stage.graph_tokens,
     )

@@ -128,6 +128,7 @@ class UseModel(PreTrainedModel):
     base_model_prefix = "use"
     main_input_name = "input_ids"
     _no_split_modules = ["NgramLayer"]
+    embeds_sentences = True  # Its pooler was trained to: `lusifer.distillation`.
 
     def __init__(self, config: UseConfig) -> None:
         super().__init__(config)
