@@ -207,12 +207,16 @@ def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
         dtype: Data type the LLM computes in.
 
     Raises:
-        LusiferError: If bitsandbytes is missing.
+        LusiferError: If bitsandbytes is missing, or 4 bits are asked for where there is no accelerator.
     """
     if kind is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LusiferError(f"quantization: {kind} needs bitsandbytes; run `pip install 'lusifer[quantization]'`")
+    if kind == "4bit" and not torch.accelerator.is_available():
+        # bitsandbytes 0.50 repacks 4-bit weights when it first evaluates on a CPU; without its extra kernels results
+        # are wrong from then on, and adapters get no gradient.
+        raise LusiferError("quantization: 4bit needs a GPU; on a CPU use 8bit, or none and llm_dtype: bfloat16")
     if kind == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     config = BitsAndBytesConfig(
