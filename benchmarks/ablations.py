@@ -20,7 +20,7 @@ from unittest import mock
 import lusifer.modeling
 from lusifer.baselines import train_llm_alone
 from lusifer.encoding import load_checkpoint
-from lusifer.evaluation import Embed, embedder, encoder_alone, mean_score, score
+from lusifer.everyday import Embed, embedder, encoder_alone, mean_score, score
 from lusifer.recipes import load_recipe
 from lusifer.training import train
 from lusifer.use_encoder import LANGUAGES

@@ -18,7 +18,7 @@ import lusifer
 from lusifer import LusiferError, cli, quickstart
 from lusifer.baselines import llm_alone, train_llm_alone
 from lusifer.encoding import save_atomically
-from lusifer.evaluation import load_everyday
+from lusifer.everyday import load_everyday
 from lusifer.use_encoder import LANGUAGES
 
 COMMANDS = ("fetch", "train", "encode", "evaluate", "info", "merge", "quickstart")

@@ -128,7 +128,7 @@ def test_clusters_and_negatives_are_counted(tmp_path, recipe):
 @pytest.mark.parametrize("column", ["query", "positive", "negative"])
 def test_a_text_of_the_everyday_set_is_a_leak(tmp_path, recipe, column):
     row = {"query": "q", "positive": "p", "negative": ["n"]}
-    from lusifer.evaluation import load_everyday
+    from lusifer.everyday import load_everyday
 
     leaked = load_everyday().sentences["fr"][3].upper() + " ?!"
     row[column] = leaked if column == "query" else [leaked]

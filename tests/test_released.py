@@ -102,7 +102,7 @@ def test_release_is_small_and_names_no_machine():
 
 @needs_backbones
 def test_released_model_finds_translations():
-    from lusifer.evaluation import embedder, score
+    from lusifer.everyday import embedder, score
 
     scores = score(embedder(lusifer.load("starter")), languages=["en", "fr", "ru", "ko"], progress=False)
     found = scores["translation_retrieval"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lusifer.report
-from lusifer.evaluation import load_everyday
+from lusifer.everyday import load_everyday
 from lusifer.report import language_order, markdown, plot, read_results, write_report
 
 LANGUAGES = list(load_everyday().sentences)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from lusifer.backbones import load_tokenizer
 from lusifer.data import Rows, open_set
 from lusifer.errors import LusiferError
-from lusifer.evaluation import load_everyday
+from lusifer.everyday import load_everyday
 from lusifer.mixture import Unit, open_units, plan
 from lusifer.prompts import with_instruction
 from lusifer.recipes import AlignRecipe, ContrastRecipe, DataRecipe, Recipe

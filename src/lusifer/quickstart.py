@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from lusifer.baselines import train_llm_alone
 from lusifer.encoding import load_checkpoint
 from lusifer.errors import LusiferError
-from lusifer.evaluation import Embed, Scores, embedder, encoder_alone, score
+from lusifer.everyday import Embed, Scores, embedder, encoder_alone, score
 from lusifer.recipes import Recipe, load_recipe
 from lusifer.report import write_report
 from lusifer.starter import fetch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lusifer import LusiferError
-from lusifer.evaluation import (
+from lusifer.everyday import (
     embedder,
     encoder_alone,
     load_everyday,

@@ -1,0 +1,190 @@
+"""The benchmarks as data: which mteb tasks, splits and subsets they are, and how their scores are averaged.
+
+``resources/suite.json`` is made by ``tools/build_suite.py``. Imports neither mteb nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from statistics import fmean
+from typing import Any
+
+MAIN, CROSS_LINGUAL, BITEXT, QUICK = "LUSIFER", "LUSIFER-xling", "LUSIFER-100", "LUSIFER-quick"
+BENCHMARKS = (MAIN, CROSS_LINGUAL, QUICK, BITEXT)
+# Task name to subset name to main score.
+Scores = Mapping[str, Mapping[str, float]]
+# Small tasks, one or two of every type and every language of `MAIN` but Swahili's retrieval, which has none.
+_QUICK = (
+    "SIB200Classification",
+    "SIB200ClusteringS2S",
+    "STSBenchmarkMultilingualSTS",
+    "KLUE-STS",
+    "FarsTail",
+    "indonli",
+    "AfriSentiClassification",
+    "MasakhaNEWSClassification",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One mteb task as far as a benchmark uses it.
+
+    Attributes:
+        name: mteb's name.
+        published_name: The paper's name.
+        group: The paper's group; mteb's type where the benchmark is ours.
+        type: mteb's type.
+        revision: Revision of the data set when the suite was written.
+        splits: Splits to score.
+        subsets: Subset to the languages of its score: one code in `MAIN`, query and document language-script in
+            `CROSS_LINGUAL`, both sides in `BITEXT`.
+        pivot_free: Those of the subsets without English that make up the sample of `BITEXT`.
+    """
+
+    name: str
+    published_name: str
+    group: str
+    type: str
+    revision: str
+    splits: tuple[str, ...]
+    subsets: dict[str, tuple[str, ...]]
+    pivot_free: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that says how much of it is there.
+
+    Attributes:
+        score: Mean main score of what was scored; None if nothing was.
+        scored: Parts that are scored in full.
+        of: Parts there are.
+    """
+
+    score: float | None
+    scored: int
+    of: int
+
+
+@cache
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((files("lusifer") / "resources" / "suite.json").read_text(encoding="utf-8"))
+    return document
+
+
+def languages() -> list[str]:
+    """The languages of `MAIN`, in the paper's order."""
+    return list(_document()[MAIN]["languages"])
+
+
+def superseded() -> dict[str, str]:
+    """Pinned task to the newer one that mteb names in its place."""
+    return dict(_document()["superseded"])
+
+
+def tasks(benchmark: str) -> list[Task]:
+    """The tasks of a benchmark.
+
+    Args:
+        benchmark: One of `BENCHMARKS`.
+
+    Raises:
+        KeyError: If there is no such benchmark.
+    """
+    if benchmark == QUICK:
+        return [task for task in tasks(MAIN) if task.name in _QUICK]
+    return [_task(entry) for entry in _document()[benchmark]["tasks"]]
+
+
+def _task(entry: dict[str, Any]) -> Task:
+    sample = entry.get("pivot_free", [])
+    found = entry["subsets"]
+    if isinstance(found, list):
+        found = {subset: [side.replace("_", "-") for side in subset.split("-")] for subset in [*found, *sample]}
+    return Task(
+        name=entry["name"],
+        published_name=entry.get("published_name", entry["name"]),
+        group=entry.get("group", entry["type"]),
+        type=entry["type"],
+        revision=entry["revision"],
+        splits=tuple(entry["splits"]),
+        subsets={key: (value,) if isinstance(value, str) else tuple(value) for key, value in found.items()},
+        pivot_free=frozenset(sample),
+    )
+
+
+def published() -> dict[str, Any]:
+    """The paper's Tables 1 and 2, read from its figure: never measured by us.
+
+    Returns:
+        ``source``; ``table1`` and ``table2``: ``columns`` (the last is the mean), ``rows`` by system, in per cent.
+    """
+    text = (files("lusifer") / "resources" / "published.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def counts() -> dict[str, dict[str, int]]:
+    """Datasets of `MAIN` per language and group, ``all`` last; a published name counts once."""
+    found: dict[str, dict[str, set[str]]] = {language: {} for language in languages()}
+    for task in tasks(MAIN):
+        for language in {spoken for subset in task.subsets.values() for spoken in subset}:
+            found[language].setdefault(task.group, set()).add(task.published_name)
+    return {
+        language: {**{group: len(names) for group, names in groups.items()}, "all": len(set().union(*groups.values()))}
+        for language, groups in found.items()
+    }
+
+
+def language_means(scores: Scores, chosen: list[Task] | None = None) -> dict[str, Mean]:
+    """Per language, the mean over its tasks, each the mean over its subsets in that language (paper, Table 1).
+
+    A task with only some of those subsets scored counts as not scored.
+
+    Args:
+        scores: Main scores by task and subset.
+        chosen: The tasks; those of `MAIN` when None.
+    """
+    chosen = tasks(MAIN) if chosen is None else chosen
+    spoken = {language for task in chosen for languages_ in task.subsets.values() for language in languages_}
+    order = [*[code for code in languages() if code in spoken], *sorted(spoken - set(languages()))]
+    means = {}
+    for language in order:
+        wanted = [(task.name, [s for s, codes in task.subsets.items() if language in codes]) for task in chosen]
+        means[language] = _mean(scores, [(name, subsets) for name, subsets in wanted if subsets])
+    return means
+
+
+def overall(means: Mapping[str, Mean]) -> Mean:
+    """The mean over languages (or tasks) of their means: the paper's last column."""
+    found = [mean.score for mean in means.values() if mean.score is not None]
+    return Mean(fmean(found) if found else None, len(found), len(means))
+
+
+def task_means(scores: Scores, benchmark: str) -> dict[str, Mean]:
+    """Per task of `CROSS_LINGUAL` or `BITEXT`, the mean over its pairs; `of` counts pairs here.
+
+    The pivot-free sample of a task is a row of its own, ``NAME (pivot-free)``.
+    """
+    means = {}
+    for task in tasks(benchmark):
+        into = [subset for subset in task.subsets if subset not in task.pivot_free]
+        means[task.name] = _mean(scores, [(task.name, [subset]) for subset in into])
+        if task.pivot_free:
+            rows = [(task.name, [subset]) for subset in sorted(task.pivot_free)]
+            means[f"{task.name} (pivot-free)"] = _mean(scores, rows)
+    return means
+
+
+def _mean(scores: Scores, wanted: list[tuple[str, list[str]]]) -> Mean:
+    found = [
+        fmean(scores[name][subset] for subset in subsets)
+        for name, subsets in wanted
+        if all(subset in scores.get(name, {}) for subset in subsets)
+    ]
+    return Mean(fmean(found) if found else None, len(found), len(wanted))
