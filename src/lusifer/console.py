@@ -24,7 +24,7 @@ def quiet_libraries(quiet: bool) -> None:
     )
     # What goes wrong inside datasets reaches the user as one line of ours.
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    for name in ("httpx", "sentence_transformers", "transformers", "filelock"):
+    for name in ("httpx", "sentence_transformers", "transformers", "filelock", "mteb"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

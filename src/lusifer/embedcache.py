@@ -1,0 +1,76 @@
+"""Embeddings of texts that tasks share, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+Vectors = np.ndarray
+_ROWS = 2048  # Texts embedded before they are written.
+_ASKED = 500  # Parameters in one question to SQLite.
+
+
+class EmbeddingCache:
+    """A file of embeddings by text; several processes may use it at once.
+
+    Args:
+        path: SQLite file; made when missing.
+        embed: Maps texts to (n, dim) float32.
+        progress: Is told after each chunk how many texts were embedded; may be None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        embed: Callable[[list[str]], Vectors],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.embed = embed
+        self.progress = progress
+        self.computed = 0
+        self.reused = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.base = sqlite3.connect(path, timeout=600, isolation_level=None)
+        self.base.execute("PRAGMA journal_mode=WAL")
+        self.base.execute("PRAGMA synchronous=NORMAL")
+        self.base.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        """Embeds texts, or finds what was embedded before.
+
+        Args:
+            texts: What the model reads, instructions included.
+
+        Returns:
+            (n, dim) float32, in the order of the texts.
+        """
+        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        found = self._known(set(keys))
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        self.reused += len(texts) - len(new)
+        for begin in range(0, len(new), _ROWS):
+            part = list(new)[begin : begin + _ROWS]
+            vectors = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
+            rows = [(key, vector.tobytes()) for key, vector in zip(part, vectors, strict=True)]
+            self.base.execute("BEGIN IMMEDIATE")
+            self.base.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+            self.base.execute("COMMIT")
+            found.update(zip(part, vectors, strict=True))
+            self.computed += len(part)
+            if self.progress is not None:
+                self.progress(len(part))
+        return np.stack([found[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
+
+    def _known(self, keys: set[bytes]) -> dict[bytes, Vectors]:
+        found: dict[bytes, Vectors] = {}
+        asked = sorted(keys)
+        for begin in range(0, len(asked), _ASKED):
+            part = asked[begin : begin + _ASKED]
+            marks = ",".join("?" * len(part))
+            for key, vector in self.base.execute(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", part):
+                found[key] = np.frombuffer(vector, dtype=np.float32)
+        return found
