@@ -16,6 +16,10 @@ import typer
 from lusifer.console import Json, Quiet, emit, quiet_libraries
 from lusifer.data_cli import data_app
 from lusifer.errors import LusiferError
+from lusifer.eval_cli import benchmark_app
+from lusifer.eval_cli import diagnose as diagnose_command
+from lusifer.eval_cli import evaluate as evaluate_command
+from lusifer.eval_cli import report as report_command
 
 app = typer.Typer(
     name="lusifer",
@@ -29,6 +33,10 @@ app = typer.Typer(
     "23 languages it never trained on.",
 )
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
+app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
+app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
+app.command("report", rich_help_panel="Using a model")(report_command)
+app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Model = Annotated[
@@ -151,37 +159,6 @@ def encode(
 
 
 @app.command(rich_help_panel="Using a model")
-def evaluate(
-    model: Model,
-    langs: Annotated[str | None, typer.Option(help="Comma-separated codes; all 23 when left out.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Scores any Sentence Transformers model on the bundled everyday set (64 sentences, 23 languages).
-
-    Example: `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
-    """
-    quiet_libraries(quiet)
-    from lusifer.encoding import load_checkpoint
-    from lusifer.evaluation import embedder, load_everyday, score
-
-    chosen = [code.strip() for code in langs.split(",")] if langs else list(load_everyday().sentences)
-    scores = score(embedder(load_checkpoint(model)), languages=chosen, progress=not quiet)
-    if as_json:
-        emit(scores)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("language", "translation retrieval, %", "topic retrieval, %")
-    for code in scores["topic_retrieval"]:
-        translation = scores["translation_retrieval"].get(code)
-        shown = "-" if translation is None else f"{100 * translation:.1f}"
-        table.add_row(code, shown, f"{100 * scores['topic_retrieval'][code]:.1f}")
-    Console().print(table)
-
-
-@app.command(rich_help_panel="Using a model")
 def info(model: Model, as_json: Json = False) -> None:
     """Shows what a checkpoint is made of: parameters by part, size, languages, provenance.
 
@@ -252,7 +229,7 @@ def quickstart(
     Example: `lusifer quickstart`
     """
     quiet_libraries(quiet)
-    from lusifer.evaluation import mean_score
+    from lusifer.everyday import mean_score
     from lusifer.quickstart import quickstart as run
 
     results = run(output, overrides=context.args, progress=not quiet)
