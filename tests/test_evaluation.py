@@ -14,6 +14,9 @@ import pytest
 
 from lusifer import LusiferError, suite
 from lusifer.embedcache import EmbeddingCache
+from lusifer.embedders import Embedder, load_embedder
+from lusifer.encoding import save_atomically
+from lusifer.everyday import load_everyday
 
 mteb = pytest.importorskip("mteb")
 evaluation = pytest.importorskip("lusifer.evaluation")
@@ -62,7 +65,7 @@ def counting(monkeypatch):
         seen.extend(texts)
         return np.stack([np.bincount([ord(c) % 32 for c in text + "."], minlength=32) for text in texts]).astype("f4")
 
-    monkeypatch.setattr(evaluation, "load_embed", lambda model, **kwargs: (embed, 64))
+    monkeypatch.setattr(evaluation, "load_embedder", lambda model, **kwargs: Embedder(embed, 64))
     return seen
 
 
@@ -106,7 +109,7 @@ def test_scores_are_mtebs_own(data, tmp_path, monkeypatch, cache_dir):
     counting(monkeypatch)
     tasks, _ = choose(None, data)
     found = evaluation.main_scores(evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False))
-    embed, _ = evaluation.load_embed("m")
+    embed = evaluation.load_embedder("m").embed
 
     class Plain(mteb.models.abs_encoder.AbsEncoder):
         mteb_model_meta = mteb.models.ModelMeta.create_empty(overwrites={"name": "local/plain", "revision": "x"})
@@ -125,7 +128,8 @@ def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monk
     tasks, _ = choose(None, data, names=["KLUE-STS"])
     prompts = evaluation.load_prompts()
     records = evaluation.run("m", tasks, tmp_path / "out", data=data, prompts=prompts, progress=False)
-    assert all(text.startswith(f"Instruct: {prompts['STS']}\nQuery: ") for text in seen)
+    own = {text for texts in load_everyday().sentences.values() for text in texts}  # Of the profile of languages.
+    assert all(text.startswith(f"Instruct: {prompts['STS']}\nQuery: ") for text in set(seen) - own)
     assert records["KLUE-STS"]["instructions"] == {"query": prompts["STS"], "document": None}
     with pytest.raises(LusiferError, match="holds results of another run \\(prompts"):
         evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
@@ -198,6 +202,46 @@ def test_the_command_says_what_failed_and_exits_with_1(data, tmp_path, tiny_enco
     assert "failed: FarsTail" in done.stderr and "Traceback" not in done.stderr
     told = json.loads(done.stdout)
     assert set(told["scores"]) == {"KLUE-STS"} and set(told["failed"]) == {"FarsTail"}
+
+
+def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
+    data, tmp_path, cache_dir, tiny_encoder, tiny_llm, tiny_st
+):
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    encoder, llm, ours = str(tiny_encoder), str(tiny_llm), str(tmp_path / "model")
+    save_atomically(tiny_st, tmp_path / "model")
+    parts = {f"encoder:{encoder}": ["encoder"], f"llm:{llm}": ["llm"], ours: ["encoder", "llm"]}
+    hashes = set()
+    for number, (model, tokenizers) in enumerate({**parts, f"llm-causal:{llm}": ["llm"]}.items()):
+        out = tmp_path / str(number)
+        record = evaluation.run(model, tasks, out, data=data, progress=False)["KLUE-STS"]
+        assert record["status"] == "done", record
+        hashes.add(record["model_hash"])
+        profile = json.loads((out / "languages.json").read_text())
+        assert list(profile["tokens"]) == tokenizers
+        assert all(count > 5 for row in profile["tokens"].values() for count in row.values())
+        assert set(profile["bias"]["te"]) == {"same_language", "alone", "mixed"} and "en" not in profile["bias"]
+    assert len(hashes) == 4
+    both, causal = (
+        load_embedder(f"{kind}:{llm}").embed(["the cat sat", "on the mat"]) for kind in ("llm", "llm-causal")
+    )
+    assert np.abs(both - causal).max() > 1e-3
+    with pytest.raises(LusiferError, match="is not a decoder LLM"):
+        load_embedder(f"llm:{encoder}")
+
+
+def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder):
+    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "--device", "cpu,cpu"]
+    command += ["--data", str(data), "--out", str(tmp_path / "out"), "--json", "-q"]
+    environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["scores"]) == {"KLUE-STS", "FarsTail"}
+    # Once each, by one of the workers; the command itself found them done.
+    dates = [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+    assert dates == [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
 
 
 def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):

@@ -13,6 +13,7 @@ from lusifer import LusiferError
 from lusifer.everyday import (
     embedder,
     encoder_alone,
+    language_bias,
     load_everyday,
     mean_score,
     score,
@@ -159,3 +160,19 @@ def test_an_encoder_alone_is_the_mean_of_its_states(tiny_encoder):
         for row, text in enumerate(texts):
             states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
             torch.testing.assert_close(made[row], states[0].mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_language_bias_tells_clusters_of_language_from_clusters_of_meaning():
+    generator = torch.Generator().manual_seed(0)
+    meaning = torch.nn.functional.normalize(torch.randn(20, 16, generator=generator), dim=1)
+    offsets = {code: torch.eye(3)[number].expand(20, 3) for number, code in enumerate(("en", "de", "te"))}
+    noise = {code: 0.02 * torch.randn(20, 16, generator=generator) for code in offsets}
+    by_meaning = language_bias({code: meaning + noise[code] for code in offsets})
+    assert set(by_meaning) == {"de", "te"}
+    # Two translations are nearest; the other eight of ten come from anywhere.
+    assert by_meaning["te"]["alone"] == by_meaning["te"]["mixed"] == 1.0
+    assert 0.1 < by_meaning["te"]["same_language"] < 0.4
+    by_language = language_bias({code: torch.cat([meaning + noise[code], 2 * offsets[code]], 1) for code in offsets})
+    assert by_language["te"]["same_language"] == 1.0 and by_language["te"]["mixed"] == 0.0
+    # Among English texts alone, the language is the same offset for all, and the meaning decides.
+    assert by_language["te"]["alone"] == 1.0

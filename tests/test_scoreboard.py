@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from lusifer import LusiferError
-from lusifer.scoreboard import markdown, page, read, write
+from lusifer.scoreboard import markdown, read
+from lusifer.webpage import page, write
 
 
 def record(task, kind, scores, languages, **changed):
@@ -76,8 +77,39 @@ def test_empty_and_missing_folders(tmp_path, folders):
         write(read(folders), tmp_path / "out", "x")
 
 
+def test_intervals_are_shown_where_every_score_has_one(folders):
+    path = folders[0] / "T1.json"
+    known = {**json.loads(path.read_text()), "standard_errors": {"test": {"a": 0.03, "b": 0.04}}}
+    path.write_text(json.dumps(known))
+    text = markdown(read(folders))
+    # te is T1 alone: 1.96 * 4 points. es also has T2, whose standard error is not known.
+    assert "| te | 50.0 ±7.8 | 30.0 |" in text and "| es | 50.0 | 30.0 |" in text
+    path = folders[0] / "T2.json"
+    known = {**json.loads(path.read_text()), "standard_errors": {"test": {"a": 0.04}}}
+    path.write_text(json.dumps(known))
+    # es is the mean of two: 1.96 * sqrt(3^2 + 4^2) / 2.
+    assert "| es | 50.0 ±4.9 | 30.0 |" in markdown(read(folders))
+    assert '<s style="left:45.10%;width:9.80%"></s>' in page(read(folders))
+
+
+def test_bias_tokens_and_published_rows_have_their_own_sections(folders):
+    row = {"same_language": 0.25, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row, "es": row}, "tokens": {"encoder": {"te": 20.0, "en": 10.0}}}
+    (folders[0] / "languages.json").write_text(json.dumps(profile))
+    (folders[1] / "languages.json").write_text('{"bias": {"te": {}}}')
+    text = page(read(folders), published=True)
+    assert "Language bias" in text and "<td>75</td><td>50</td><td>-25</td>" in text
+    assert "ours: encoder" in text and "languages.json: not in this version" in text
+    assert "Published, not measured here" in text and "Multilingual-E5-large*" in text
+    assert "Published" not in page(read(folders))
+
+
 def test_the_command_writes_both_files_and_reading_needs_no_torch(folders, tmp_path):
     command = [sys.executable, "-m", "lusifer", "report", *map(str, folders), "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["files"] == [str(tmp_path / "out" / name) for name in ("report.html", "report.md")]
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    code = "import sys; sys.argv[0] = 'bin/lusifer'\nfrom lusifer import cli\nfrom lusifer.webpage import write\n"
+    code += "print([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

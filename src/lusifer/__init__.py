@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel
-
-from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
-from lusifer.modeling import LusiferModel
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from lusifer.configuration import LusiferConfig
+    from lusifer.modeling import LusiferModel
+
 __version__ = "0.1.0"
 __all__ = ["LusiferConfig", "LusiferError", "LusiferModel", "__version__", "load"]
 
-AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)
-AutoModel.register(LusiferConfig, LusiferModel, exist_ok=True)
+
+_LAZY = {"LusiferConfig": "lusifer.configuration", "LusiferModel": "lusifer.modeling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lusifer' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def load(path: str, **kwargs: Any) -> SentenceTransformer:
@@ -33,3 +41,9 @@ def load(path: str, **kwargs: Any) -> SentenceTransformer:
     from lusifer.encoding import load_checkpoint
 
     return load_checkpoint(path, **kwargs)
+
+
+# Importing the model registers it with transformers and costs seconds. Whoever imports us wants that; the command
+# line does not where no model is touched (`--help`, `report`), and imports it by itself where one is.
+if Path(sys.argv[0]).stem != "lusifer" and not (sys.argv[0] == "-m" and "lusifer" in sys.orig_argv):
+    import_module("lusifer.modeling")

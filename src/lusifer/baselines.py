@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from lusifer.adapters import add_lora, merge_adapters
 from lusifer.backbones import load_config
 from lusifer.encoding import save_atomically
+from lusifer.errors import LusiferError
 from lusifer.recipes import Recipe
 from lusifer.starter import resolve_backbone
 from lusifer.training import contrast
@@ -45,28 +46,65 @@ class LLMAlone(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean)
 
 
+def mean_pooled_llm(
+    name: str,
+    *,
+    layers: int | None = None,
+    dtype: str = "auto",
+    max_seq_length: int = 512,
+    causal: bool = False,
+    revision: str | None = None,
+    device: str | None = None,
+) -> SentenceTransformer:
+    """A decoder LLM as it comes, its states mean pooled: the baseline that has learned nothing.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        layers: Use only the first layers; all when None.
+        dtype: Data type of the weights, as transformers names it.
+        max_seq_length: Tokens read of a text.
+        causal: Direction of the attention; both ways when False.
+        revision: Hub revision.
+        device: Torch device; the best there is when None.
+
+    Raises:
+        LusiferError: If it cannot be loaded, or is no decoder LLM.
+    """
+    config = load_config("llm", name, revision=revision)
+    try:
+        module = Transformer(
+            resolve_backbone(name),
+            config_kwargs={"num_hidden_layers": layers or config.num_hidden_layers},
+            model_kwargs={"dtype": dtype, **({"revision": revision} if revision else {})},
+            max_seq_length=max_seq_length,
+        )
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"cannot load the llm {name!r}: {str(error).splitlines()[0]}") from error
+    # Not in config_kwargs, which drop what the configuration does not have already.
+    module.auto_model.config.is_causal = causal
+    if module.tokenizer.pad_token is None:
+        module.tokenizer.pad_token = module.tokenizer.eos_token
+    modules = [module, Pooling(module.get_embedding_dimension()), Normalize()]
+    return SentenceTransformer(modules=modules, device=device)
+
+
 def llm_alone(recipe: Recipe) -> SentenceTransformer:
     """The untrained baseline: as many layers and the same adapter as in stage 2 of the recipe.
 
     Raises:
         LusiferError: If the LLM cannot be loaded.
     """
-    config = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
-    layers = recipe.contrast.llm_layers or recipe.model.llm_layers or config.num_hidden_layers
-    module = Transformer(
-        resolve_backbone(recipe.model.llm),
-        config_kwargs={"num_hidden_layers": layers},
-        model_kwargs={"dtype": recipe.model.llm_dtype},
+    model = mean_pooled_llm(
+        recipe.model.llm,
+        layers=recipe.contrast.llm_layers or recipe.model.llm_layers,
+        dtype=recipe.model.llm_dtype,
         max_seq_length=recipe.model.max_seq_length,
+        revision=recipe.model.llm_revision,
     )
-    # Not in config_kwargs, which drop what the configuration does not have already.
-    module.auto_model.config.is_causal = False
-    if module.tokenizer.pad_token is None:
-        module.tokenizer.pad_token = module.tokenizer.eos_token
     if recipe.model.llm_lora is not None:
-        module.auto_model.requires_grad_(False)
-        add_lora(module.auto_model, recipe.model.llm_lora.fields())
-    return SentenceTransformer(modules=[module, Pooling(module.get_embedding_dimension()), Normalize()])
+        model[0].auto_model.requires_grad_(False)
+        add_lora(model[0].auto_model, recipe.model.llm_lora.fields())
+    return model
 
 
 def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:

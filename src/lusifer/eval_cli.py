@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,8 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Any Sentence Transformers folder or hub id, `starter`, or `encoder:NAME` for an encoder alone.",
+            help="Any Sentence Transformers folder or hub id, `starter`, or a backbone alone: `encoder:NAME`, "
+            "`llm:NAME` (attention in both directions), `llm-causal:NAME`.",
             show_default=False,
         ),
     ],
@@ -37,7 +40,10 @@ def evaluate(
     prompts: Annotated[
         str, typer.Option(help="Instructions: `none`, `default` (the bundled file), or a YAML file of yours.")
     ] = "none",
-    device: Annotated[str | None, typer.Option(help="Torch device; the best there is when left out.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Torch device, the best there is when left out; several share the tasks: cuda:0,cuda:1."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -46,8 +52,7 @@ def evaluate(
 
     Without `--benchmark` and `--data`: the bundled everyday set (64 sentences, 23 languages), a matter of seconds.
     Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded, the others
-    go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`, one per
-    device.
+    go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
 
     Examples:
     - `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
@@ -66,6 +71,9 @@ def evaluate(
     told = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
     chosen, missing = choose(benchmark, data, languages=codes, types=_listed(types), names=_listed(tasks))
     where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
+    if device is not None and "," in device:
+        _share(device.split(","))
+        device = None
     records = run(
         model, chosen, where, data=data, prompts=told, device=device, batch_size=batch_size, progress=not quiet
     )
@@ -86,6 +94,28 @@ def evaluate(
         typer.echo(f"failed: {name}: {error}", err=True)
     if failed:
         raise SystemExit(1)
+
+
+def _share(devices: list[str]) -> None:
+    """Runs this very command once per device; they take tasks from one list."""
+    begin = next(i for i, word in enumerate(sys.argv) if word == "evaluate")
+    words, skip = [], False
+    for word in sys.argv[begin:]:
+        if not skip and not word.startswith("--device"):
+            words.append(word)
+        skip = word == "--device"
+    commands = [[sys.executable, "-m", "lusifer", *words, "--device", device.strip()] for device in devices]
+    # One bar is enough, and the parent tells the results.
+    running = [
+        subprocess.Popen([*command, "-q"] if number else command, stdout=subprocess.DEVNULL)
+        for number, command in enumerate(commands)
+    ]
+    try:
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            process.terminate()
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -171,6 +201,9 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
     baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Add the paper's Table 1, in a section of its own: not measured here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Puts results side by side: one self-contained HTML page and Markdown.
@@ -179,9 +212,10 @@ def report(
 
     Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
     """
-    from lusifer.scoreboard import read, write
+    from lusifer.scoreboard import read
+    from lusifer.webpage import write
 
-    paths = write(read(results), out, baseline)
+    paths = write(read(results), out, baseline, published=published)
     emit({"files": [str(path) for path in paths]}) if as_json else typer.echo("\n".join(str(path) for path in paths))
 
 

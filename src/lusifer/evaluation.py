@@ -14,16 +14,14 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import mteb
-import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 from mteb.models import ModelMeta
@@ -31,13 +29,15 @@ from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
 from lusifer.embedcache import EmbeddingCache
+from lusifer.embedders import ALONE, backbone_name, language_profile, load_embedder
 from lusifer.errors import LusiferError
 from lusifer.evaltasks import cost, mteb_task
+from lusifer.intervals import Recorder
 from lusifer.prompts import with_instruction
 from lusifer.starter import cache_dir, resolve_backbone
 from lusifer.suite import Task
 
-ENCODER_ALONE = "encoder:"  # In front of an encoder's name: the encoder by itself.
+PROFILE = "languages.json"
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".bin")
 
 
@@ -63,8 +63,8 @@ def load_prompts(path: Path | None = None) -> dict[str, str]:
 def model_hash(model: str) -> str:
     """Hash of a model's files, or of its name where it is not a local folder; 16 hex digits."""
     digest = hashlib.sha256()
-    folder = Path(resolve_backbone(model.removeprefix(ENCODER_ALONE)))
-    digest.update(ENCODER_ALONE.encode() if model.startswith(ENCODER_ALONE) else b"")
+    folder = Path(resolve_backbone(backbone_name(model)))
+    digest.update(next((prefix for prefix in ALONE if model.startswith(prefix)), "").encode())
     if not folder.is_dir():
         return hashlib.sha256(model.encode()).hexdigest()[:16]
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
@@ -72,42 +72,6 @@ def model_hash(model: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def load_embed(model: str, *, device: str | None = None, batch_size: int = 32) -> tuple[Callable[..., Any], int | None]:
-    """How a model embeds, and the tokens it reads of a text.
-
-    Args:
-        model: A Sentence Transformers folder or hub id, ``starter``, or ``encoder:NAME`` for an encoder alone.
-        device: Torch device; the best there is when None.
-        batch_size: Texts per forward pass.
-
-    Returns:
-        A function from texts to (n, dim) float32 numpy, and ``max_seq_length`` where the model says it.
-
-    Raises:
-        LusiferError: If it cannot be loaded.
-    """
-    if model.startswith(ENCODER_ALONE):
-        from lusifer.everyday import encoder_alone
-
-        alone = encoder_alone(model.removeprefix(ENCODER_ALONE))
-
-        def embed(texts: list[str]) -> Any:
-            order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-            parts = [
-                alone([texts[i] for i in order[begin : begin + batch_size]]).float().numpy()
-                for begin in range(0, len(order), batch_size)
-            ]
-            return np.concatenate(parts)[np.argsort(order)]
-
-        return embed, None
-    from lusifer.encoding import load_checkpoint
-
-    loaded = load_checkpoint(model, **({"device": device} if device else {}))
-    limit: Any = loaded.get_max_seq_length()
-    encode = partial(loaded.encode, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return encode, limit
 
 
 class CachedModel(AbsEncoder):
@@ -149,7 +113,7 @@ def run(
     """Scores a model on tasks and goes on where ``out`` already holds results.
 
     Args:
-        model: See `load_embed`.
+        model: See `load_embedder`.
         tasks: Tasks in order.
         out: Folder of results.
         data: Folder of an offline run.
@@ -172,19 +136,21 @@ def run(
     }
     _claim(out, settings)
     left = [task for task in tasks if not _done(out, task)]
-    if left:
-        embed, limit = load_embed(model, device=device, batch_size=batch_size)
+    if left or not (out / PROFILE).is_file():
+        loaded = load_embedder(model, device=device, batch_size=batch_size)
         bar = tqdm(
             total=sum(cost(task) for task in left), unit="text", unit_scale=True, disable=not progress, smoothing=0.05
         )
-        cache = EmbeddingCache(cache_dir() / "embeddings" / f"{digest}.sqlite", embed)
+        cache = EmbeddingCache(cache_dir() / "embeddings" / f"{digest}.sqlite", loaded.embed)
         wrapped = CachedModel(cache, prompts or {}, "local/" + model.strip("./").replace("/", "-").replace(":", "-"))
         facts = {
             **settings,
-            "max_seq_length": limit,
+            "max_seq_length": loaded.max_seq_length,
             "batch_size": batch_size,
             "versions": {name: version(name) for name in ("mteb", "torch", "transformers", "sentence-transformers")},
         }
+        if not (out / PROFILE).is_file():
+            _write(out / PROFILE, {**facts, **language_profile(cache, loaded.tokenizers)})
         for task in left:
             bar.set_description(task.name)
             _run_locked(wrapped, task, out, data, facts)
@@ -197,7 +163,7 @@ def run(
 def _resolved(model: str) -> str:
     from lusifer.released import resolve_model
 
-    return model if model.startswith(ENCODER_ALONE) else resolve_model(model)
+    return model if model.startswith(ALONE) else resolve_model(model)
 
 
 def _claim(out: Path, settings: dict[str, str]) -> None:
@@ -256,12 +222,14 @@ def _score(model: CachedModel, task: Task, data: Path | None, facts: dict[str, A
     record: dict[str, Any] = {"task": task.name, "type": task.type, "group": task.group, "revision": task.revision}
     try:
         made = mteb_task(task, data)
+        recorder = Recorder(made)
         result = mteb.evaluate(
             model,
             made,
             cache=None,
             co2_tracker=False,
             show_progress_bar=False,
+            prediction_folder=Path(os.devnull),  # The recorder takes them, nothing is written.
             encode_kwargs={"batch_size": facts["batch_size"], "show_progress_bar": False},
         ).task_results[0]
         scores = {
@@ -270,7 +238,8 @@ def _score(model: CachedModel, task: Task, data: Path | None, facts: dict[str, A
         }
         main = {split: {key: float(row["main_score"]) for key, row in rows.items()} for split, rows in scores.items()}
         told = {role: model.instruction(made.metadata, role) for role in ("query", "document")}
-        record |= {"status": "done", "main_scores": main, "scores": result.to_dict()["scores"], "instructions": told}
+        record |= {"status": "done", "main_scores": main, "standard_errors": recorder.errors(scores)}
+        record |= {"scores": result.to_dict()["scores"], "instructions": told}
     except Exception as error:  # Whatever a data set or a metric throws, the other tasks go on.
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         record |= {"status": "failed", "error": reason, "traceback": traceback.format_exc()}

@@ -109,6 +109,39 @@ def score(embed: Embed, *, languages: Sequence[str] | None = None, progress: boo
     return scores
 
 
+def language_bias(vectors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Whether neighbours share the language rather than the meaning, all languages in one corpus.
+
+    Args:
+        vectors: Language to (n, dim), row i of all of them translations of each other; at least two languages.
+
+    Returns:
+        By language, English aside: ``same_language``, the share of same-language texts among the ten nearest of all
+        languages (0 is best, since every text has a translation in each other language; chance is 1 / languages);
+        ``alone``, how often a text finds its English translation among English texts; ``mixed``, how often its nearest
+        neighbour among all texts is one of its translations.
+    """
+    codes = list(vectors)
+    every = normalize(torch.cat([vectors[code].float() for code in codes]), dim=1)
+    count = len(vectors[codes[0]])
+    spoken = torch.arange(len(codes)).repeat_interleave(count)
+    meaning = torch.arange(count).repeat(len(codes))
+    similarity = (every @ every.T).fill_diagonal_(-2.0)
+    nearest = similarity.topk(10, dim=1).indices
+    found = {}
+    for number, code in enumerate(codes):
+        if code == "en":
+            continue
+        rows = spoken == number
+        english = similarity[rows][:, spoken == codes.index("en")]
+        found[code] = {
+            "same_language": float((spoken[nearest[rows]] == number).float().mean()),
+            "alone": float((english.argmax(dim=1) == torch.arange(count)).float().mean()),
+            "mixed": float((meaning[nearest[rows, 0]] == meaning[rows]).float().mean()),
+        }
+    return found
+
+
 def embedder(model: SentenceTransformer) -> Embed:
     """An `Embed` from a Sentence Transformers model."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, linear_names, merge_adapters
@@ -348,3 +348,7 @@ def parameters_by_part(model: LusiferModel) -> dict[str, dict[str, int]]:
         row["total"] += parameter.numel()
         row["trainable"] += parameter.numel() if parameter.requires_grad else 0
     return counts
+
+
+AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)
+AutoModel.register(LusiferConfig, LusiferModel, exist_ok=True)

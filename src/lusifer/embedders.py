@@ -1,0 +1,105 @@
+"""What can be scored, under one face: our models, others, an encoder or an LLM alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lusifer.backbones import load_tokenizer
+from lusifer.baselines import mean_pooled_llm
+from lusifer.diagnosis import pieces
+from lusifer.encoding import load_checkpoint, lusifer_model
+from lusifer.errors import LusiferError
+from lusifer.everyday import encoder_alone, language_bias, load_everyday
+
+ALONE = ("encoder:", "llm:", "llm-causal:")  # In front of a backbone's name: the backbone by itself.
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model as far as an evaluation needs it.
+
+    Attributes:
+        embed: From texts to (n, dim) float32 numpy.
+        max_seq_length: Tokens it reads of a text, where the model says it.
+        tokenizers: By what they are of: ``encoder``, ``llm`` or ``model``.
+    """
+
+    embed: Callable[[list[str]], Any]
+    max_seq_length: int | None = None
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+
+
+def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32) -> Embedder:
+    """Loads whatever can be scored.
+
+    Args:
+        model: A Sentence Transformers folder or hub id, ``starter``, ``encoder:NAME`` for a multilingual encoder alone,
+            ``llm:NAME`` for an LLM alone with attention in both directions, or ``llm-causal:NAME`` for one as it is.
+        device: Torch device; the best there is when None.
+        batch_size: Texts per forward pass.
+
+    Raises:
+        LusiferError: If it cannot be loaded.
+    """
+    if model.startswith("encoder:"):
+        alone = encoder_alone(backbone_name(model))
+
+        def embed(texts: list[str]) -> Any:
+            order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+            parts = [
+                alone([texts[i] for i in order[begin : begin + batch_size]]).float().numpy()
+                for begin in range(0, len(order), batch_size)
+            ]
+            return np.concatenate(parts)[np.argsort(order)]
+
+        return Embedder(embed, None, {"encoder": load_tokenizer("encoder", backbone_name(model))})
+    if model.startswith(("llm:", "llm-causal:")):
+        loaded = mean_pooled_llm(backbone_name(model), causal=model.startswith("llm-causal:"), device=device)
+        tokenizers = {"llm": loaded.tokenizer}
+    else:
+        loaded = load_checkpoint(model, **({"device": device} if device else {}))
+        tokenizers = _tokenizers(loaded)
+    limit: Any = loaded.get_max_seq_length()
+    encode = partial(loaded.encode, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    return Embedder(encode, limit, tokenizers)
+
+
+def backbone_name(model: str) -> str:
+    """The backbone's name in ``encoder:NAME`` and its siblings, everything else as it is."""
+    prefix, _, name = model.partition(":")
+    return name if f"{prefix}:" in ALONE else model
+
+
+def _tokenizers(model: Any) -> dict[str, Any]:
+    try:
+        config = lusifer_model(model).config
+    except LusiferError:
+        return {"model": model.tokenizer}
+    try:
+        return {"encoder": model.tokenizer, "llm": load_tokenizer("llm", config.llm)}
+    except LusiferError:  # A standalone checkpoint may live where its LLM is not.
+        return {"encoder": model.tokenizer}
+
+
+def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, Any]) -> dict[str, Any]:
+    """What a model does with languages at large, from the bundled parallel sentences.
+
+    Returns:
+        ``bias`` as `lusifer.everyday.language_bias`; ``tokens``, by tokenizer and language: mean tokens of a sentence.
+    """
+    sentences = load_everyday().sentences
+    found = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)
+    parts = np.split(found, len(sentences))
+    return {
+        "bias": language_bias({code: torch.from_numpy(part) for code, part in zip(sentences, parts, strict=True)}),
+        "tokens": {
+            part: {code: round(pieces(tokenizer, texts)[0], 2) for code, texts in sentences.items()}
+            for part, tokenizer in tokenizers.items()
+        },
+    }
