@@ -42,6 +42,7 @@ ORDER = [
     "contrastive",
     "alignment",
     "encoding",
+    "textencoder",
     "trainer",
     "optimise",
     "training",
