@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
-from lusifer.textencoder import TextEncoder
+from conftest import sharpen
+from lusifer import LusiferError, load
+from lusifer.encoding import lusifer_model, save_atomically
+from lusifer.microbatches import exact_batches
+from lusifer.textencoder import FastSentenceTransformer, TextEncoder, choose_precision, set_precision
 
 TEXTS = ["cat", "the cat sat on the mat", "a dog", "rain fell on the roof " * 6, "rain fell", "she reads", "milk"]
 
@@ -32,3 +40,117 @@ def test_long_texts_are_cut_by_the_tokenizer_and_counted(tiny_st):
 
 def test_nothing_gives_nothing(tiny_st):
     assert TextEncoder(tiny_st).encode([]).shape == (0, tiny_st.get_embedding_dimension())
+
+
+def test_batches_are_of_one_length_where_there_are_enough():
+    lengths = torch.tensor([5, 9, 5, 9, 9, 7, 5, 300])
+    for enough, expected in ((1, [[300], [9, 9, 9], [7], [5, 5, 5]]), (10**9, [[300], [9, 9, 9, 7, 5, 5, 5]])):
+        groups = exact_batches(lengths, 100, enough=enough)
+        assert [lengths[rows].tolist() for rows in groups] == expected
+        assert sorted(torch.cat(groups).tolist()) == list(range(8))
+    lengths = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0))
+    for rows in exact_batches(lengths, 128, enough=64):
+        assert len(rows) * int(lengths[rows].max()) <= 128
+
+
+@pytest.fixture
+def adapted(tiny_st, tmp_path):
+    """A checkpoint with adapters that do something, on disk."""
+    model = lusifer_model(tiny_st)
+    for part in ("encoder", "llm"):
+        model.add_adapter(part, {"r": 4, "lora_alpha": 8})
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_atomically(tiny_st.eval(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_folded_adapters_change_speed_alone(adapted, tmp_path):
+    plain, fast = SentenceTransformer(str(adapted)), load(str(adapted))
+    assert type(plain) is SentenceTransformer and type(fast) is FastSentenceTransformer
+    expected = plain.encode(TEXTS)
+    inner = lusifer_model(fast)
+    before = {name: tensor.clone() for name, tensor in inner.state_dict().items()}
+    assert np.abs(TextEncoder(fast).encode(TEXTS) - expected).max() < 1e-5
+    moved = [name for name, tensor in inner.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved and all("base_layer.weight" in name for name in moved), "the adapters are not folded"
+    # Folded or not, the same checkpoint is written.
+    save_atomically(fast, tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(adapted)
+    inner.train()
+    for name, tensor in inner.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt": "query: "},
+        {"truncate_dim": 8, "normalize_embeddings": True},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"precision": "ubinary"},
+        {"batch_size": 1},
+    ],
+    ids=str,
+)
+def test_encode_gives_what_sentence_transformers_gives(adapted, options, monkeypatch):
+    plain, fast = SentenceTransformer(str(adapted)), load(str(adapted))
+    # The plain path tokenises with preprocess; ours must not come by there.
+    monkeypatch.setattr(fast, "preprocess", lambda *args, **kwargs: pytest.fail("took the slow path"))
+    for inputs in (TEXTS, TEXTS[1]):
+        expected, found = plain.encode(inputs, **options), fast.encode(inputs, **options)
+        assert type(found) is type(expected)
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_allclose(np.asarray(other), np.asarray(one), atol=1e-5)
+
+
+def test_what_is_not_plain_text_to_embedding_goes_the_usual_way(adapted):
+    fast = load(str(adapted))
+    assert isinstance(fast.encode(TEXTS[:2], output_value=None), list)
+    assert fast.encode([]).shape[0] == 0
+    assert fast.encode_query("cat").shape == fast.encode_document(["cat"])[0].shape
+
+
+def test_a_padded_batch_is_cut_into_groups_with_the_same_result(tiny_model, monkeypatch):
+    passes = []
+    sharpen(tiny_model.encoder)
+    tiny_model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    lengths = torch.tensor([60, 3, 4, 30, 3, 5])
+    ids = torch.randint(4, 100, (6, 60), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(60) < lengths.unsqueeze(1)).long()
+    monkeypatch.setattr("lusifer.modeling.PASS_TOKENS", 64)
+    whole = tiny_model(input_ids=ids, attention_mask=mask)
+    assert len(passes) == 1, "while gradients flow, a batch stays whole"
+    with torch.no_grad():
+        cut = tiny_model(input_ids=ids, attention_mask=mask)
+    assert len(passes) > 2 and sum(rows * width for rows, width in passes[1:]) < 0.5 * mask.numel()
+    torch.testing.assert_close(cut.pooler_output, whole.pooler_output.detach(), atol=1e-5, rtol=0)
+    for row, length in enumerate(lengths):  # BOS and the added token beside the text's own.
+        own = slice(0, int(length) + 2)
+        torch.testing.assert_close(
+            cut.last_hidden_state[row, own], whole.last_hidden_state[row, own].detach(), atol=1e-4, rtol=0
+        )
+
+
+def test_bfloat16_is_near_and_auto_measures(adapted):
+    exact = load(str(adapted)).encode(TEXTS)
+    model = load(str(adapted))
+    assert choose_precision(model) in ("float32", "bfloat16", "float16")
+    assert set_precision(model, "bfloat16") == "bfloat16"
+    assert next(lusifer_model(model).llm.parameters()).dtype == torch.bfloat16
+    found = model.encode(TEXTS)
+    assert found.dtype == np.float32
+    # Unit vectors; eight bits of mantissa.
+    assert (found * exact).sum(axis=1).min() > 0.99
+    with pytest.raises(LusiferError, match="no precision 'int4'; there are auto, float32"):
+        set_precision(model, "int4")

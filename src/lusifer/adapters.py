@@ -45,6 +45,22 @@ def _first(token_id: int | list[int]) -> int:
     return token_id[0] if isinstance(token_id, list) else token_id
 
 
+def fold_adapters(root: nn.Module, *, folded: bool) -> None:
+    """Adds every LoRA product below a module to the weight it belongs to, or takes it out again.
+
+    The adapters stay, so what is saved does not change. Taking out restores the weights up to their rounding.
+    """
+    for module in root.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        # A quantised weight cannot take an addition without being quantised anew.
+        if folded and not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point:
+            layer.merge(safe_merge=False)
+        elif not folded and layer.merged:
+            layer.unmerge()
+
+
 def merge_adapters(root: nn.Module) -> None:
     """Folds every LoRA layer below a module into the linear layer it wraps, in place."""
     wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lusifer.errors import LusiferError
 from lusifer.modeling import LusiferModel, parameters_by_part
 from lusifer.released import resolve_model
+from lusifer.textencoder import FastSentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     if looks_local and not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {path!r}: it has no modules.json (train one, or check the path)")
     try:
-        return SentenceTransformer(path, **kwargs)
+        return FastSentenceTransformer(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LusiferError(f"cannot read the checkpoint {path!r}: {reason}") from error

@@ -28,6 +28,8 @@ Features = dict[str, Tensor]
 NoSync = Callable[[], AbstractContextManager[Any]]
 Backward = Callable[[Tensor], Any]
 
+# Tokens of a pass on a CPU: enough rows for matrix products at full speed, few enough to stay in its cache.
+PASS_TOKENS = 1024
 _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants of SplitMix64, as signed numbers.
 
 
@@ -52,6 +54,36 @@ def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[T
         widest = max(range(len(groups)), key=lambda g: len(groups[g]))
         half = (len(groups[widest]) + 1) // 2
         groups[widest : widest + 1] = [groups[widest][:half], groups[widest][half:]]
+    return groups
+
+
+def exact_batches(lengths: Tensor, max_tokens: int, enough: int = 256) -> list[Tensor]:
+    """Groups rows of equal length, and of nearly equal length only where a group would be small.
+
+    Without padding an attention mask is not needed, and attention without one is faster. Matrix products on a CPU are
+    at full speed from some 256 rows on, so a group of that many tokens need not be filled up with shorter texts.
+
+    Args:
+        lengths: (rows,) tokens per row.
+        max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
+        enough: Tokens from which on a group takes no row of another length.
+
+    Returns:
+        Row indices of each group, longest rows first.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    ordered = lengths[order].tolist()
+    groups, begin = [], 0
+    while begin < len(ordered):
+        longest, end = max(ordered[begin], 1), begin + 1
+        while (
+            end < len(ordered)
+            and (end - begin + 1) * longest <= max_tokens
+            and (ordered[end] == ordered[begin] or (end - begin) * longest < enough)
+        ):
+            end += 1
+        groups.append(order[begin:end])
+        begin = end
     return groups
 
 

@@ -17,18 +17,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lusifer.adapters import add_lora, linear_names, merge_adapters
+from lusifer.adapters import add_lora, fold_adapters, linear_names, merge_adapters
 from lusifer.backbones import build_encoder, build_llm, keep_layers, load_backbones, load_config
 from lusifer.checkpoint import check_fit, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
 from lusifer.errors import LusiferError
+from lusifer.microbatches import PASS_TOKENS, micro_batches, trim
 from lusifer.packing import pack_left, run_llm
 from lusifer.pooling import pool
 
+# Padded by real tokens, above which a batch is cut into groups: below it, the groups' own overhead is as much.
+WORTH_SPLITTING = 1.15
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
@@ -181,6 +185,19 @@ class LusiferModel(PreTrainedModel):
         self.config.standalone = True
         return self
 
+    def fold_adapters(self) -> LusiferModel:
+        """Adds the adapters to the weights they belong to, for speed, until the model learns again; see `train`."""
+        for part in (self.encoder, self.llm):
+            fold_adapters(part, folded=True)
+        return self
+
+    def train(self, mode: bool = True) -> LusiferModel:
+        """As for any module; folded adapters come out again, which restores the weights up to their rounding."""
+        if mode:
+            for part in (self.encoder, self.llm):
+                fold_adapters(part, folded=False)
+        return super().train(mode)
+
     def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
         """Puts a LoRA adapter on the encoder or the LLM.
 
@@ -308,6 +325,8 @@ class LusiferModel(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if target_ids is None and (groups := self._groups(attention_mask)):
+            return self._in_groups(input_ids, attention_mask, groups)
         embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
         if target_ids is not None:
             table: Any = self.llm.get_input_embeddings()
@@ -324,6 +343,30 @@ class LusiferModel(PreTrainedModel):
         if self.head is not None:
             vector = self.head(vector)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
+
+    def _groups(self, attention_mask: Tensor) -> list[Tensor]:
+        """Rows of similar length, where a batch on a CPU is mostly padding and nothing learns; else none.
+
+        Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
+        """
+        if torch.is_grad_enabled() or self.training or attention_mask.device.type != "cpu" or dist.is_initialized():
+            return []
+        lengths = attention_mask.bool().sum(dim=1)
+        if attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
+            return []
+        groups = micro_batches(lengths, PASS_TOKENS)
+        return groups if len(groups) > 1 else []
+
+    def _in_groups(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Tensor]) -> BaseModelOutputWithPooling:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        parts = [self(**trim(batch, rows)) for rows in groups]
+        width = max(part.last_hidden_state.shape[1] for part in parts)
+        hidden = [
+            nn.functional.pad(p.last_hidden_state, (0, 0, 0, width - p.last_hidden_state.shape[1])) for p in parts
+        ]
+        back = torch.argsort(torch.cat(groups))
+        pooled = torch.cat([part.pooler_output for part in parts])[back]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(hidden)[back], pooler_output=pooled)
 
     def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
         """The states before each real target token, so that no position has seen what it predicts."""

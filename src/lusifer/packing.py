@@ -25,6 +25,8 @@ def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The packed states, zero behind each row's end, and their mask; both cut to the longest row.
     """
+    if bool(mask.all()):
+        return states, mask
     length = max(int(mask.sum(dim=1).max()), 1)
     order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :length]
     packed = mask.gather(1, order)
@@ -53,9 +55,9 @@ def run_llm(llm: nn.Module, embeds: Tensor, mask: Tensor, *, is_causal: bool) ->
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     shared = {"is_causal": is_causal, "use_cache": False}
     if not is_varlen(model.config):
-        return model(
-            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, **shared
-        ).last_hidden_state
+        # Attention without a mask takes the faster kernel, and grouped heads as they are.
+        real = None if bool(mask.all()) else mask.long()
+        return model(inputs_embeds=embeds, attention_mask=real, position_ids=positions, **shared).last_hidden_state
     lengths = mask.sum(dim=1)
     bounds = nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
