@@ -30,6 +30,7 @@ check: $(READY)  ## lint, format check and types
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/encode.py
 
 clean:           ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
