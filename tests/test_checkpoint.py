@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
 import lusifer
 from conftest import CORPUS, sharpen
@@ -94,12 +95,12 @@ def test_fully_trained_encoder_is_stored(tiny_encoder, tiny_llm, tmp_path):
     names = set(load_file(tmp_path / "model" / "model.safetensors"))
     assert {f"encoder.{name}" for name in inner.encoder.state_dict()} <= names
     assert not any(name.startswith("llm.") and ".lora_" not in name for name in names)
-    assert (lusifer.load(str(tmp_path / "model")).encode(TEXTS) == expected).all()
+    assert (SentenceTransformer(str(tmp_path / "model")).encode(TEXTS) == expected).all()
 
 
 def test_round_trip_is_bit_equal(small, original):
     loaded = lusifer.load(str(small))
-    assert (loaded.encode(TEXTS) == original.encode(TEXTS)).all()
+    assert (SentenceTransformer(str(small)).encode(TEXTS) == original.encode(TEXTS)).all()
     state = lusifer_model(loaded).state_dict()
     for name, tensor in lusifer_model(original).state_dict().items():
         assert torch.equal(state[name], tensor), name
@@ -165,7 +166,8 @@ def test_fresh_process_needs_no_remote_code(small, original, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     by_class, by_us = np.load(out)
-    assert (by_class == by_us).all()
+    # Ours folds the adapters and batches by tokens: float32, summed in another order.
+    assert abs(by_class - by_us).max() < 1e-5
     # Another process may use another number of threads, and so another summation order.
     assert abs(by_us - original.encode(TEXTS)).max() < 1e-5
 

@@ -30,6 +30,7 @@ ORDER = [
     "pooling",
     "microbatches",
     "modeling",
+    "varlen",
     "warmstart",
     "prompts",
     "recipes",

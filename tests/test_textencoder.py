@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AttentionInterface
 
 from conftest import sharpen
-from lusifer import LusiferError, load
-from lusifer.encoding import lusifer_model, save_atomically
+from lusifer import LusiferError, LusiferModel, load
+from lusifer.backbones import load_tokenizer
+from lusifer.encoding import lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.microbatches import exact_batches
 from lusifer.textencoder import FastSentenceTransformer, TextEncoder, choose_precision, set_precision
+from test_modeling import flash_reference
 
 TEXTS = ["cat", "the cat sat on the mat", "a dog", "rain fell on the roof " * 6, "rain fell", "she reads", "milk"]
 
@@ -154,3 +157,25 @@ def test_bfloat16_is_near_and_auto_measures(adapted):
     assert (found * exact).sum(axis=1).min() > 0.99
     with pytest.raises(LusiferError, match="no precision 'int4'; there are auto, float32"):
         set_precision(model, "int4")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token"])
+@pytest.mark.parametrize(("added", "use_bos"), [(1, True), (0, True), (3, False)])
+def test_one_packed_row_equals_padded_batches(tiny_encoder, tiny_llm, pooling, added, use_bos):
+    """Through a reference of varlen attention on the CPU; every part of the row is moved by hand."""
+    AttentionInterface.register("flash_reference", flash_reference)
+    torch.manual_seed(0)
+    model = LusiferModel.from_backbones(
+        tiny_encoder, tiny_llm, max_seq_length=64, pooling=pooling, num_added_tokens=added, use_bos=use_bos, head_dim=8
+    )
+    sharpen(model.connector)
+    encoder = TextEncoder(to_sentence_transformer(model.eval(), load_tokenizer("encoder", tiny_encoder)))
+    expected = encoder.encode(TEXTS)
+    for part in (model.encoder, model.llm):
+        part.config._attn_implementation = "flash_reference"
+    packed = TextEncoder(encoder.model)
+    assert packed.packs and not encoder.packs
+    flash_reference.texts = 0
+    # Float32 sums in another order.
+    np.testing.assert_allclose(packed.encode(TEXTS), expected, atol=1e-5)
+    assert flash_reference.texts == len(TEXTS), "not one row of all texts"

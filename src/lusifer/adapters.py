@@ -69,3 +69,18 @@ def merge_adapters(root: nn.Module) -> None:
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, layer.get_base_layer())
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Counts parameters of encoder, connector, LLM, head and adapters.
+
+    Returns:
+        ``{part: {"total": n, "trainable": n}}``.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".", 1)[0] + (" adapter" if "lora_" in name else "")
+        row = counts.setdefault(part, {"total": 0, "trainable": 0})
+        row["total"] += parameter.numel()
+        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return counts

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lusifer.adapters import parameters_by_part
 from lusifer.backbones import keep_layers, load_config
 from lusifer.configuration import LusiferConfig
-from lusifer.modeling import LusiferModel, parameters_by_part
+from lusifer.modeling import LusiferModel
 from lusifer.recipes import Optimisation, Recipe
 from lusifer.training import prepare
 

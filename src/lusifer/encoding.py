@@ -17,8 +17,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Transf
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lusifer.adapters import parameters_by_part
 from lusifer.errors import LusiferError
-from lusifer.modeling import LusiferModel, parameters_by_part
+from lusifer.modeling import LusiferModel
 from lusifer.released import resolve_model
 from lusifer.textencoder import FastSentenceTransformer
 

@@ -248,6 +248,15 @@ class LusiferModel(PreTrainedModel):
         scale = float(getattr(table, "scalar_embed_scale", 1.0))
         return table.weight.detach() * scale
 
+    def bos_embedding(self) -> Tensor | None:
+        """(llm_dim,) float32 embedding that stands before the soft tokens; None where the model has none."""
+        found = self.config.llm_config.bos_token_id
+        bos_id = found[0] if isinstance(found, list) else found
+        if not self.config.use_bos or bos_id is None:
+            return None
+        table: Any = self.llm.get_input_embeddings()
+        return table(torch.tensor(bos_id, device=table.weight.device)).float()
+
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's token embeddings: the first thing an input meets."""
         return self.encoder.get_input_embeddings()
@@ -276,13 +285,10 @@ class LusiferModel(PreTrainedModel):
         added = self.connector.added_tokens.float().expand(batch, -1, -1)
         ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
         parts, masks, pooled = [soft, added], [real, ones], [real, ones]
-        bos_id = self.config.llm_config.bos_token_id
-        bos_id = bos_id[0] if isinstance(bos_id, list) else bos_id
-        if self.config.use_bos and bos_id is not None:
-            table: Any = self.llm.get_input_embeddings()
-            bos = table(torch.full((batch, 1), bos_id, device=soft.device)).float()
+        bos = self.bos_embedding()
+        if bos is not None:
             one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
-            parts.insert(0, bos)
+            parts.insert(0, bos.expand(batch, 1, -1))
             masks.insert(0, one)
             pooled.insert(0, torch.zeros_like(one))
         mask = torch.cat(masks, dim=1)
@@ -376,21 +382,6 @@ class LusiferModel(PreTrainedModel):
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
         return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]
-
-
-def parameters_by_part(model: LusiferModel) -> dict[str, dict[str, int]]:
-    """Counts parameters of encoder, connector, LLM, head and adapters.
-
-    Returns:
-        ``{part: {"total": n, "trainable": n}}``.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".", 1)[0] + (" adapter" if "lora_" in name else "")
-        row = counts.setdefault(part, {"total": 0, "trainable": 0})
-        row["total"] += parameter.numel()
-        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
-    return counts
 
 
 AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)

@@ -39,6 +39,18 @@ def is_varlen(config: PretrainedConfig) -> bool:
     return is_flash_attention_requested(config)
 
 
+def text_bounds(lengths: Tensor) -> dict[str, Any]:
+    """What attention of the varlen kind wants to know about one packed row, in transformers' names.
+
+    Args:
+        lengths: (rows,) tokens of each text.
+    """
+    bounds = nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max())
+    ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {"attention_mask": None, **ends}
+
+
 def run_llm(llm: nn.Module, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
     """Runs a decoder over input embeddings, in one packed row where its attention allows it.
 
@@ -58,17 +70,10 @@ def run_llm(llm: nn.Module, embeds: Tensor, mask: Tensor, *, is_causal: bool) ->
         # Attention without a mask takes the faster kernel, and grouped heads as they are.
         real = None if bool(mask.all()) else mask.long()
         return model(inputs_embeds=embeds, attention_mask=real, position_ids=positions, **shared).last_hidden_state
-    lengths = mask.sum(dim=1)
-    bounds = nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max())
     packed = model(
         inputs_embeds=embeds[mask].unsqueeze(0),
-        attention_mask=None,
         position_ids=positions[mask].unsqueeze(0),
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=longest,
-        max_length_k=longest,
+        **text_bounds(mask.sum(dim=1)),
         **shared,
     ).last_hidden_state.squeeze(0)
     return packed.new_zeros((*mask.shape, packed.shape[-1])).masked_scatter(mask.unsqueeze(-1), packed)

@@ -6,7 +6,8 @@ This is what ``lusifer.load`` encodes with, and so everything on top of Sentence
 2. Its rows are sorted by their number of tokens and cut into batches of at most a budget of padded tokens, of equal
    length where there are enough, so that padding is a few per cent however lengths and scripts are mixed (sorted by
    characters, as Sentence Transformers does, a third of the tokens is padding when scripts differ).
-3. Each batch goes through the model, adapters folded into its weights; the vectors return to the order of the texts.
+3. Each batch goes through the model, adapters folded into its weights, as one packed row where attention allows it
+   (`lusifer.varlen`); the vectors return to the order of the texts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from lusifer.errors import LusiferError
 from lusifer.microbatches import PASS_TOKENS, exact_batches
 from lusifer.modeling import LusiferModel
+from lusifer.varlen import can_pack, embed_packed
 
 WINDOW = 4096
 _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are needed to be busy.
@@ -104,9 +106,11 @@ class TextEncoder:
 
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
-        inner: Any = getattr(model[0], "auto_model", None)
-        if isinstance(inner, LusiferModel):
-            inner.fold_adapters()
+        self.inner: Any = getattr(model[0], "auto_model", None)
+        self.packs = False
+        if isinstance(self.inner, LusiferModel):
+            self.inner.fold_adapters()
+            self.packs = can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
         self.dimension = int(model.get_embedding_dimension() or 0)
         self.max_seq_length = int(model.max_seq_length or 512)
@@ -183,6 +187,13 @@ class TextEncoder:
 
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
+        if self.packs:
+            device = self.model.device
+            flat = torch.tensor([token for row in ids for token in row], device=device)
+            vectors = embed_packed(self.inner, flat, torch.tensor([len(row) for row in ids], device=device))
+            for module in list(self.model)[1:]:
+                vectors = module({"sentence_embedding": vectors})["sentence_embedding"]
+            return vectors
         batch = self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt", verbose=False)
         features = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         return self.model(features)["sentence_embedding"]
