@@ -28,9 +28,9 @@ check: $(READY)  ## lint, format check and types
 	$(BIN)/mypy
 
 bench: $(READY)  ## run the benchmarks
-	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/costs.py
 
 clean:           ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

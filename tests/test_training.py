@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lusifer
+from conftest import CORPUS
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes import Recipe
 from lusifer.trainer import AtomicTrainer
@@ -20,14 +21,7 @@ from lusifer.training import train
 
 STEPS = 8
 TEXTS = [
-    "the cat sat on the mat and looked at the dog",
-    "a small house stood near the river in the green valley",
-    "she reads a long book about the history of the sea",
-    "they went to the market to buy bread, milk and apples",
-    "my brother plays football with his friends every evening",
-    "the train arrives at the station at nine in the morning",
-    "rain fell on the roof all night while we slept",
-    "he wrote a letter to his mother and sent it by post",
+    *CORPUS,
     "bread and milk",
     "the green river",
     "friends at the station",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 # The bars of the libraries beneath would drown our own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say for themselves whether they show.
 
 import typer
 

@@ -17,7 +17,7 @@ MAIN, CROSS_LINGUAL, BITEXT, QUICK = "LUSIFER", "LUSIFER-xling", "LUSIFER-100", 
 BENCHMARKS = (MAIN, CROSS_LINGUAL, QUICK, BITEXT)
 # Task name to subset name to main score.
 Scores = Mapping[str, Mapping[str, float]]
-# Small tasks, one or two of every type and every language of `MAIN` but Swahili's retrieval, which has none.
+# Small tasks: together they cover the kinds of score and the languages; docs/evaluation.md has how well they predict.
 _QUICK = (
     "SIB200Classification",
     "SIB200ClusteringS2S",
