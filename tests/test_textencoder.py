@@ -179,3 +179,10 @@ def test_one_packed_row_equals_padded_batches(tiny_encoder, tiny_llm, pooling, a
     # Float32 sums in another order.
     np.testing.assert_allclose(packed.encode(TEXTS), expected, atol=1e-5)
     assert flash_reference.texts == len(TEXTS), "not one row of all texts"
+
+
+def test_two_processes_equal_one(adapted):
+    fast = load(str(adapted), device="cpu")
+    one = fast.encode(TEXTS)
+    # Other batches, so other sums of float32.
+    np.testing.assert_allclose(fast.encode(TEXTS, device=["cpu", "cpu"], chunk_size=3), one, atol=1e-5)
