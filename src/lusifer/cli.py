@@ -21,6 +21,8 @@ from lusifer.eval_cli import benchmark_app
 from lusifer.eval_cli import diagnose as diagnose_command
 from lusifer.eval_cli import evaluate as evaluate_command
 from lusifer.eval_cli import report as report_command
+from lusifer.search_cli import index_app
+from lusifer.search_cli import search as search_command
 
 app = typer.Typer(
     name="lusifer",
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
+app.add_typer(index_app, name="index", rich_help_panel="Search")
+app.command("search", rich_help_panel="Search")(search_command)
 app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
 app.command("report", rich_help_panel="Using a model")(report_command)
 app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
