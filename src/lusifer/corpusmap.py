@@ -37,7 +37,9 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
         points, method = _principal_components(vectors), "PCA"
     else:
         # One thread and a seed: the same index looks the same each time.
-        points = UMAP(n_neighbors=_NEIGHBOURS, metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
+        # Translations are so near each other that at UMAP's own min_dist, 0.1, they would be one dot.
+        umap = UMAP(n_neighbors=_NEIGHBOURS, min_dist=0.6, metric="cosine", random_state=0, n_jobs=1)
+        points = umap.fit_transform(vectors)
         method = "UMAP"
     low, high = points.min(axis=0, initial=np.inf), points.max(axis=0, initial=-np.inf)
     return ((points - low) / np.maximum(high - low, 1e-9)).astype(np.float32), method

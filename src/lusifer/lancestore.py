@@ -49,12 +49,13 @@ class LanceStore(Store):
         """
         lancedb = _lancedb()
         # What an interrupted creation left has no facts yet, and is made again.
+        mode = "overwrite" if (path / "lance").exists() else "create"
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {"lance"}):
             raise LusiferError(f"{str(path)!r} exists and is not an empty folder; choose another name for the index")
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _one_line(path):
-                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(facts), mode="overwrite")
+                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(facts), mode=mode)
                 table.create_scalar_index("id", index_type="BTREE")
                 # The words are made by us, for every script: see lexical.py.
                 table.create_fts_index(
@@ -212,9 +213,8 @@ class LanceStore(Store):
             return str(self._table.version)
 
     def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
-        condition = where if ids is None else OneOf("id", tuple(ids)) if ids else None
-        if condition is None:
-            return
+        condition = where if ids is None else OneOf("id", tuple(ids))
+        assert condition is not None
         with _one_line(self.path):
             self._table.delete(to_sql(condition))
 

@@ -230,12 +230,15 @@ class Store(ABC):
         """
         if (ids is None) == (where is None):
             raise LusiferError("say what to delete: either ids or a filter")
+        if ids is not None and not ids:
+            return 0
         before = self.count()
         self._delete(ids, self.parsed(where))
         return before - self.count()
 
     @abstractmethod
-    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None: ...
+    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
+        """Deletes by ids, at least one, or by filter."""
 
     def parsed(self, where: Filter | str | None) -> Filter | None:
         """A filter, checked against the columns of the index."""
