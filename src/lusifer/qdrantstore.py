@@ -45,7 +45,10 @@ def connect(location: str) -> tuple[Any, str]:
     if parts.scheme not in ("http", "https") or not parts.hostname or not collection or "/" in collection:
         raise LusiferError(f"{location!r} is not an index; write it like qdrant+http://localhost:6333/texts")
     client = _qdrant().QdrantClient(
-        url=f"{parts.scheme}://{parts.netloc}", api_key=os.environ.get("QDRANT_API_KEY"), timeout=60
+        url=f"{parts.scheme}://{parts.netloc}",
+        api_key=os.environ.get("QDRANT_API_KEY"),
+        timeout=60,
+        check_compatibility=False,
     )
     return client, collection
 
