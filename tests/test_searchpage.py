@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -206,13 +207,13 @@ def test_a_map_that_fails_is_told_and_not_tried_again(store, tmp_path, monkeypat
 
 
 def test_principal_components_keep_the_widest_directions(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "umap", None)
-    generator = np.random.default_rng(0)
-    wide = np.concatenate([generator.normal(size=(40, 2)) * [9, 5], 0.01 * generator.normal(size=(40, 6))], axis=1)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    some = np.random.default_rng(0).normal(size=(40, 8))
+    wide = np.linalg.qr(some - some.mean(axis=0))[0] * [1, 9, 2, 1, 5, 1, 2, 1]
     points, method = plane(wide.astype(np.float32))
     assert method == "PCA" and points.min() == 0 and points.max() == 1
-    for axis in (0, 1):
-        assert abs(np.corrcoef(points[:, axis], wide[:, axis])[0, 1]) > 0.99
+    for axis, widest in enumerate((1, 4)):
+        assert abs(np.corrcoef(points[:, axis], wide[:, widest])[0, 1]) > 0.999
 
 
 # In a browser
@@ -245,6 +246,11 @@ def page(request, browser, address):
     assert made.problems == []
 
 
+def expect(page, selector):
+    """Waits without evaluating strings, which the page's policy forbids."""
+    return pytest.importorskip("playwright.sync_api").expect(page.locator(selector))
+
+
 def shown(page):
     return page.locator("#hits .text").all_inner_texts()
 
@@ -257,18 +263,18 @@ def search(page, query):
 
 
 def test_typing_shows_ranked_texts(page):
-    page.wait_for_function("document.querySelector('#state').textContent.startsWith('Type a question')")
+    expect(page, "#state").to_contain_text("Type a question")
     assert "7 texts, 4 languages" in page.inner_text("#facts")
     page.type("#q", "railway station")  # No Enter: results come while typing.
     page.wait_for_selector("#hits li")
     assert shown(page)[0] == "where is the railway station"
     assert "English" in page.locator("#hits li").first.inner_text()
-    page.wait_for_function("location.search.includes('q=railway+station')")
+    assert "q=railway+station" in page.url
     page.select_option("#lang", "de")
-    page.wait_for_function("document.querySelectorAll('#hits li').length === 1")
+    expect(page, "#hits li").to_have_count(1)
     assert shown(page) == ["der bahnhof station liegt am fluss"]
     page.fill("#q", "")
-    page.wait_for_function("document.querySelectorAll('#hits li').length === 0")
+    expect(page, "#hits li").to_have_count(0)
 
 
 def test_nothing_runs_out_of_the_page(page):
@@ -297,7 +303,7 @@ COLOURED = """() => {
   const canvas = document.querySelector("#map");
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   const seen = new Set();
-  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) seen.add(data[i] + "," + data[i + 1] + "," + data[i + 2]);
+  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) seen.add(data.slice(i, i + 3).join());
   return seen.size;
 }"""
 
@@ -311,6 +317,12 @@ def test_the_map_is_drawn_and_can_be_read(page):
     place = page.evaluate("(() => place(state.points.find(point => point.id === 't2')))()")
     page.locator("#map").click(position={"x": place[0], "y": place[1]})
     assert page.inner_text("#tiptext") == "grandmother bakes bread"
+    apart = "(() => Math.hypot(...[0, 1].map(i => place(state.points[0])[i] - place(state.points[1])[i])))()"
+    far = page.evaluate(apart)
+    page.locator("#map").dblclick(position={"x": place[0], "y": place[1]})
+    assert page.evaluate(apart) == pytest.approx(2.5 * far, rel=1e-3)
+    page.click("#whole")
+    assert page.evaluate(apart) == pytest.approx(far, rel=1e-3)
     page.click("#legend button:has-text('German')")
     assert page.get_attribute("#legend button:has-text('German')", "aria-pressed") == "true"
 
@@ -340,7 +352,7 @@ def test_an_empty_index_says_so(browser, tmp_path):
     told, server = serving(LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM)))
     page = browser.new_page()
     page.goto(told)
-    page.wait_for_function("document.querySelector('#state').textContent.includes('The index is empty')")
-    page.wait_for_function("document.querySelector('#wait').textContent === 'No texts yet.'")
+    expect(page, "#state").to_contain_text("The index is empty")
+    expect(page, "#wait").to_have_text("No texts yet.")
     page.close()
     server.should_exit = True
