@@ -16,6 +16,7 @@ import typer
 
 from lusifer.console import Json, Quiet, emit, quiet_libraries
 from lusifer.data_cli import data_app
+from lusifer.encode_cli import encode as encode_command
 from lusifer.errors import LusiferError
 from lusifer.eval_cli import benchmark_app
 from lusifer.eval_cli import diagnose as diagnose_command
@@ -39,6 +40,7 @@ app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
 app.add_typer(index_app, name="index", rich_help_panel="Search")
 app.command("search", rich_help_panel="Search")(search_command)
+app.command("encode", rich_help_panel="Using a model")(encode_command)
 app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
 app.command("report", rich_help_panel="Using a model")(report_command)
 app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
@@ -128,39 +130,6 @@ def _show_plan(facts: dict[str, Any]) -> None:
         table.add_row(key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells])
     console.print(table)
     console.print(facts["launch"], soft_wrap=True)
-
-
-@app.command(rich_help_panel="Using a model")
-def encode(
-    model: Model,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl or .parquet.")],
-    output: Annotated[Path, typer.Argument(help=".parquet (id, text, embedding) or .npy.")],
-    column: Annotated[str, typer.Option(help="Column of the text in JSONL and Parquet.")] = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
-    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Embeds the texts of a file, in any language; the output appears whole or not at all.
-
-    Examples:
-    - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`
-    - `lusifer encode runs/quickstart/model docs.jsonl docs.parquet --column body`
-    """
-    quiet_libraries(quiet)
-    from lusifer.encoding import check_output, encode_texts, load_checkpoint, read_inputs, write_embeddings
-    from lusifer.prompts import with_instruction
-
-    check_output(output)
-    texts = read_inputs(source, column)
-    loaded = load_checkpoint(model)
-    prompted = [with_instruction(instruction, text) for text in texts]
-    vectors, cut = encode_texts(loaded, prompted, batch_size=batch_size, progress=not quiet)
-    write_embeddings(output, texts, vectors)
-    if cut:
-        typer.echo(f"warning: {cut} of {len(texts)} texts were longer than the model's window and cut", err=True)
-    facts = {"texts": len(texts), "dimension": vectors.shape[1], "cut": cut, "output": str(output)}
-    emit(facts) if as_json else typer.echo(f"{len(texts)} texts, {vectors.shape[1]} dimensions -> {output}")
 
 
 @app.command(rich_help_panel="Using a model")

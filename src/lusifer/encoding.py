@@ -1,20 +1,16 @@
-"""From checkpoint to embeddings: the Sentence Transformers view of a model, and encoding of whole files."""
+"""Checkpoints: the Sentence Transformers view of a model, loading, describing and saving it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lusifer.adapters import parameters_by_part
@@ -150,157 +146,3 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {reason}") from error
-
-
-def read_inputs(path: Path, column: str = "text") -> list[str]:
-    """Reads the texts of a file to encode.
-
-    Args:
-        path: ``.txt`` (one text per line), ``.jsonl`` or ``.parquet``.
-        column: Column that holds the text in the latter two.
-
-    Raises:
-        LusiferError: If the file cannot be read, has another format, lacks the column, holds no
-            text, or a text is missing, empty or not valid Unicode; the message names the row.
-    """
-    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise LusiferError(f"cannot read {str(path)!r}: name it {', '.join(readers)}")
-    if not path.is_file():
-        raise LusiferError(f"no such file: {str(path)!r}")
-    texts = []
-    for row, text in enumerate(readers[path.suffix](path, column), start=1):
-        if not isinstance(text, str):
-            raise LusiferError(f"{path}, row {row}: {column!r} must be text, not {type(text).__name__}")
-        if not text.strip():
-            raise LusiferError(f"{path}, row {row}: the text is empty; remove the row")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise LusiferError(
-                f"{path}, row {row}: lone surrogate U+{code:04X} at character {error.start + 1}; replace it"
-            ) from error
-        texts.append(text)
-    if not texts:
-        raise LusiferError(f"{str(path)!r} holds no texts")
-    return texts
-
-
-def _read_lines(path: Path, column: str) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for row, line in enumerate(file, start=1):
-            try:
-                # Windows editors open a file with a byte order mark.
-                yield line.decode("utf-8-sig" if row == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise LusiferError(f"{path}, row {row}: not valid UTF-8 ({error.reason})") from error
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[Any]:
-    for row, line in enumerate(_read_lines(path, column), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LusiferError(f"{path}, row {row}: not valid JSON ({error.msg})") from error
-        if not isinstance(record, dict) or column not in record:
-            raise LusiferError(f"{path}, row {row}: no {column!r}; choose another with --column")
-        yield record[column]
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[Any]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            known = ", ".join(file.schema_arrow.names)
-            raise LusiferError(f"{str(path)!r} has no column {column!r}; it has {known} (choose with --column)")
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = f"not valid UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else error
-        raise LusiferError(f"cannot read {str(path)!r}: {str(reason).splitlines()[0]}") from error
-
-
-def encode_texts(
-    model: SentenceTransformer,
-    texts: list[str],
-    *,
-    batch_size: int = 32,
-    window: int = 4096,
-    progress: bool = True,
-) -> tuple[np.ndarray, int]:
-    """Embeds texts, sorted by length in tokens within a window, order restored.
-
-    Sorting by characters, as Sentence Transformers does, leaves a third of the tokens to padding
-    when scripts differ; the token counts are known after tokenising, so they are used.
-
-    Args:
-        model: A loaded model.
-        texts: The texts.
-        batch_size: Texts per forward pass.
-        window: Texts sorted together.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        (n, dim) float32 unit vectors, and how many texts were longer than the model's window and cut.
-    """
-    limit = model.max_seq_length or 512
-    found = np.empty((len(texts), model.get_embedding_dimension() or 0), dtype=np.float32)
-    cut = 0
-    with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
-        for begin in range(0, len(texts), window):
-            chunk = texts[begin : begin + window]
-            lengths = [len(ids) for ids in model.tokenizer(chunk, truncation=False, verbose=False)["input_ids"]]
-            cut += sum(length > limit for length in lengths)
-            order = sorted(range(len(chunk)), key=lambda row: -lengths[row])
-            for first in range(0, len(order), batch_size):
-                rows = order[first : first + batch_size]
-                vectors = model.encode([chunk[row] for row in rows], batch_size=batch_size, show_progress_bar=False)
-                found[[begin + row for row in rows]] = vectors
-                bar.update(len(rows))
-    return found, cut
-
-
-def write_embeddings(path: Path, texts: list[str], embeddings: np.ndarray) -> None:
-    """Writes embeddings whole or not at all.
-
-    Args:
-        path: ``.parquet`` (columns ``id``, ``text``, ``embedding``) or ``.npy``.
-        texts: The texts, for Parquet.
-        embeddings: (n, dim) float32.
-
-    Raises:
-        LusiferError: If the format is unknown or the file cannot be written.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    check_output(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
-            new = Path(staging) / path.name
-            if path.suffix == ".npy":
-                np.save(new, embeddings)
-            else:
-                flat = pa.array(embeddings.reshape(-1))
-                vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
-                table = pa.table({"id": list(range(len(texts))), "text": texts, "embedding": vectors})
-                parquet.write_table(table, new)
-            os.replace(new, path)
-    except OSError as error:
-        raise LusiferError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
-def check_output(path: Path) -> None:
-    """Refuses an output that could not be written, before the work starts.
-
-    Raises:
-        LusiferError: If the format is unknown or the folder is missing or not writable.
-    """
-    if path.suffix not in (".parquet", ".npy"):
-        raise LusiferError(f"cannot write {str(path)!r}: name it .parquet or .npy")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise LusiferError(f"cannot write into {str(path.parent)!r}: no such folder, or not writable")

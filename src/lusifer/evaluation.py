@@ -34,11 +34,11 @@ from lusifer.errors import LusiferError
 from lusifer.evaltasks import cost, mteb_task
 from lusifer.intervals import Recorder
 from lusifer.prompts import with_instruction
+from lusifer.released import files_hash
 from lusifer.starter import cache_dir, resolve_backbone
 from lusifer.suite import Task
 
 PROFILE = "languages.json"
-_HASHED = (".safetensors", ".json", ".model", ".txt", ".bin")
 
 
 def load_prompts(path: Path | None = None) -> dict[str, str]:
@@ -62,16 +62,10 @@ def load_prompts(path: Path | None = None) -> dict[str, str]:
 
 def model_hash(model: str) -> str:
     """Hash of a model's files, or of its name where it is not a local folder; 16 hex digits."""
-    digest = hashlib.sha256()
     folder = Path(resolve_backbone(backbone_name(model)))
-    digest.update(next((prefix for prefix in ALONE if model.startswith(prefix)), "").encode())
     if not folder.is_dir():
         return hashlib.sha256(model.encode()).hexdigest()[:16]
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return files_hash(folder, next((prefix for prefix in ALONE if model.startswith(prefix)), ""))
 
 
 class CachedModel(AbsEncoder):

@@ -19,6 +19,7 @@ from lusifer.starter import cache_dir, starter_path
 
 NAME = "starter"
 _TOKENIZER = "tokenizer.json"
+_HASHED = (".safetensors", ".json", ".model", ".txt", ".bin")
 
 
 def assemble(source: Path | None = None) -> Path:
@@ -66,3 +67,18 @@ def resolve_model(name_or_path: str) -> str:
     if name_or_path == NAME and not Path(name_or_path).exists():
         return str(assemble())
     return name_or_path
+
+
+def files_hash(folder: Path, salt: str = "") -> str:
+    """Hash of what a model's folder holds, names included; 16 hex digits.
+
+    Args:
+        folder: The folder.
+        salt: Tells uses of the same files apart.
+    """
+    digest = hashlib.sha256(salt.encode())
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ This is what ``lusifer.load`` encodes with, and so everything on top of Sentence
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -130,11 +130,12 @@ class TextEncoder:
         return found
 
     @torch.inference_mode()
-    def encode_ids(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
         """Embeds tokenised texts, in token-sorted batches.
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
+            tick: Is told after each batch how many texts it held.
 
         Returns:
             (n, dim) float32 unit vectors, in the order of the texts.
@@ -142,7 +143,22 @@ class TextEncoder:
         found = np.empty((len(ids), self.dimension), dtype=np.float32)
         for rows, vectors in self._batches(ids):
             found[rows] = vectors
+            if tick is not None:
+                tick(len(rows))
         return found
+
+    def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
+        """Embeds texts as they come, in memory for two windows of them.
+
+        Args:
+            texts: The texts; read one window ahead of what is yielded.
+            tick: Is told after each batch how many texts it held.
+
+        Yields:
+            (window, dim) float32 unit vectors, in the order of the texts; the last window may be shorter.
+        """
+        for ids in self._tokenized(texts):
+            yield self.encode_ids(ids, tick)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
         """Embeds texts.
@@ -157,12 +173,9 @@ class TextEncoder:
         found = np.empty((len(texts), self.dimension), dtype=np.float32)
         begin = 0
         with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
-            for ids in self._tokenized(texts):
-                with torch.inference_mode():
-                    for rows, vectors in self._batches(ids):
-                        found[begin + rows] = vectors
-                        bar.update(len(rows))
-                begin += len(ids)
+            for vectors in self.stream(texts, bar.update):
+                found[begin : begin + len(vectors)] = vectors
+                begin += len(vectors)
         return found
 
     def _tokenized(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
