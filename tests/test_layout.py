@@ -16,6 +16,7 @@ SOURCE = Path(lusifer.__file__).parent
 # A module imports only modules before it.
 ORDER = [
     "errors",
+    "console",
     "configuration",
     "connector",
     "use_encoder",
@@ -45,6 +46,7 @@ ORDER = [
     "textencoder",
     "encoding",
     "storage",
+    "bulk_job",
     "bulk_input",
     "bulk_shard",
     "bulk_local",

@@ -21,14 +21,25 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from lusifer.bulk_input import Columns, InputFile, Plan, Position, Slice, find_files, make_plan
-from lusifer.bulk_local import InProcess, Processes
-from lusifer.bulk_ray import RayCluster
-from lusifer.bulk_shard import OUTPUT_DTYPES, Job, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
+from lusifer.bulk_input import find_files, make_plan
+from lusifer.bulk_job import (
+    OUTPUT_DTYPES,
+    Columns,
+    InputFile,
+    Job,
+    Plan,
+    Position,
+    Prepared,
+    Settings,
+    ShardFacts,
+    Slice,
+    read_facts,
+    schema,
+    shard_name,
+)
 from lusifer.errors import LusiferError
 from lusifer.released import files_hash, resolve_model
 from lusifer.storage import Folder, is_remote
-from lusifer.textencoder import PRECISIONS
 
 MANIFEST = "manifest.json"
 ENGINES = ("local", "ray")
@@ -103,7 +114,6 @@ def encode(
 def _check(settings: Settings, engine: str) -> None:
     for name, value, known in (
         ("output dtype", settings.output_dtype, OUTPUT_DTYPES),
-        ("precision", settings.precision, PRECISIONS),
         ("engine", engine, ENGINES),
     ):
         if value not in known:
@@ -114,6 +124,8 @@ def _check(settings: Settings, engine: str) -> None:
 
 
 def _encode_file(run: dict[str, Any], **hands: Any) -> dict[str, Any]:
+    from lusifer.bulk_local import InProcess
+
     plan = _plan(run["files"], replace(run["settings"], shard_rows=0), hands["progress"])
     job = Job(**run, plan=plan, threads=hands["threads"] or _threads(1))
     with InProcess(job, hands["device"]) as engine, _bar(plan.rows, 0, hands["progress"]) as bar:
@@ -169,6 +181,9 @@ def _make_missing(
 
 
 def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
+    from lusifer.bulk_local import InProcess, Processes
+    from lusifer.bulk_ray import RayCluster
+
     devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if engine == "ray":
         return RayCluster(job, processes, devices[0])
@@ -309,6 +324,10 @@ def _unpacked(plan: dict[str, Any], size: int) -> Plan:
 
 
 def _plan(files: Sequence[InputFile], settings: Settings, progress: bool) -> Plan:
+    from lusifer.textencoder import PRECISIONS
+
+    if settings.precision not in PRECISIONS:
+        raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
     total = sum(file.size for file in files)
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": not progress}
     with tqdm(total=total, desc="checking", **options) as bar:

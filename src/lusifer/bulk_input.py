@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
+from lusifer.bulk_job import Columns, InputFile, Plan, Position, Slice
 from lusifer.errors import LusiferError
 from lusifer.storage import is_remote, locate, open_file, storage_errors, version
 
@@ -29,71 +29,6 @@ Id = int | str | None
 # Offset behind the row, its text, its id, and what is wrong with it.
 _Raw = tuple[int, Any, Any, str | None]
 _Parsed = tuple[Any, Any, str | None]
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of the input.
-
-    Attributes:
-        url: Path or URL.
-        size: Bytes.
-        version: Changes with the content: a store's tag, or the time of the last change.
-    """
-
-    url: str
-    size: int
-    version: str
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that are read; ``id`` is None where rows are numbered instead."""
-
-    text: str = "text"
-    id: str | None = None
-
-
-class Position(NamedTuple):
-    """Where a row begins: number of the file, byte in its unpacked stream (Parquet: row), rows of the file before."""
-
-    file: int
-    offset: int
-    row: int
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Consecutive rows of the input, bad ones included.
-
-    Attributes:
-        number: Of the shard.
-        first: Number of its first row in the whole input.
-        rows: How many.
-        start: Where the first one begins.
-    """
-
-    number: int
-    first: int
-    rows: int
-    start: Position
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `make_plan` found.
-
-    Attributes:
-        slices: The shards.
-        rows: Rows of the input, bad ones included.
-        bad: Rows that are skipped.
-        id_type: ``int64`` or ``string``.
-    """
-
-    slices: list[Slice]
-    rows: int
-    bad: int
-    id_type: str
 
 
 def kind_of(url: str) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
-from lusifer.bulk_shard import Job, Prepared, ShardEncoder, ShardFacts, Tick
+from lusifer.bulk_job import Job, Prepared, ShardFacts
+from lusifer.bulk_shard import ShardEncoder, Tick
+from lusifer.console import quiet_libraries
 from lusifer.errors import LusiferError
 
 
@@ -136,6 +138,7 @@ def _work(pipe: Connection, job: Job, device: str | None) -> None:
     """What a process does: makes the shards it is sent until the pipe closes."""
     # Ctrl-C reaches every process of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries(True)
     try:
         encoder = ShardEncoder(job, device)
         while True:

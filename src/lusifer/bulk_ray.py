@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from lusifer.bulk_shard import Job, Prepared, ShardEncoder, ShardFacts, Tick
+from lusifer.bulk_job import Job, Prepared, ShardFacts
+from lusifer.bulk_shard import ShardEncoder, Tick
 from lusifer.errors import LusiferError
 
 _RETRIES = 8  # Of one shard, when its actor or machine is lost: eight losses of one shard are the shard's fault.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,102 +19,27 @@ import torch
 from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
 
-from lusifer.bulk_input import Columns, InputFile, Plan, RowReader, Slice
+from lusifer.bulk_input import RowReader
+from lusifer.bulk_job import (
+    ARROW,
+    FACTS,
+    Columns,
+    Job,
+    Prepared,
+    ShardFacts,
+    Slice,
+    schema,
+    shard_name,
+    stored_width,
+)
 from lusifer.encoding import load_checkpoint
 from lusifer.errors import LusiferError
 from lusifer.prompts import with_instruction
 from lusifer.storage import Folder
 from lusifer.textencoder import WINDOW, TextEncoder, set_precision
 
-_ARROW = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "ubinary": pa.uint8()}
-OUTPUT_DTYPES = tuple(_ARROW)
-_FACTS = b"lusifer"
-
 Tick = Callable[[int], object]
 _Row = tuple[int | str, str]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the content of the output.
-
-    Attributes:
-        column: Column of the texts.
-        id_column: Column of the ids; rows are numbered when None.
-        instruction: Task instruction in front of every text.
-        text: Whether the output holds the texts.
-        dim: First so many dimensions, normalised again; all when None.
-        output_dtype: ``float32``, ``float16``, ``int8`` or ``ubinary`` (one bit a dimension).
-        precision: Data type of the computation; see `lusifer.textencoder.PRECISIONS`.
-        shard_rows: Rows of a shard.
-        batch_tokens: Padded tokens of a forward pass; by the device when None.
-        skip_bad: Whether bad rows are left out and counted instead of refused.
-    """
-
-    column: str = "text"
-    id_column: str | None = None
-    instruction: str | None = None
-    text: bool = True
-    dim: int | None = None
-    output_dtype: str = "float32"
-    precision: str = "auto"
-    shard_rows: int = 50_000
-    batch_tokens: int | None = None
-    skip_bad: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """All a process needs to make shards; small, and can be pickled.
-
-    Attributes:
-        model: Checkpoint folder or hub id.
-        files: The input.
-        plan: Its shards.
-        settings: What to make of it.
-        threads: Torch threads of a process. Sums of other thread counts differ in the last digits.
-        output: Folder, path or URL; a file when ``single``.
-        single: Whether the output is one file.
-    """
-
-    model: str
-    files: list[InputFile]
-    plan: Plan
-    settings: Settings
-    threads: int
-    output: str
-    single: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is found once, by measuring, and holds for every shard of a run.
-
-    Attributes:
-        precision: Data type of the computation.
-        device: ``cpu``, ``cuda``, ...
-        dimension: Of the embeddings in the output.
-        ranges: int8 only: smallest and largest value of each dimension, (2, dimension).
-    """
-
-    precision: str
-    device: str
-    dimension: int
-    ranges: list[list[float]] | None = None
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """A finished shard: its number, rows written, texts that were cut to the model's window."""
-
-    number: int
-    rows: int
-    cut: int
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"part-{number:05}.parquet"
 
 
 class ShardEncoder:
@@ -136,7 +60,8 @@ class ShardEncoder:
         model = load_checkpoint(job.model, **({"device": device} if device else {}))
         self.encoder = TextEncoder(model, token_budget=job.settings.batch_tokens)
         self.reader = RowReader(job.files, Columns(job.settings.column, job.settings.id_column))
-        self.folder = Folder(job.output.rpartition("/")[0] or "." if job.single else job.output)
+        parent = job.output.rpartition("/")[0] or "."
+        self.folder = Folder(parent, scratch=None) if job.single else Folder(job.output)
         self._precision: str | None = None
 
     def prepare(self) -> Prepared:
@@ -256,7 +181,7 @@ class ShardEncoder:
         options["use_dictionary"] = ["embedding.list.element"] if whole_numbers else False
         with parquet.ParquetWriter(path, form, **options) as writer:
             for window, vectors in pieces:
-                flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=_ARROW[settings.output_dtype])
+                flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=ARROW[settings.output_dtype])
                 columns = {
                     "id": pa.array([given for given, _ in window], type=form.field("id").type),
                     "text": [text for _, text in window] if settings.text else None,
@@ -264,35 +189,5 @@ class ShardEncoder:
                 }
                 writer.write_table(pa.table({name: columns[name] for name in form.names}, schema=form))
                 rows += len(window)
-            writer.add_key_value_metadata({_FACTS: json.dumps({"rows": rows, "cut": self.encoder.cut})})
+            writer.add_key_value_metadata({FACTS: json.dumps({"rows": rows, "cut": self.encoder.cut})})
         return rows
-
-
-def stored_width(dimension: int, output_dtype: str) -> int:
-    """Numbers of a stored embedding: its dimensions, or a byte for eight of them."""
-    return -(-dimension // 8) if output_dtype == "ubinary" else dimension
-
-
-def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
-    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size."""
-    width = stored_width(dimension, settings.output_dtype)
-    fields = [("id", pa.string() if id_type == "string" else pa.int64()), ("text", pa.string())]
-    embedding = ("embedding", pa.list_(_ARROW[settings.output_dtype], width))
-    return pa.schema([*(fields if settings.text else fields[:1]), embedding])
-
-
-def read_facts(folder: Folder, number: int) -> ShardFacts:
-    """What a finished shard says of itself.
-
-    Raises:
-        LusiferError: If it is damaged.
-    """
-    name = shard_name(number)
-    try:
-        with folder.fs.open(folder.path(name), "rb") as file:
-            found = json.loads(parquet.ParquetFile(file).metadata.metadata[_FACTS])
-        return ShardFacts(number, int(found["rows"]), int(found["cut"]))
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise LusiferError(
-            f"{folder.url}/{name} is damaged ({type(error).__name__}); remove it to have it again"
-        ) from error

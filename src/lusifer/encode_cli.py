@@ -72,7 +72,7 @@ def encode(
     """
     quiet_libraries(quiet)
     from lusifer.bulk import encode as run
-    from lusifer.bulk_shard import Settings
+    from lusifer.bulk_job import Settings
 
     settings = Settings(
         column=column,

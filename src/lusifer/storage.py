@@ -84,14 +84,15 @@ class Folder:
 
     Args:
         url: Path or URL.
+        scratch: Sub-folder for files that are being written; they lie in the folder itself when None.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, scratch: str | None = ".staging") -> None:
         self.url = url.rstrip("/")
         self.remote = is_remote(url)
         self.fs, self.root = locate(self.url)
         # A rename is atomic only within one file system.
-        self.staging = None if self.remote else Path(self.root) / ".staging"
+        self.staging = None if self.remote else Path(self.root) / (scratch or "")
 
     def make(self) -> None:
         """Creates the folder.
@@ -128,7 +129,7 @@ class Folder:
             LusiferError: If it cannot be written; nothing half-written stays.
         """
         with storage_errors(f"{self.url}/{name}", "write"):
-            handle, path = tempfile.mkstemp(dir=self.staging, prefix=f"{name}-")
+            handle, path = tempfile.mkstemp(dir=self.staging, prefix=f".{name}-")
             os.close(handle)
             temporary = Path(path)
             try:
