@@ -41,6 +41,16 @@ def test_long_texts_are_cut_by_the_tokenizer_and_counted(tiny_st):
     assert ids[1] == ids[2] and encoder.cut == 2
 
 
+def test_a_window_ends_early_where_texts_are_long(tiny_st, monkeypatch):
+    expected = TextEncoder(tiny_st).encode(TEXTS)
+    monkeypatch.setattr("lusifer.textencoder._CHARACTERS", 30)
+    told = []
+    found = list(TextEncoder(tiny_st, window=4).stream(iter(TEXTS), told.append))
+    # 3 + 22 + 5, the long one, and the rest.
+    assert [len(vectors) for vectors in found] == [3, 1, 3] and sum(told) == len(TEXTS)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
 def test_nothing_gives_nothing(tiny_st):
     assert TextEncoder(tiny_st).encode([]).shape == (0, tiny_st.get_embedding_dimension())
 

@@ -41,7 +41,8 @@ from lusifer.errors import LusiferError
 from lusifer.released import files_hash, resolve_model
 from lusifer.storage import Folder, is_remote
 
-MANIFEST = "manifest.json"
+# Readers of a folder of Parquet pass over names with an underscore.
+MANIFEST = "_manifest.json"
 ENGINES = ("local", "ray")
 _FORMAT = 1
 _FILES = (".parquet", ".npy")
@@ -82,7 +83,7 @@ def encode(
     Args:
         model: Checkpoint folder, hub id, or ``starter``.
         source: Input: a file, a folder or a glob, here or in a store; see `lusifer.bulk_input.find_files`.
-        output: A folder for shards and ``manifest.json``, or a file ``.parquet`` or ``.npy``.
+        output: A folder for shards and ``_manifest.json``, or a file ``.parquet`` or ``.npy``.
         settings: What to make of it.
         engine: ``local``, or ``ray`` for a cluster.
         processes: Processes that hold a model.
@@ -224,9 +225,9 @@ def _locked(target: Folder) -> Iterator[None]:
             if left.name != "lock":
                 left.unlink()
         yield
-        if (Path(target.root) / MANIFEST).is_file():
-            shutil.rmtree(target.staging)
     finally:
+        if lock.is_locked:
+            shutil.rmtree(target.staging)
         lock.release()
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from lusifer.modeling import LusiferModel
 from lusifer.varlen import can_pack, embed_packed
 
 WINDOW = 4096
+_CHARACTERS = 1 << 22  # Of a window: a token takes some 100 bytes while it is with the tokenizer.
 _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are needed to be busy.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _WORTH_IT = 1.3  # How much faster a shorter data type must be to be chosen: it costs some precision.
@@ -155,7 +155,7 @@ class TextEncoder:
             tick: Is told after each batch how many texts it held.
 
         Yields:
-            (window, dim) float32 unit vectors, in the order of the texts; the last window may be shorter.
+            (n, dim) float32 unit vectors, in the order of the texts; n is at most ``window``.
         """
         for ids in self._tokenized(texts):
             yield self.encode_ids(ids, tick)
@@ -183,12 +183,22 @@ class TextEncoder:
         rest = iter(texts)
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
-            while window := list(islice(rest, self.window)):
+            while window := self._next_window(rest):
                 current, ahead = ahead, pool.submit(self.tokenize, window)
                 if current is not None:
                     yield current.result()
             if ahead is not None:
                 yield ahead.result()
+
+    def _next_window(self, texts: Iterator[str]) -> list[str]:
+        found: list[str] = []
+        characters = 0
+        for text in texts:
+            found.append(text)
+            characters += len(text)
+            if len(found) == self.window or characters >= _CHARACTERS:
+                break
+        return found
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if not len(ids):
