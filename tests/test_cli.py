@@ -121,19 +121,37 @@ def test_progress_and_losses_stay_off_standard_output(call, tmp_path, data, tiny
 def test_encode_to_npy_and_parquet(call, checkpoint, tmp_path):
     model = lusifer.load(str(checkpoint), device="cpu")
     (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n")
-    code, out, _ = call("encode", checkpoint, tmp_path / "in.txt", tmp_path / "v.npy", "--json", "-q")
+    exact = ("--precision", "float32")
+    code, out, _ = call("encode", checkpoint, tmp_path / "in.txt", tmp_path / "v.npy", "--json", "-q", *exact)
     assert code == 0
-    assert json.loads(out) == {"texts": 4, "dimension": 48, "cut": 0, "output": str(tmp_path / "v.npy")}
+    facts = {"texts": 4, "dimension": 48, "cut": 0, "skipped": 0, "output": str(tmp_path / "v.npy")}
+    assert json.loads(out) == facts
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), model.encode(TEXTS), atol=1e-5)
     rows = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)
     (tmp_path / "in.jsonl").write_text(rows)
-    arguments = ("--column", "body", "--instruction", "Find it", "--batch-size", "3", "-q", "--json")
+    arguments = ("--column", "body", "--instruction", "Find it", "--batch-tokens", "30", "-q", "--json", *exact)
     code, out, err = call("encode", checkpoint, tmp_path / "in.jsonl", tmp_path / "v.parquet", *arguments)
     assert code == 0 and err == "" and json.loads(out)["texts"] == 4
     table = parquet.read_table(tmp_path / "v.parquet")
     assert table["text"].to_pylist() == TEXTS
     expected = model.encode([f"Instruct: Find it\nQuery: {text}" for text in TEXTS])
     np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), expected, atol=1e-5)
+
+
+def test_encode_a_folder_goes_on_and_tells_what_it_left_out(call, checkpoint, tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n\n")
+    arguments = ("encode", checkpoint, tmp_path / "in.txt", tmp_path / "out", "--skip-bad", "--no-text")
+    arguments += ("--shard-rows", "2", "--output-dtype", "ubinary", "--dim", "16", "--precision", "float32")
+    for _ in range(2):
+        code, out, err = call(*arguments, "--json", "-q")
+        assert code == 0 and err == "warning: 1 bad rows were left out\n"
+        assert json.loads(out) == {
+            "texts": 4, "dimension": 16, "cut": 0, "skipped": 1, "shards": 3, "output": str(tmp_path / "out"),
+        }  # fmt: skip
+    table = parquet.read_table(tmp_path / "out")
+    assert table.schema.names == ["id", "embedding"] and len(table["embedding"][0].as_py()) == 2
+    message = mistake(*call(*arguments, "--instruction", "Find it", "-q"))
+    assert "holds another run: instruction was None and is 'Find it'" in message
 
 
 def test_encode_says_when_texts_were_cut(call, checkpoint, tmp_path):
@@ -154,6 +172,7 @@ def test_encode_mistakes(call, checkpoint, tiny_encoder, tmp_path):
     assert "no such folder" in mistake(*call("encode", checkpoint, good, tmp_path / "none" / "v.npy"))
     assert "no checkpoint at" in mistake(*call("encode", tmp_path / "none", good, output))
     assert "no checkpoint at" in mistake(*call("encode", tiny_encoder, good, output))
+    assert "no output dtype" in mistake(*call("encode", checkpoint, good, output, "--output-dtype", "int4", "-q"))
     assert not output.exists()
 
 
@@ -208,7 +227,7 @@ def test_a_full_disk_is_a_mistake_too(call, checkpoint, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     (tmp_path / "in.txt").write_text("one\n")
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "replace", full)
     message = mistake(*call("encode", checkpoint, tmp_path / "in.txt", tmp_path / "v.npy", "-q"))
     assert "No space left on device" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "in.txt"]

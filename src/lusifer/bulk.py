@@ -129,9 +129,10 @@ def _encode_file(run: dict[str, Any], **hands: Any) -> dict[str, Any]:
 
     plan = _plan(run["files"], replace(run["settings"], shard_rows=0), hands["progress"])
     job = Job(**run, plan=plan, threads=hands["threads"] or _threads(1))
-    with InProcess(job, hands["device"]) as engine, _bar(plan.rows, 0, hands["progress"]) as bar:
+    with InProcess(job, hands["device"]) as engine:
         prepared = engine.prepare()
-        facts = list(engine.encode([0], prepared, bar.update))
+        with _bar(plan.rows, 0, hands["progress"]) as bar:
+            facts = list(engine.encode([0], prepared, bar.update))
     return _summary(job, prepared.dimension, facts)
 
 
@@ -330,7 +331,7 @@ def _plan(files: Sequence[InputFile], settings: Settings, progress: bool) -> Pla
     if settings.precision not in PRECISIONS:
         raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
     total = sum(file.size for file in files)
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": not progress}
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
     with tqdm(total=total, desc="checking", **options) as bar:
         return make_plan(
             files,

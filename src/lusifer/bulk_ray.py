@@ -15,8 +15,6 @@ from lusifer.bulk_job import Job, Prepared, ShardFacts
 from lusifer.bulk_shard import ShardEncoder, Tick
 from lusifer.errors import LusiferError
 
-_RETRIES = 8  # Of one shard, when its actor or machine is lost: eight losses of one shard are the shard's fault.
-
 
 class _Actor:
     """A model in a process of the cluster, made by Ray."""
@@ -50,6 +48,8 @@ class RayCluster:
 
     def __init__(self, job: Job, actors: int, device: str | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray warns of every actor that could not restart without its driver, in the middle of our bar.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Ray Data draws its own bars over ours.
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
         try:
@@ -95,20 +95,19 @@ class RayCluster:
         """Makes shards and yields their facts as they are done; ``tick`` hears of each.
 
         Raises:
-            LusiferError: If an actor reports one, or shards are lost again and again.
+            LusiferError: If an actor reports one, or the cluster is gone. Ray makes shards of lost actors again.
         """
         data = self.ray.data
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         size = min(self.actors, len(numbers))
         made = data.from_items([{"id": number} for number in numbers], override_num_blocks=len(numbers)).map_batches(
             _Actor,
             batch_size=1,
             compute=data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(self.job, prepared, self.device),
-            max_restarts=-1,
-            max_task_retries=_RETRIES,
             **self.resources,
         )
         try:
