@@ -236,6 +236,7 @@ def test_mistakes_in_the_cluster_are_one_line(cluster, model, source, tmp_path):
     message = refused(model, str(source), out, replace(SETTINGS, dim=1000), engine="ray")
     assert message == "cannot cut embeddings to 1000 dimensions: the model has 48"
     assert "need a folder" in refused(model, str(source), str(tmp_path / "v.npy"), engine="ray")
+    assert "--device is cpu or cuda" in refused(model, str(source), str(tmp_path / "o"), engine="ray", device="cuda:0")
 
 
 def test_ray_from_s3_to_s3(cluster, model, source, s3, tmp_path):

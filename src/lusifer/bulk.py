@@ -188,7 +188,7 @@ def _engine(job: Job, *, engine: str, processes: int, device: str | None, thread
 
     devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if engine == "ray":
-        return RayCluster(job, processes, devices[0])
+        return RayCluster(job, processes, device)
     if len(devices) > 1 and processes > 1:
         raise LusiferError("several devices get a process each; leave --processes out")
     devices = devices * processes

@@ -50,8 +50,6 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray warns of every actor that could not restart without its driver, in the middle of our bar.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Ray Data draws its own bars over ours.
-        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
         try:
             import ray
             import ray.data
@@ -60,8 +58,10 @@ class RayCluster:
         self.ray = ray
         self.job = job
         self.actors = actors
-        self.device = device
-        self.resources: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": 1 if device == "cuda" else 0}
+        self.device = device or "cpu"
+        if self.device not in ("cpu", "cuda"):
+            raise LusiferError(f"with --engine ray, --device is cpu or cuda (a GPU each), not {device!r}")
+        self.resources: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": int(self.device == "cuda")}
         self._own = not ray.is_initialized()
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ class RayCluster:
         """
         data = self.ray.data
         context = data.DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = False  # They would be drawn over ours.
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         size = min(self.actors, len(numbers))
