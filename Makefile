@@ -31,6 +31,7 @@ bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/bulk.py
 
 clean:           ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
