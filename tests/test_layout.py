@@ -77,7 +77,6 @@ ORDER = [
     "indexing",
     "corpusmap",
     "searchpage",
-    "console",
     "scoreboard",
     "webpage",
     "data_cli",

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lusifer.encoding import read_inputs
+from lusifer.bulk_input import RowReader, find_files, make_plan
+from lusifer.bulk_job import Columns
 from lusifer.errors import LusiferError
 from lusifer.filters import COLUMN_TYPES, Value
 from lusifer.lexical import script
@@ -78,7 +79,7 @@ def read_entries(
     Raises:
         LusiferError: If the file cannot be read or a value is not as it should be; the message names the row.
     """
-    texts = read_inputs(path, text)
+    texts = _texts(path, text)
     wanted = [name for name in metadata if name not in ("lang", id, text)]
     columns = _columns(path, [*wanted, "lang", *([id] if id else [])], needed=[*wanted, *([id] if id else [])])
     types = {name: _column_type(path, name, columns[name]) for name in wanted}
@@ -158,6 +159,15 @@ def _complete(entry: Entry, store: Store) -> Entry:
     """The entry with every column of the index, as the store gives it back."""
     values = {name: _as_type(entry.metadata.get(name), kind) for name, kind in store.facts.columns.items()}
     return Entry(entry.id, entry.text, entry.lang, values)
+
+
+def _texts(path: Path, column: str) -> list[str]:
+    """The texts of one file, every row checked."""
+    if path.suffix not in (".txt", ".jsonl", ".parquet") or path.is_dir():
+        raise LusiferError(f"cannot read {str(path)!r}: name it .txt, .jsonl, .parquet")
+    files, columns = find_files(str(path)), Columns(column)
+    plan = make_plan(files, columns, shard_rows=None)
+    return [text for _, text in RowReader(files, columns).read(plan.slices[0])]
 
 
 def _columns(path: Path, names: Sequence[str], *, needed: Sequence[str]) -> dict[str, list[Any]]:
