@@ -15,7 +15,8 @@ ST encoder alone the same with the encoder
 
 ``ratio`` is the naive loop's time over the row's, ``roofline_share`` useful work (real tokens alone, by formula) over
 what matrix products of the models' own shapes reach in the same turn and data type, ``min_cosine`` the least cosine
-with the naive loop's embeddings. Writes runs/bench/encode.json, encode.md and encode.png.
+with the naive loop's embeddings. A second table gives our own time by part, each with its share of the roofline.
+Writes runs/bench/encode.json, encode.md and encode.png.
 """
 
 from __future__ import annotations
@@ -265,6 +266,38 @@ def measure(rows: dict[str, tuple[torch.dtype, Callable[[list[str]], Any]]], tex
     }
 
 
+def by_part(model: SentenceTransformer, dtype: torch.dtype, texts: list[str], tokenizer: Any) -> dict[str, Any]:
+    """CPU seconds of encoder, connector, LLM and all else within one call, and their shares of the roofline."""
+    inner = lusifer_model(model)
+    spent = dict.fromkeys(("encoder", "connector", "llm"), 0.0)
+    begun: dict[str, float] = {}
+    hooks = []
+    for name in spent:
+        part = getattr(inner, name)
+
+        def start(*_: Any, name: str = name) -> None:
+            begun[name] = time.process_time()
+
+        def stop(*_: Any, name: str = name) -> None:
+            spent[name] += time.process_time() - begun[name]
+
+        hooks += [part.register_forward_pre_hook(start), part.register_forward_hook(stop)]
+    model.encode(texts[:8])
+    spent.update(dict.fromkeys(spent, 0.0))
+    peak = roofline(dtype)
+    begin = time.process_time()
+    model.encode(texts)
+    whole = time.process_time() - begin
+    for hook in hooks:
+        hook.remove()
+    work = useful([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    found = {
+        name: {"time": round(seconds / whole, 3), "roofline_share": round(work[name] / seconds / peak, 3)}
+        for name, seconds in spent.items()
+    }
+    return {**found, "all else": {"time": round(1 - sum(spent.values()) / whole, 3)}}
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Bars of the ratios."""
     import matplotlib
@@ -299,13 +332,23 @@ def main() -> None:
     texts = make_texts(options.texts)
     with tempfile.TemporaryDirectory() as scratch:
         rows = systems(Path(scratch), texts)
-        results = measure(rows, texts, load_tokenizer("encoder", str(Path(scratch) / "encoder")))
+        tokenizer = load_tokenizer("encoder", str(Path(scratch) / "encoder"))
+        results = measure(rows, texts, tokenizer)
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"ours, {str(dtype).removeprefix('torch.')}"
+            model: Any = rows[name][1]
+            results[name]["parts"] = by_part(model.__self__, dtype, texts[: len(texts) // TURNS], tokenizer)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "encode.json").write_text(json.dumps(results, indent=1))
     lines = ["| row | ratio | share of the roofline | least cosine |", "|---|---:|---:|---:|"]
     for name, row in results.items():
         cosine = "" if row["min_cosine"] is None else f"{row['min_cosine']:.6f}"
         lines.append(f"| {name} | {row['ratio']:.2f} | {100 * row['roofline_share']:.0f} % | {cosine} |")
+    lines += ["", "| row | part | share of the time | share of the roofline |", "|---|---|---:|---:|"]
+    for name, row in results.items():
+        for part, facts in row.get("parts", {}).items():
+            share = f"{100 * facts['roofline_share']:.0f} %" if "roofline_share" in facts else ""
+            lines.append(f"| {name} | {part} | {100 * facts['time']:.0f} % | {share} |")
     (OUT / "encode.md").write_text("\n".join(lines) + "\n")
     plot(results, OUT / "encode.png")
     print("\n".join(lines))
