@@ -77,12 +77,20 @@ ORDER = [
     "indexing",
     "corpusmap",
     "searchpage",
+    "batching",
+    "httplimits",
+    "embedrequest",
+    "embedservice",
+    "serving",
+    "httpserver",
+    "console",
     "scoreboard",
     "webpage",
     "data_cli",
     "eval_cli",
     "search_cli",
     "encode_cli",
+    "serve_cli",
     "report",
     "quickstart",
     "cli",
@@ -142,6 +150,7 @@ def test_no_file_is_long(path):
 
 def test_importing_lusifer_loads_only_what_a_model_needs():
     heavy = ("mteb", "matplotlib", "datasets", "pyarrow", "sentence_transformers", "pandas", "gguf", "pythonbible")
+    heavy += ("fastapi", "uvicorn", "prometheus_client")
     code = f"import sys, lusifer; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

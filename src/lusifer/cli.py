@@ -24,6 +24,7 @@ from lusifer.eval_cli import evaluate as evaluate_command
 from lusifer.eval_cli import report as report_command
 from lusifer.search_cli import index_app
 from lusifer.search_cli import search as search_command
+from lusifer.serve_cli import serve as serve_command
 
 app = typer.Typer(
     name="lusifer",
@@ -44,6 +45,7 @@ app.command("encode", rich_help_panel="Using a model")(encode_command)
 app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
 app.command("report", rich_help_panel="Using a model")(report_command)
 app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
+app.command("serve", rich_help_panel="Using a model")(serve_command)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Model = Annotated[

@@ -1,0 +1,276 @@
+"""What stands between the network and an ASGI application: keys, sizes, times, and clients that went away.
+
+Every answer that is an error has the body of OpenAI's: ``{"error": {"message", "type", "param", "code"}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+# Called with path, status and seconds of each request.
+Observe = Callable[[str, int, float], None]
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_LINGER = 2.0  # Seconds in which a refused client may end its sending, so that it reads why.
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Args:
+        status: HTTP status.
+        message: One line: what was wrong, how to mend it.
+        code: Short name for programs.
+        param: The field at fault.
+        headers: Further headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """The JSON of the answer, in ASCII: a message may quote what UTF-8 cannot hold."""
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else kind
+        found = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": found}).encode("ascii")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask for.
+
+    Args:
+        max_body: Bytes of a request body; all bodies in hand together may hold eight times as many.
+        max_texts: Texts of a request; OpenAI's limit.
+        max_requests: Requests in hand at a time.
+        timeout: Seconds from the whole request to its answer.
+        body_timeout: Seconds in which a body has to arrive.
+    """
+
+    max_body: int = 8 << 20
+    max_texts: int = 2048
+    max_requests: int = 1024
+    timeout: float = 60.0
+    body_timeout: float = 20.0
+
+
+@dataclass
+class Phase:
+    """Where a server stands in its life."""
+
+    ready: bool = False
+    draining: bool = False
+    in_flight: int = 0
+    failure: Exception | None = None
+
+
+class Guard:
+    """ASGI middleware around everything.
+
+    A body is read whole before the application sees it, within its size and time. The application is cancelled when
+    the client goes away, also when it closes only its sending half.
+
+    Args:
+        app: The application.
+        limits: Sizes and times.
+        phase: Shared with the server; counts the requests in hand, `OPEN_PATHS` aside.
+        keys: Accepted API keys; none means no authentication.
+        public: Paths that need no key, besides `OPEN_PATHS`.
+        observe: Called after each request.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        limits: Limits,
+        phase: Phase,
+        keys: Collection[str] = (),
+        public: Collection[str] = (),
+        observe: Observe | None = None,
+    ) -> None:
+        self.app, self.limits, self.phase = app, limits, phase
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._public = OPEN_PATHS | set(public)
+        self._observe = observe
+        self._buffered = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(send, self.phase)
+        begin = time.perf_counter()
+        counted = scope["path"] not in OPEN_PATHS
+        self.phase.in_flight += counted
+        try:
+            await self._serve(scope, receive, answer)
+        except ApiError as error:
+            await answer.refuse(error, receive)
+        except Exception:
+            logger.exception("a request failed")
+            await answer.refuse(ApiError(500, "internal error; the server's log says more", code="internal"), receive)
+        finally:
+            self.phase.in_flight -= counted
+            if self._observe is not None:
+                self._observe(scope["path"], answer.status, time.perf_counter() - begin)
+
+    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        path = scope["path"]
+        if path not in OPEN_PATHS:
+            if self.phase.draining:
+                raise ApiError(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
+            if path not in self._public:
+                self._authenticate(headers.get(b"authorization", b""))
+            if self.phase.in_flight > self.limits.max_requests:
+                message = f"more than {self.limits.max_requests} requests at a time; try again in 1 s"
+                raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, answer.send)
+            return
+        size = headers.get(b"content-length", b"")
+        if size.isdigit() and int(size[:20]) > self.limits.max_body:
+            raise self._too_big()
+        chunks: list[bytes] = []
+        try:
+            if not await self._read(receive, chunks):
+                return  # Nobody is there to be answered.
+            await self._run(scope, b"".join(chunks), receive, answer)
+        finally:
+            self._buffered -= sum(map(len, chunks))
+
+    def _authenticate(self, header: bytes) -> None:
+        if not self._keys:
+            return
+        scheme, _, given = header.partition(b" ")
+        digest = hashlib.sha256(given.strip()).digest()
+        # No early end: the time tells neither which key matched nor how much of it.
+        found = [hmac.compare_digest(digest, key) for key in self._keys]
+        if scheme.lower() != b"bearer" or not any(found):
+            message = "missing or wrong API key; send it as 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _too_big(self) -> ApiError:
+        message = f"the body is larger than {self.limits.max_body} bytes; send fewer texts at a time"
+        return ApiError(413, message, code="body_too_large")
+
+    async def _read(self, receive: Receive, chunks: list[bytes]) -> bool:
+        """Collects the body; whether the client was there until its end."""
+        size = 0
+        try:
+            async with asyncio.timeout(self.limits.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    chunk = message.get("body", b"")
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    self._buffered += len(chunk)
+                    if size > self.limits.max_body:
+                        raise self._too_big()
+                    if self._buffered > 8 * self.limits.max_body:
+                        message_ = "too many bytes are being received; try again in 1 s"
+                        raise ApiError(429, message_, code="rate_limit_exceeded", headers={"retry-after": "1"})
+                    if not message.get("more_body", False):
+                        return True
+        except TimeoutError:
+            message_ = f"the body did not arrive within {self.limits.body_timeout:g} s"
+            raise ApiError(408, message_, code="body_timeout") from None
+
+    async def _run(self, scope: Message, body: bytes, receive: Receive, answer: _Answer) -> None:
+        """Runs the application on a body, for as long as the client waits for it."""
+        gone = asyncio.Event()
+        first = True
+
+        async def replay() -> Message:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        work = asyncio.ensure_future(self.app(scope, replay, answer.send))
+        watcher = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not answer.complete:
+                answer.status = 499  # The name that servers have for a client that did not wait.
+                work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
+        finally:
+            work.cancel()
+            watcher.cancel()
+
+
+class _Answer:
+    """What has been sent of one answer."""
+
+    def __init__(self, send: Send, phase: Phase) -> None:
+        self._send, self._phase = send, phase
+        self.status = 499
+        self.started = self.complete = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started, self.status = True, message["status"]
+            if self._phase.draining and (b"connection", b"close") not in message["headers"]:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+    async def refuse(self, error: ApiError, receive: Receive) -> None:
+        """Answers with an error and closes; discards what the client still sends, for a short time."""
+        if self.started:
+            return
+        body = error.body()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers |= error.headers
+        sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": sent})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        # A connection closed on unread bytes is reset, and the client would never see the answer.
+        if error.status != 500:
+            try:
+                async with asyncio.timeout(_LINGER):
+                    while (message := await receive())["type"] != "http.disconnect" and message.get("more_body"):
+                        pass
+            except TimeoutError:
+                pass
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
