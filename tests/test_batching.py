@@ -135,7 +135,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
         with pytest.raises(Overloaded) as caught:
             await batcher.submit(texts(3, 60))
         assert caught.value.retry_after == 1  # It weighs one batch: 80 tokens.
-        batcher.rate = 10.0
+        batcher.rate = 10.0  # At which it all takes 64 of the allowed 1000 seconds.
         with pytest.raises(Overloaded) as caught:
             batcher.check(80)
         assert caught.value.retry_after == 8
@@ -144,7 +144,24 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
         assert batcher.waiting == 0
         batcher.check(10)
 
-    scenario(steps, timeout=1000)
+    scenario(steps, timeout=1000, max_wait=1000)
+
+
+def test_a_slow_model_has_a_shorter_queue():
+    async def steps(batcher, model):
+        first = await block(batcher, model)
+        assert batcher.bound == 640, "before the speed is known"
+        for rate, bound in ((1000.0, 640), (100.0, 200), (10.0, 80)):  # Two seconds, and never less than a batch.
+            batcher.rate = rate
+            assert batcher.bound == bound
+        taken = [await submitted(batcher, [[1] * 10]) for _ in range(8)]
+        with pytest.raises(Overloaded) as caught:
+            batcher.check(10)
+        assert caught.value.retry_after == 1
+        model.free.set()
+        await asyncio.gather(first, *taken)
+
+    scenario(steps, max_wait=2)
 
 
 def test_a_long_request_weighs_one_batch():

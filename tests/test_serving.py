@@ -627,7 +627,7 @@ def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
             shown = subprocess.run(["sh", "-c", f"{example.strip()} -s"], capture_output=True, text=True, check=True)
             assert len(json.loads(shown.stdout)["data"]) == 2
             text = "the cat sat on the mat " * 4
-            running = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": [text] * 2048}, timeout=60)
+            running = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": [text] * 700}, timeout=60)
             wait_for(lambda: metric(client, "lusifer_queue_tokens") > 1000)
             process.send_signal(signal.SIGTERM)
             wait_for(lambda: client.get("/ready").json() == {"status": "draining"})
@@ -635,7 +635,7 @@ def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
             assert refused.status_code == 503 and refused.headers["connection"] == "close"
             assert refused.json()["error"]["code"] == "draining"
             assert not running.done()
-            assert len(running.result().json()["data"]) == 2048
+            assert len(running.result().json()["data"]) == 700
         assert process.wait(10) == 0
         assert process.stderr.read() == "stopped\n"
     finally:

@@ -6,9 +6,10 @@
 2. Turns are dealt round (deficit round robin, Shreedhar and Varghese 1995): each caller in turn gives at least one text
    and at most a quantum of tokens to the batch, so ten thousand texts of one caller delay another's single text by one
    quantum, not by all of them.
-3. The queue is bounded by the tokens a newcomer would have to wait for. A long request therefore weighs at most one
-   batch: the rest of it waits behind everybody else. Beyond the bound, and where a request could not be finished in
-   time at the speed measured so far, it is refused at once with the seconds after which to try again.
+3. The queue is bounded by the tokens a newcomer would have to wait for, and by the seconds these take at the speed
+   measured so far. A long request therefore weighs at most one batch: the rest of it waits behind everybody else.
+   Beyond the bound, and where a request could not be finished in time, it is refused at once with the seconds after
+   which to try again.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ class Batcher:
     Args:
         embed: Token ids by text -> (n, dim) float32; called in one thread of its own.
         batch_tokens: Most tokens of a batch; a single longer text is a batch of its own.
-        queue_tokens: Most tokens that may wait, each request counted with at most ``batch_tokens``.
-        timeout: Seconds a caller is willing to wait.
+        queue_tokens: Most tokens that may wait, each request counted with at most ``batch_tokens``; eight batches
+            when None.
+        max_wait: Most seconds that what waits, counted so, may take at the measured speed.
+        timeout: Seconds in which a request has to be finished.
         observe: Called after each batch.
 
     Attributes:
@@ -83,13 +86,14 @@ class Batcher:
         *,
         batch_tokens: int,
         queue_tokens: int | None = None,
+        max_wait: float = 5.0,
         timeout: float = 60.0,
         observe: Observe | None = None,
     ) -> None:
         self._embed = embed
         self.batch_tokens = batch_tokens
         self.queue_tokens = queue_tokens or _QUANTA * batch_tokens
-        self.timeout = timeout
+        self.max_wait, self.timeout = max_wait, timeout
         self.rate = 0.0
         self._observe = observe
         self._quantum = max(1, batch_tokens // _QUANTA)
@@ -105,8 +109,14 @@ class Batcher:
 
     @property
     def weight(self) -> int:
-        """Tokens that wait, as they count towards ``queue_tokens``; never more than that."""
+        """Tokens that wait, as they count towards the bound."""
         return sum(min(job.left, self.batch_tokens) for job in self._jobs)
+
+    @property
+    def bound(self) -> float:
+        """Most tokens that may wait: never less than one batch, or the model would idle between two."""
+        fast = max(self.rate * self.max_wait, self.batch_tokens) if self.rate else math.inf
+        return min(self.queue_tokens, fast)
 
     def check(self, tokens: int) -> None:
         """Whether a request of so many tokens would be taken now.
@@ -116,7 +126,7 @@ class Batcher:
             Overloaded: If the queue is full, or it could not be finished in time.
         """
         own = min(tokens, self.batch_tokens)
-        missing = self.weight + own - self.queue_tokens
+        missing = self.weight + own - self.bound
         # An empty queue takes whatever fits into the time, also where its bound is smaller than one text.
         if missing > 0 and self._jobs:
             raise Overloaded(self._seconds(missing))
@@ -161,9 +171,11 @@ class Batcher:
 
     async def run(self) -> None:
         """Serves until cancelled."""
-        loop = asyncio.get_running_loop()
+        loop, begin = asyncio.get_running_loop(), time.perf_counter()
         while True:
-            await self._wake.wait()
+            if not self._wake.is_set():
+                await self._wake.wait()
+                begin = time.perf_counter()
             await asyncio.sleep(0)  # Callers that became ready in the same turn of the loop come along.
             batch = self._take()
             if not batch:
@@ -173,7 +185,10 @@ class Batcher:
             self._running = tokens = sum(len(ids) for part in texts for ids in part)
             seconds, found = await loop.run_in_executor(self._thread, self._embed_parts, texts)
             self._running = 0
-            self._measure(tokens, seconds)
+            # From one batch to the next: where cores are short, all the rest slows the model down as well.
+            end = time.perf_counter()
+            self._measure(tokens, end - begin)
+            begin = end
             if self._observe is not None:
                 self._observe(sum(map(len, texts)), tokens, seconds)
             for part, vectors in zip(batch, found, strict=True):

@@ -71,7 +71,8 @@ class EmbeddingService:
         metrics: What is counted.
         batch_tokens: Most tokens of a batch; the encoder's own budget when None.
         queue_tokens: See `lusifer.batching.Batcher`.
-        timeout: Seconds a caller is willing to wait.
+        max_wait: See there.
+        timeout: Seconds in which a request has to be finished.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class EmbeddingService:
         *,
         batch_tokens: int | None = None,
         queue_tokens: int | None = None,
+        max_wait: float = 5.0,
         timeout: float = 60.0,
     ) -> None:
         self._source, self.phase, self.metrics = encoder, phase, metrics
-        self._settings: dict[str, Any] = {"queue_tokens": queue_tokens, "timeout": timeout}
+        self._settings: dict[str, Any] = {"queue_tokens": queue_tokens, "max_wait": max_wait, "timeout": timeout}
         self._batch_tokens = batch_tokens
         self._encoder: TextEncoder | None = None
         self._batcher: Batcher | None = None

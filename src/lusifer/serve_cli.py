@@ -37,6 +37,9 @@ def serve(
     queue_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that may wait before requests get 429; eight batches.")
     ] = None,
+    max_wait: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that what waits may take before requests get 429.")
+    ] = 5.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
     quiet: Quiet = False,
@@ -79,6 +82,7 @@ def serve(
         phase=phase,
         batch_tokens=batch_tokens,
         queue_tokens=queue_tokens,
+        max_wait=max_wait,
         api_keys=keys,
     )
     run(app, listening, phase, drain_timeout=timeout)

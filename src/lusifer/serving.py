@@ -37,6 +37,7 @@ def create_app(
     phase: Phase | None = None,
     batch_tokens: int | None = None,
     queue_tokens: int | None = None,
+    max_wait: float = 5.0,
     api_keys: Collection[str] = (),
     routers: Sequence[APIRouter] = (),
     public: Collection[str] = (),
@@ -50,13 +51,20 @@ def create_app(
         phase: Shared with what runs the application, which sets ``draining``.
         batch_tokens: Most tokens of a batch; the encoder's own budget when None.
         queue_tokens: Tokens that may wait before requests are refused; eight batches when None.
+        max_wait: Seconds that what waits may take before requests are refused.
         api_keys: Accepted keys; none means no authentication.
         routers: Further routes; they reach the model through ``request.app.state.service``.
         public: Paths of those routes that need no key.
     """
     limits, phase, metrics = limits or Limits(), phase or Phase(), Metrics()
     service = EmbeddingService(
-        encoder, phase, metrics, batch_tokens=batch_tokens, queue_tokens=queue_tokens, timeout=limits.timeout
+        encoder,
+        phase,
+        metrics,
+        batch_tokens=batch_tokens,
+        queue_tokens=queue_tokens,
+        max_wait=max_wait,
+        timeout=limits.timeout,
     )
 
     @asynccontextmanager
