@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import deque
@@ -49,7 +48,7 @@ class TooLarge(Exception):
         super().__init__(f"this request would take about {seconds:.0f} s, and {timeout:.0f} s are allowed")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Job:
     """One caller's texts: ``next`` is the first one that no batch has taken yet."""
 
@@ -166,7 +165,7 @@ class Batcher:
         try:
             return await job.future
         finally:
-            with contextlib.suppress(ValueError):
+            if job.next < len(job.ids):
                 self._jobs.remove(job)
 
     async def run(self) -> None:
