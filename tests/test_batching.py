@@ -151,7 +151,8 @@ def test_a_slow_model_has_a_shorter_queue():
     async def steps(batcher, model):
         first = await block(batcher, model)
         assert batcher.bound == 640, "before the speed is known"
-        for rate, bound in ((1000.0, 640), (100.0, 200), (10.0, 80)):  # Two seconds, and never less than a batch.
+        # Two seconds less the token in the model, and never less than a batch.
+        for rate, bound in ((1000.0, 640), (100.0, 199), (10.0, 80)):
             batcher.rate = rate
             assert batcher.bound == bound
         taken = [await submitted(batcher, [[1] * 10]) for _ in range(8)]

@@ -21,7 +21,7 @@ from lusifer.encoding import save_atomically
 from lusifer.everyday import load_everyday
 from lusifer.use_encoder import LANGUAGES
 
-COMMANDS = ("fetch", "train", "encode", "evaluate", "info", "merge", "quickstart")
+COMMANDS = ("fetch", "train", "encode", "evaluate", "info", "merge", "quickstart", "serve")
 TEXTS = ["the cat sat on the mat", "a small house near the river", "rain fell all night", "bread and milk"]
 
 

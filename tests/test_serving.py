@@ -235,6 +235,8 @@ def test_of_a_very_long_text_only_its_beginning_is_tokenised(encoder, monkeypatc
     read.clear()
     token_ids(encoder, [texts[-1]])
     assert sum(read) < 0.1 * len(texts[-1])
+    monkeypatch.setattr(embedservice, "_CHARACTERS", 1)  # As if a token had more characters than expected.
+    assert token_ids(encoder, texts) == (expected, long)
 
 
 # Mistakes
@@ -506,7 +508,9 @@ def test_too_many_requests_and_bodies_at_a_time_get_429(encoder):
 
 def test_a_request_that_waits_too_long_is_504(encoder):
     with serving(encoder, limits=Limits(timeout=0.6)) as client, encoder.held():
+        begin = time.monotonic()
         answer = embed(client, "cat")
+        assert 0.5 < time.monotonic() - begin < 5
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
         assert "within 0.6 s" in answer.json()["error"]["message"]
         encoder.open.set()
@@ -614,7 +618,7 @@ def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
     command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--precision", "float32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--name", "tiny", "--batch-tokens", "256"], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--name", "tiny", "--batch-tokens", "64"], stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
         line = process.stderr.readline()
@@ -626,16 +630,17 @@ def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
             wait_for(lambda: client.get("/ready").status_code == 200)
             shown = subprocess.run(["sh", "-c", f"{example.strip()} -s"], capture_output=True, text=True, check=True)
             assert len(json.loads(shown.stdout)["data"]) == 2
-            text = "the cat sat on the mat " * 4
-            running = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": [text] * 700}, timeout=60)
+            text = "the cat sat on the mat " * 8
+            running = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": [text] * 500}, timeout=60)
             wait_for(lambda: metric(client, "lusifer_queue_tokens") > 1000)
             process.send_signal(signal.SIGTERM)
             wait_for(lambda: client.get("/ready").json() == {"status": "draining"})
-            refused = embed(client, "cat")
+            time.sleep(0.5)
+            refused = httpx.post(f"{url}/v1/embeddings", json={"input": "cat"})  # On a connection of its own.
             assert refused.status_code == 503 and refused.headers["connection"] == "close"
             assert refused.json()["error"]["code"] == "draining"
             assert not running.done()
-            assert len(running.result().json()["data"]) == 700
+            assert len(running.result().json()["data"]) == 500
         assert process.wait(10) == 0
         assert process.stderr.read() == "stopped\n"
     finally:

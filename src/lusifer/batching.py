@@ -114,7 +114,7 @@ class Batcher:
     @property
     def bound(self) -> float:
         """Most tokens that may wait: never less than one batch, or the model would idle between two."""
-        fast = max(self.rate * self.max_wait, self.batch_tokens) if self.rate else math.inf
+        fast = max(self.rate * self.max_wait - self._running, self.batch_tokens) if self.rate else math.inf
         return min(self.queue_tokens, fast)
 
     def check(self, tokens: int) -> None:
