@@ -93,7 +93,7 @@ class EmbeddingService:
         self._batcher: Batcher | None = None
         # One thread: a tokenizer that cuts must not be used by two.
         self._words = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self.helpers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="json")
+        self.json_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="json")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -108,7 +108,7 @@ class EmbeddingService:
             if self._batcher is not None:
                 await asyncio.to_thread(self._batcher.close)
             self._words.shutdown(wait=False, cancel_futures=True)
-            self.helpers.shutdown(wait=False, cancel_futures=True)
+            self.json_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         try:

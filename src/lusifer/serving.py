@@ -173,7 +173,7 @@ async def _embeddings(
         )
         return request, *found
 
-    request, texts, ids = read() if len(body) < _INLINE else await loop.run_in_executor(service.helpers, read)
+    request, texts, ids = read() if len(body) < _INLINE else await loop.run_in_executor(service.json_threads, read)
     model: Any = encoder.model
     prompt = embedrequest.choose_prompt(model.prompts, model.default_prompt_name, request)
     if ids and prompt:
@@ -190,5 +190,5 @@ async def _embeddings(
             vectors, encoding_format=request.encoding_format or "float", model=name, tokens=tokens
         )
 
-    written = write() if vectors.size < _INLINE else await loop.run_in_executor(service.helpers, write)
+    written = write() if vectors.size < _INLINE else await loop.run_in_executor(service.json_threads, write)
     return Response(written, media_type="application/json", headers={"x-truncated-texts": str(cut)})
