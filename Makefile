@@ -32,6 +32,7 @@ bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/bulk.py
+	$(BIN)/python benchmarks/serve.py
 
 clean:           ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -83,7 +83,6 @@ ORDER = [
     "embedservice",
     "serving",
     "httpserver",
-    "console",
     "scoreboard",
     "webpage",
     "data_cli",

@@ -662,3 +662,32 @@ def test_mistakes_of_the_command(call, checkpoint, monkeypatch):  # noqa: F811
     assert code == 2 and "cannot read the checkpoint 'nobody/nothing'" in err and "Traceback" not in err
     monkeypatch.setattr("lusifer.serve_cli.find_spec", lambda name: None if name == "fastapi" else name)
     assert "serving needs fastapi: pip install 'lusifer[serving]'" in mistake(*call("serve", checkpoint))
+
+
+def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_llm, tmp_path):  # noqa: F811
+    pytest.importorskip("lancedb")
+    (tmp_path / "texts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
+    index = tmp_path / "index"
+    assert call("index", "add", index, tmp_path / "texts.txt", "--model", checkpoint, "-q")[0] == 0
+    assert "no API key to send" in mistake(*call("serve", checkpoint, "-q", "--ui", index, "--api-key", "k"))
+    assert "no index at" in mistake(*call("serve", checkpoint, "-q", "--ui", tmp_path / "nowhere"))
+    other = build(tiny_encoder, tiny_llm)
+    sharpen(other[0].auto_model.connector, std=0.3)
+    save_atomically(other, tmp_path / "other")
+    assert "holds vectors of" in mistake(*call("serve", tmp_path / "other", "-q", "--port", "0", "--ui", index))
+    command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--ui", str(index)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        url = re.match(r"(http://127.0.0.1:\d+)/v1", process.stderr.readline())[1]
+        process.stderr.readline()
+        assert process.stderr.readline() == f"search page: {url}/\n"
+        with httpx.Client(base_url=url, timeout=60) as client:
+            wait_for(lambda: client.get("/ready").status_code == 200, 60)
+            assert "<html" in client.get("/").text
+            hits = client.get("/search", params={"q": CORPUS[3], "k": 2}).json()["hits"]
+            # bfloat16 where this machine is faster with it, which the index was not made in.
+            assert hits[0]["text"] == CORPUS[3] and abs(hits[0]["score"] - 1) < 0.01
+            assert metric(client, "lusifer_texts_total") == 1, "the query went around the queue"
+    finally:
+        process.kill()
+        process.wait()

@@ -42,7 +42,8 @@ class Encoder(Protocol):
 def weights_hash(model: nn.Module) -> str:
     """Hash of a model's weights: names, shapes and at most 1024 values of each, rounded to bfloat16.
 
-    Rounding makes a model loaded in float32 and in bfloat16 the same one, as its vectors nearly are.
+    Rounding makes a model loaded in float32 and in bfloat16 the same one, as its vectors nearly are. Weights that have
+    an adapter beside them are left out: folded or not, and on whatever machine, it is the same model.
 
     Args:
         model: The loaded model, on any device.
@@ -52,6 +53,8 @@ def weights_hash(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if ".base_layer." in name:
+            continue
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         flat = weight.reshape(-1)
         part = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].to(torch.bfloat16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,10 @@ from lusifer.console import Quiet, quiet_libraries
 from lusifer.errors import LusiferError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lusifer.textencoder import TextEncoder
+    from lusifer.vectorstore import Store
 
 
 def serve(
@@ -42,6 +46,9 @@ def serve(
     ] = 5.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    ui: Annotated[
+        str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index, made by MODEL.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Serves embeddings over HTTP as OpenAI's API does; any OpenAI client works.
@@ -52,6 +59,7 @@ def serve(
     - `lusifer serve starter`
     - `lusifer serve runs/quickstart/model --name ours --port 9000`
     - `LUSIFER_API_KEY=secret lusifer serve starter --host 0.0.0.0`
+    - `lusifer serve starter --ui news`
     """
     missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if find_spec(module) is None]
     if missing:
@@ -63,20 +71,29 @@ def serve(
     if api_key and not keys:
         raise LusiferError("the API key is empty; give one, or leave --api-key and LUSIFER_API_KEY out")
     _check_model(model)
+    if ui is not None and keys:
+        raise LusiferError(
+            "a page in a browser has no API key to send; leave the key out, or use `lusifer search --ui`"
+        )
+    store = None
+    if ui is not None:
+        from lusifer.store import open_store
+
+        store = open_store(ui)
     listening = listen(host, port)
     where = _address(host, listening.getsockname()[1])
     if not keys and not _is_local(host):
         typer.echo(f"warning: {host} is open to the network, without an API key", err=True)
     served = name or model
     if not quiet:
-        typer.echo(_welcome(where, served, bool(keys)), err=True)
+        typer.echo(_welcome(where, served, bool(keys)) + (f"\nsearch page: {where}/" if store else ""), err=True)
     from lusifer.httplimits import Limits, Phase
     from lusifer.httpserver import run
     from lusifer.serving import create_app
 
     phase = Phase()
     app = create_app(
-        _loader(model, precision, device, quiet),
+        _loader(model, precision, device, quiet, store),
         served,
         limits=Limits(max_body=max_body, timeout=timeout),
         phase=phase,
@@ -85,12 +102,26 @@ def serve(
         max_wait=max_wait,
         api_keys=keys,
     )
+    if store is not None:
+        from lusifer.searchpage import make_router
+
+        app.include_router(make_router(store, _Queries(store.facts.dimension, app.state.service.encode)))
     run(app, listening, phase, drain_timeout=timeout)
     if not quiet:
         typer.echo("stopped", err=True)
 
 
-def _loader(model: str, precision: str, device: str | None, quiet: bool) -> Callable[[], TextEncoder]:
+@dataclass
+class _Queries:
+    """The served model as a search page uses it: its queries wait for their turn like everybody's."""
+
+    dimension: int
+    encode: Callable[[Sequence[str]], np.ndarray]
+
+
+def _loader(
+    model: str, precision: str, device: str | None, quiet: bool, store: Store | None
+) -> Callable[[], TextEncoder]:
     from lusifer.encoding import load_checkpoint
     from lusifer.textencoder import PRECISIONS, TextEncoder, set_precision
 
@@ -101,6 +132,10 @@ def _loader(model: str, precision: str, device: str | None, quiet: bool) -> Call
         loaded = load_checkpoint(model, **({"device": device} if device else {}))
         chosen = set_precision(loaded, precision)
         encoder = TextEncoder(loaded)
+        if store is not None:
+            from lusifer.indexing import weights_hash
+
+            store.check_model(model, weights_hash(loaded), encoder.dimension)
         if not quiet:
             typer.echo(f"ready: {encoder.dimension} dimensions, {chosen}, {loaded.device}", err=True)
         return encoder
