@@ -32,7 +32,7 @@ from lusifer.textencoder import TextEncoder, set_precision
 OUT = Path("runs/bench")
 LENGTHS = (8, 16, 32, 64, 128, 256, 510)
 BUDGETS = (128, 256, 512, 1024, 2048, 4096, 8192)
-COUNTS = (250, 500, 1000, 2000)
+COUNTS = (64, 128, 256, 512)
 TURNS = 3
 
 
@@ -58,11 +58,11 @@ def growth(folder: str) -> dict[str, dict[int, float]]:
     jobs: dict[str, dict[int, Callable[[], Any]]] = {"length": {}, "pass": {}, "texts": {}}
     plain = TextEncoder(model)
     for length in LENGTHS:
-        texts = of_length(max(8, 8192 // length), length)
+        texts = of_length(max(8, 4096 // length), length)
         jobs["length"][length] = lambda texts=texts: plain.encode(texts)
     for budget in BUDGETS:
         encoder = TextEncoder(model, token_budget=budget)
-        jobs["pass"][budget] = lambda encoder=encoder: encoder.encode(mix[:300])
+        jobs["pass"][budget] = lambda encoder=encoder: encoder.encode(mix[:150])
     for count in COUNTS:
         jobs["texts"][count] = lambda count=count: plain.encode(mix[:count])
     plain.encode(mix[:50])
@@ -162,7 +162,7 @@ def main() -> None:
         save_model(encoder, llm, Path(folder))
         seconds = growth(folder)
         memory = {what: round(peak_memory(folder, what)) for what in ("import", "LUSIFER", "LLM alone")}
-    per_token = {x: s / (max(8, 8192 // x) * x) for x, s in seconds["length"].items()}
+    per_token = {x: s / (max(8, 4096 // x) * x) for x, s in seconds["length"].items()}
     per_text = {x: s / x for x, s in seconds["texts"].items()}
 
     def relative(costs: dict[int, float]) -> dict[int, float]:

@@ -318,7 +318,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         padding=3,
     )
     axes.set_xlabel("times the throughput of the naive loop, CPU time")
-    axes.margins(x=0.25)
+    axes.margins(x=0.4)
     figure.savefig(path, dpi=120)
 
 
