@@ -14,7 +14,8 @@ mteb = pytest.importorskip("mteb")
 
 from lusifer import LusiferError, evalexport  # noqa: E402
 from lusifer.evaltasks import choose, mteb_task  # noqa: E402
-from mteb_folder import Bag, data  # noqa: E402, F401
+from lusifer.suite import Task  # noqa: E402
+from mteb_folder import Bag, data, save  # noqa: E402, F401
 
 
 def scores(task, folder):
@@ -70,6 +71,104 @@ def test_only_what_the_subsets_need_is_kept():
     # The subsets are rows of one table, or named otherwise: keep everything.
     assert evalexport.needed(["default"], ["fra-eng"]) == ["default"]
     assert evalexport.needed(["a", "es"], ["es", "fr"]) == ["a", "es"]
+    assert evalexport.needed(["queries", "corpus", "default"], ["default"]) == ["default", "queries", "corpus"]
+    assert evalexport.needed(["queries", "corpus", "qrels", "top_ranked", "de"], ["default"]) == [
+        "queries", "corpus", "qrels", "top_ranked"
+    ]  # fmt: skip
+    assert evalexport.needed(["es-qrels", "query", "es-corpus"], ["es"]) == ["es-qrels", "es-corpus", "query"]
+    assert evalexport.needed(["default", "es-en", "en-en"], ["es-en"], only="default") == ["default"]
+
+
+def rows(name, count=40):
+    """Configurations of a small retrieval data set, each named by what is in front of its parts."""
+    text = [f"{'sea tree goal bread train rain letter music'.split()[i % 8]} {i * i}" for i in range(count)]
+    judged = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(count)]
+    return {
+        f"{name}corpus": {"test": [{"_id": f"d{i}", "title": "", "text": text[i]} for i in range(count)]},
+        f"{name}queries": {"test": [{"_id": f"q{i}", "text": text[i][:5]} for i in range(count)]},
+        f"{name}qrels": {"test": judged},
+    }
+
+
+def ranked(count=40):
+    return [{"query-id": f"q{i}", "corpus-ids": [f"d{(i + j) % count}" for j in range(10)]} for i in range(count)]
+
+
+def beir():
+    found = rows("")
+    return {**found, "default": found.pop("qrels")}
+
+
+def reranking():
+    found = {**rows("bn-"), **rows("fi-")}
+    return {**found, "bn-top_ranked": {"test": ranked()}, "fi-top_ranked": {"test": ranked()}}
+
+
+def pairs(*langs):
+    values = [{"sentence1": f"rain {i}", "sentence2": "rain " * (i % 4), "score": float(i % 5)} for i in range(30)]
+    return [{**row, "lang": lang} for lang in langs for row in values]
+
+
+def sts17():
+    langs = ("es-en", "en-en", "fr-en")
+    return {"default": {"test": pairs(*langs)}, **{lang: {"test": pairs(lang)} for lang in langs}}
+
+
+LAYOUTS = {
+    "SciFact": (beir, {"default": ("en",)}),
+    "NFCorpus": (lambda: rows(""), {"default": ("en",)}),
+    "AskUbuntuDupQuestions": (lambda: {**beir(), "top_ranked": {"test": ranked()}}, {"default": ("en",)}),
+    "WikipediaRerankingMultilingual": (reranking, {"bn": ("bn",)}),
+    "STS17": (sts17, {"es-en": ("es", "en"), "en-en": ("en",)}),
+}
+
+
+@pytest.fixture
+def local_hub(tmp_path, monkeypatch):
+    """Writes data sets of several layouts; gives their tasks."""
+    monkeypatch.setattr(evalexport, "source", lambda task: (str(tmp_path / "hub" / task.name), None))
+
+    def make(name, **subsets):
+        layout, all_subsets = LAYOUTS[name]
+        save(tmp_path / "hub", name, layout())
+        return Task(name, name, "x", mteb.get_task(name).metadata.type, "x", ("test",), subsets or all_subsets)
+
+    return make
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_scored_from_its_export(local_hub, tmp_path, name):
+    task, out = local_hub(name), tmp_path / "out"
+    assert evalexport.export([task], out, progress=False) == {}
+    found = scores(task, out)["test"]
+    assert len(found) == len(task.subsets) and all(0 < abs(score) <= 1 for score in found)
+    # Nothing that the task does not read came along.
+    assert not list((out / name).glob("fi-*")) and not (out / name / "fr-en").exists()
+
+
+def test_what_mteb_cannot_load_is_not_listed(local_hub, tmp_path):
+    task = local_hub("SciFact")
+    save(tmp_path / "hub", "SciFact", {"default": {"test": [{"query-id": "q", "corpus-id": "d", "score": 1}]}})
+    failed = evalexport.export([task], tmp_path / "out", progress=False)
+    assert list(failed) == ["SciFact"] and not (tmp_path / "out" / "SciFact").exists()
+    assert not (tmp_path / "out" / "tasks.json").exists()
+    # A fast-loading task drops a language without a word.
+    task = local_hub("STS17", **{"ko-ko": ("ko",)})
+    assert "'ko-ko'" in evalexport.export([task], tmp_path / "out", progress=False)["STS17"]
+
+
+def test_another_language_is_added_to_what_is_there(local_hub, tmp_path):
+    out = tmp_path / "out"
+    name = "WikipediaRerankingMultilingual"
+    first, second = local_hub(name, bn=("bn",)), local_hub(name, fi=("fi",))
+    assert evalexport.export([first], out, progress=False) == {}
+    assert evalexport.export([second], out, progress=False) == {}
+    (entry,) = json.loads((out / "tasks.json").read_text())
+    assert entry["subsets"] == {"bn": "bn", "fi": "fi"}
+    assert len(scores(first, out)["test"]) == len(scores(second, out)["test"]) == 1
+    before = (out / name / "README.md").stat().st_mtime_ns
+    assert evalexport.export([first], out, progress=False) == {}
+    assert (out / name / "README.md").stat().st_mtime_ns == before, "written again though it was there"
 
 
 def test_the_command_names_what_cannot_be_had(tmp_path):
