@@ -6,6 +6,9 @@ mteb hands what a model predicts to ``task._save_task_predictions`` and, in retr
 1. `Recorder` keeps, per split and subset, a function from item numbers to the main score.
 2. `Recorder.errors` takes it over resampled items. A function that does not give mteb's own main score on all items
    (a metric we do not know) is left out, so no interval is ever about another number.
+
+Clustering has no standard error. What mteb repeats there are draws from one set of documents: their spread says how
+much a score depends on the draw, and its mean can be made as certain as one likes by drawing more often.
 """
 
 from __future__ import annotations
@@ -83,10 +86,6 @@ class Recorder:
         for split, rows in scores.items():
             for subset, row in rows.items():
                 statistic = self.found.get((split, subset))
-                if statistic is None and isinstance(row.get("v_measures"), Mapping):
-                    # Clustering has no items; its sets of documents stand for them.
-                    levels = [value for level in row["v_measures"].values() for value in level]
-                    statistic = _mean(np.array(levels, dtype=float))
                 error = None if statistic is None else standard_error(*statistic, main=float(row["main_score"]))
                 if error is not None:
                     known.setdefault(split, {})[subset] = error
