@@ -84,6 +84,8 @@ ORDER = [
     "serving",
     "httpserver",
     "scoreboard",
+    "comparison",
+    "scoretext",
     "webpage",
     "data_cli",
     "eval_cli",

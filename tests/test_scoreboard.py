@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lusifer import LusiferError
-from lusifer.scoreboard import markdown, read
+from lusifer.scoreboard import read
+from lusifer.scoretext import markdown
 from lusifer.webpage import page, write
 
 
@@ -34,7 +36,8 @@ def folders(tmp_path):
             del retrieval["main_scores"]["test"]["b"]
         (folder / "T2.json").write_text(json.dumps(retrieval))
     pairs = record("T3", "STS", {"x": 0.25, "y": 0.75}, {"x": ["en", "te"], "y": ["te", "en"]})
-    (ours / "T3.json").write_text(json.dumps(pairs))
+    for folder in (ours, theirs):
+        (folder / "T3.json").write_text(json.dumps(pairs))
     (theirs / "T4.json").write_text(json.dumps({"task": "T4", "status": "failed", "error": "<b>no</b> network"}))
     (theirs / "T5.json").write_text('{"task": "T5", "sta')
     (theirs / "T6.json").write_text(json.dumps({"task": "T6", "status": "done", "results": []}))
@@ -90,6 +93,138 @@ def test_intervals_are_shown_where_every_score_has_one(folders):
     # es is the mean of two: 1.96 * sqrt(3^2 + 4^2) / 2.
     assert "| es | 50.0 ±4.9 | 30.0 |" in markdown(read(folders))
     assert '<s style="left:45.10%;width:9.80%"></s>' in page(read(folders))
+
+
+def put(folder, task, kind, scores, languages, **changed):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{task}.json").write_text(json.dumps(record(task, kind, scores, languages, **changed)))
+
+
+def test_clustering_counts_as_fixed_and_alone_has_no_interval(tmp_path):
+    known = {"standard_errors": {"test": {"a": 0.03}}}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5}, {"a": ["es"]}, **known)
+    put(tmp_path / "x", "T2", "Clustering", {"a": 0.3, "b": 0.3}, {"a": ["es"], "b": ["te"]}, **known)
+    text = markdown(read([tmp_path / "x"]))
+    # Half of T1's 1.96 * 3 points, whatever an older version recorded for clustering.
+    assert "| es | 40.0 ±2.9 |" in text and "| te | 30.0 |" in text
+    assert "count as fixed" in text and "count as fixed" in page(read([tmp_path / "x"]))
+    put(tmp_path / "x", "T3", "STS", {"a": 0.5}, {"a": ["es"]})
+    assert "| es | 43.3 |" in markdown(read([tmp_path / "x"]))
+
+
+def test_pairs_have_means_by_task_and_over_tasks_of_what_all_share(tmp_path):
+    spoken = {"x": ["en", "te"], "y": ["te", "en"], "z": ["es", "en"]}
+    for name, shift in (("a", 0.1), ("b", 0.0)):
+        put(tmp_path / name, "P1", "STS", {"x": 0.2 + shift, "y": 0.4 + shift}, spoken)
+        put(tmp_path / name, "P2", "Retrieval", {"x": 0.7 + shift}, spoken)
+    put(tmp_path / "a", "P1", "STS", {"x": 0.3, "y": 0.5, "z": 0.99}, spoken)
+    systems = read([tmp_path / "a", tmp_path / "b"])
+    text, html = markdown(systems), page(systems)
+    assert "| P1 | 40.0 | 30.0 |" in text and "| P2 | 80.0 | 70.0 |" in text
+    assert "| **mean over tasks** | 60.0 | 50.0 |" in text
+    assert "<td>P1</td><td>40.0</td><td>30.0</td>" in html and "mean over pairs</th>" in html
+    # No language has a score of its own: no empty tables.
+    assert "**mean** |" not in text and "mean over languages" not in html and "By language" not in html
+    assert "99.0" not in text + html
+    assert "## Query language and document language: a" in text and "| te | 50.0 |  |" in text
+
+
+def test_the_text_has_the_tables_of_the_page(folders):
+    row = {"same_language": 0.25, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row}, "tokens": {"encoder": {"te": 20.0, "en": 10.0}}}
+    (folders[0] / "languages.json").write_text(json.dumps(profile))
+    text = markdown(read(folders), published=True)
+    assert "| language | Retrieval | STS |" in text and "| es | 30.0 | 70.0 |" in text
+    assert "| te | 25 | 75 | 50 |" in text and "| te | 20.0 |" in text
+    for shown in (text, page(read(folders), published=True)):
+        assert "IndicCrosslingualSTS" in shown and "57.89" in shown and "68.05" not in shown.split("Published")[0]
+    assert "Published" not in markdown(read(folders))
+
+
+def test_what_was_set_differently_is_said(tmp_path):
+    for name, mteb, tokens, data in (("a", "2.1", 512, "r1"), ("b", "2.2", None, "r2")):
+        facts = {"versions": {"mteb": mteb, "torch": "2.0"}, "max_seq_length": tokens, "revision": data}
+        put(tmp_path / name, "T1", "STS", {"a": 0.5}, {"a": ["es"]}, **facts)
+        settings = {"model": name, "prompts": f"hash-{name}", "data": {"T1": data}}
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
+    text = markdown(read([tmp_path / "a", tmp_path / "b"]))
+    for line in (
+        "- not the same: version of mteb: 2.1 (a); 2.2 (b)\n",
+        "- not the same: prompts: hash-a (a); hash-b (b)\n",
+        "- not the same: most tokens of a text: 512 (a); none (b)\n",
+        "- not the same: data of T1\n",
+        "- not the same: data revision of T1\n",
+    ):
+        assert line in text
+    assert "torch" not in text and "not the same" not in markdown(read([tmp_path / "a"]))
+    assert "set differently" in page(read([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_what_was_asked_for_and_is_not_there_is_named(tmp_path):
+    plan = {f"T{i}": {"splits": ["test"], "subsets": {"a": ["es"], "b": ["te"]}} for i in range(1, 6)}
+    spoken = {"a": ["es"], "b": ["te"]}
+    for name in ("done", "killed", "nothing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"model": name, "plan": plan}))
+    for task in plan:
+        put(tmp_path / "done", task, "STS", {"a": 0.5, "b": 0.5}, spoken)
+    put(tmp_path / "killed", "T1", "STS", {"a": 0.5, "b": 0.5}, spoken)
+    # Its first subset was finished before it failed.
+    put(tmp_path / "killed", "T2", "STS", {"a": 0.9}, spoken, status="failed", error="out of\nmemory")
+    (tmp_path / "nothing" / "T1.json").write_text("{")
+    systems = read([tmp_path / name for name in ("done", "killed", "nothing")])
+    text = markdown(systems)
+    assert "- killed: asked for, not scored: T3, T4, T5\n" in text
+    assert "- killed: T2 failed: out of memory; the 1 scores it had before count\n" in text
+    assert "- killed: T2: asked for, not scored: b\n" in text
+    assert "- killed: has no score of tasks that another system has; left out for all: T3, T4, T5\n" in text
+    assert "| es | 50.0 | 70.0 |" in text
+    # A system without scores takes nothing away, and does not say so.
+    assert "- nothing: asked for, not scored: T1, T2, T3, T4, T5\n" in text
+    assert not [line for line in text.splitlines() if line.startswith("- nothing") and "left out" in line]
+
+
+def test_a_failed_task_with_a_split_missing_has_no_mean_over_splits(tmp_path):
+    plan = {"T1": {"splits": ["dev", "test"], "subsets": {"a": ["es"]}}}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5}, {"a": ["es"]}, status="failed", error="no")
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"plan": plan}))
+    assert "| es |" not in markdown(read([tmp_path / "x"]))
+
+
+def test_what_is_no_number_is_ignored_and_named(tmp_path):
+    nan = float("nan")
+    spoken = {"a": ["es"], "b": ["te"]}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5, "b": nan}, spoken, standard_errors={"test": {"a": nan, "b": 0.1}})
+    put(tmp_path / "x", "T2", "STS", {"a": None}, spoken)
+    row = {"same_language": nan, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row}, "tokens": {"llm": {"te": nan, "en": 10.0}}}
+    (tmp_path / "x" / "languages.json").write_text(json.dumps(profile))
+    text, html = markdown(read([tmp_path / "x"])), page(read([tmp_path / "x"]))
+    assert "| es | 50.0 |" in text and "nan" not in (text + html).lower()
+    for line in ("T1: no number, ignored: b", "standard error of T1: no number, ignored: a", "T2: no number"):
+        assert f"- x: {line}" in text and line in html
+    assert "tokens of llm: no number, ignored: te" in text and "bias of te: no number" in text
+
+
+def test_narrow_screens_see_what_matters_first(folders, tmp_path):
+    html = page(read(folders), "theirs")
+    assert "<th>language</th><th>ours</th><th>resource level</th>" in html
+    assert "<th>system</th><th>mean over languages</th>" in html and "scroll sideways" in html
+    # A type whose scores are all of pairs has no column of its own.
+    put(folders[0], "P", "BitextMining", {"x": 0.5}, {"x": ["en", "te"]})
+    put(folders[1], "P", "BitextMining", {"x": 0.5}, {"x": ["en", "te"]})
+    assert "<th>BitextMining</th>" not in page(read(folders))
+
+
+def test_without_a_baseline_the_page_says_how_to_get_gains(folders):
+    for text in (markdown(read(folders)), page(read(folders))):
+        assert "name one of the systems with --baseline" in text
+    assert "--baseline" not in page(read(folders), "theirs") and "--baseline" not in page(read(folders[:1]))
+
+
+def test_the_folder_one_stands_in_has_a_name(folders, monkeypatch):
+    monkeypatch.chdir(folders[0])
+    assert [system.name for system in read([Path("."), Path("../theirs")])] == ["ours", "theirs"]
 
 
 def test_bias_tokens_and_published_rows_have_their_own_sections(folders):

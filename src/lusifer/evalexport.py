@@ -2,8 +2,8 @@
 
 Each task's data set becomes ``OUT/<task>/``: one Parquet file per configuration and split, and a ``README.md`` whose
 header names the configurations, so that ``datasets.load_dataset(folder, configuration)`` gives what the hub gives.
-``OUT/tasks.json`` lists the tasks that are complete; it is written anew, whole, after each. A task is complete when mteb
-has loaded it from what was written: a part that is missing shows here, not on the machine without a network.
+``OUT/tasks.json`` lists the tasks that are complete; it is written anew, whole, after each. A task is complete when
+mteb has loaded it from what was written: a part that is missing shows here, not on the machine without a network.
 """
 
 from __future__ import annotations

@@ -6,21 +6,25 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from lusifer import suite
-from lusifer.errors import LusiferError
-from lusifer.scoreboard import (
+from lusifer.comparison import (
     INTERVALS,
-    RESOURCES,
-    System,
+    NO_BASELINE,
+    PAIRS,
+    TROUBLES,
     by_resources,
     gains,
-    markdown,
+    kinds_of,
+    mean,
     shared_cells,
+    token_columns,
     troubles,
     with_interval,
 )
+from lusifer.errors import LusiferError
+from lusifer.scoreboard import RESOURCES, System
+from lusifer.scoretext import markdown
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito, for all kinds of sight.
 _STYLE = """
@@ -28,9 +32,13 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#ececf1;--paper:#17171b;--line:#3a3a42;--soft:#a5a5b0}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
 body{max-width:70rem;margin:auto;padding:1rem}
-h1,h2{line-height:1.2}h2{margin-top:2.5rem}.soft{color:var(--soft)}.wide{overflow-x:auto}
+h1,h2{line-height:1.2;overflow-wrap:anywhere}li{overflow-wrap:anywhere}.hint{display:none}
+@media(max-width:48rem){.hint{display:block}}
+h2{margin-top:2.5rem}.soft{color:var(--soft)}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:4rem;max-width:9rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 .bar{display:grid;grid-template-columns:3rem 1fr;gap:.5rem;align-items:center;margin:.35rem 0}
 .fill{display:grid;grid-template-columns:1fr 6rem;align-items:center;gap:.4rem;font-size:.8rem;height:1.05rem}
@@ -52,20 +60,25 @@ def page(systems: Sequence[System], baseline: str | None = None, *, published: b
         f'<p class="soft">Main scores in per cent, means over tasks, of the {len(shared)} scores (task and language) '
         f"that all systems have; {INTERVALS}. Languages by resources, most first.</p>"
     )
-    parts += [_summary(systems, columns), "<h2>By language</h2>", _bars(columns, widths)]
+    parts += [_summary(systems, columns, shared), '<p class="soft hint">Wide tables scroll sideways.</p>']
+    if any(columns.values()):
+        parts += ["<h2>By language</h2>", _bars(columns, widths)]
     if baseline in columns:
         parts += [f"<h2>Gain against {html.escape(baseline)}</h2>", _gain_table(columns, baseline)]
+    elif len(columns) > 1:
+        parts.append(f'<p class="soft">{NO_BASELINE}</p>')
+    parts += _across(systems, shared)
     for system in systems:
-        if system.scores:
-            name = html.escape(system.name)
+        name = html.escape(system.name)
+        if columns[system.name]:
             parts += [f"<h2>Language and task type: {name}</h2>", _heat_map(system, shared)]
-        if pairs := system.pairs():
-            parts += [f"<h2>Query language and document language: {html.escape(system.name)}</h2>", _matrix(pairs)]
+        if pairs := system.pairs(shared):
+            parts += [f"<h2>Query language and document language: {name}</h2>", _matrix(pairs)]
     parts += _bias(systems) + _tokens(systems)
     if published:
         parts += _published()
     if found := troubles(systems):
-        parts += ["<h2>Missing and failed</h2><ul>", *[f"<li>{html.escape(line)}</li>" for line in found], "</ul>"]
+        parts += [f"<h2>{TROUBLES}</h2><ul>", *[f"<li>{html.escape(line)}</li>" for line in found], "</ul>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     return (
         f'<!doctype html><html lang="en"><head>{head}<title>Multilingual results</title><style>{_STYLE}</style></head>'
@@ -79,15 +92,28 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
-def _summary(systems: Sequence[System], columns: dict[str, dict[str, float]]) -> str:
+def _summary(systems: Sequence[System], columns: dict[str, dict[str, float]], shared: set[tuple[str, str]]) -> str:
+    pairs = {system.name: system.by_pair_task(shared) for system in systems}
+    means = {"mean over languages": columns, "mean over pairs": pairs}
+    shown = {title: found for title, found in means.items() if any(found.values())}
     rows = []
     for system in systems:
-        column = columns[system.name]
-        mean = f"{fmean(column.values()):.1f}" if column else "-"
-        cells = [system.name, mean, str(len(column)), str(len(system.scores)), str(len(system.failed))]
+        cells = [system.name, *[with_interval(mean(found[system.name].values())) or "-" for found in shown.values()]]
+        cells += [str(len(columns[system.name])), str(len(system.scores)), str(len(system.failed))]
         cells.append(str(system.facts.get("model_hash", "")))
         rows.append([f"<td>{html.escape(cell)}</td>" for cell in cells])
-    return _table(["system", "mean over languages", "languages", "tasks done", "failed", "model hash"], rows)
+    return _table(["system", *shown, "languages", "tasks with scores", "failed", "model hash"], rows)
+
+
+def _across(systems: Sequence[System], shared: set[tuple[str, str]]) -> list[str]:
+    columns = {system.name: system.by_pair_task(shared) for system in systems}
+    tasks = dict.fromkeys(task for column in columns.values() for task in column)
+    if not tasks:
+        return []
+    rows = [[task, *[with_interval(column.get(task)) for column in columns.values()]] for task in tasks]
+    rows.append(["mean over tasks", *[with_interval(mean(column.values())) for column in columns.values()]])
+    cells = [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
+    return ["<h2>Across languages</h2>", f'<p class="soft">{PAIRS}.</p>', _table(["task", *columns], cells)]
 
 
 def _bars(
@@ -152,12 +178,7 @@ def _bias(systems: Sequence[System]) -> list[str]:
 
 
 def _tokens(systems: Sequence[System]) -> list[str]:
-    columns: dict[str, dict[str, float]] = {}
-    for system in systems:
-        for part, counts in system.tokens.items():
-            shown = {code: counts[code] for code in by_resources(counts)}
-            if shown not in columns.values():
-                columns[f"{system.name}: {part}"] = shown
+    columns = token_columns(systems)
     if not columns:
         return []
     return [
@@ -170,16 +191,14 @@ def _tokens(systems: Sequence[System]) -> list[str]:
 
 def _published() -> list[str]:
     found = suite.published()
-    table = found["table1"]
-    rows = [
-        [f"<td>{html.escape(name)}</td>", *[f"<td>{value:.2f}</td>" for value in values]]
-        for name, values in table["rows"].items()
-    ]
-    return [
-        "<h2>Published, not measured here</h2>",
-        f'<p class="soft">{html.escape(found["source"])}</p>',
-        _table(["system", *table["columns"]], rows),
-    ]
+    parts = ["<h2>Published, not measured here</h2>", f'<p class="soft">{html.escape(found["source"])}</p>']
+    for table in (found["table1"], found["table2"]):
+        rows = [
+            [f"<td>{html.escape(name)}</td>", *[f"<td>{value:.2f}</td>" for value in values]]
+            for name, values in table["rows"].items()
+        ]
+        parts += [_table(["system", *table["columns"]], rows), "<br>"]
+    return parts
 
 
 def _gain_table(columns: dict[str, dict[str, float]], baseline: str) -> str:
@@ -187,11 +206,12 @@ def _gain_table(columns: dict[str, dict[str, float]], baseline: str) -> str:
     above = {name: gains(columns[name], columns[baseline]) for name in others}
     codes = by_resources((code for gain in above.values() for code in gain), least_first=True)
     rows = [
-        [f"<td>{html.escape(code)}</td>", f"<td>{RESOURCES.get(code, '')}</td>"]
+        [f"<td>{html.escape(code)}</td>"]
         + [f"<td>{above[name][code]:+.1f}</td>" if code in above[name] else "<td></td>" for name in others]
+        + [f"<td>{RESOURCES.get(code, '')}</td>"]
         for code in codes
     ]
-    return _table(["language", "resource level", *others], rows)
+    return _table(["language", *others, "resource level"], rows)
 
 
 def _shade(value: float | None) -> str:
@@ -203,10 +223,11 @@ def _shade(value: float | None) -> str:
 
 
 def _heat_map(system: System, shared: set[tuple[str, str]]) -> str:
-    kinds = sorted(set(system.types.values()))
-    columns = {kind: system.by_language(shared, kind) for kind in kinds}
+    kinds = kinds_of(system, shared)
     codes = list(system.by_language(shared))
-    rows = [[f"<td>{html.escape(code)}</td>", *[_shade(columns[kind].get(code)) for kind in kinds]] for code in codes]
+    rows = [
+        [f"<td>{html.escape(code)}</td>", *[_shade(column.get(code)) for column in kinds.values()]] for code in codes
+    ]
     return _table(["language", *kinds], rows, "heat")
 
 
@@ -229,7 +250,7 @@ def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, 
     paths = []
     for name, text in (
         ("report.html", page(systems, baseline, published=published)),
-        ("report.md", markdown(systems, baseline)),
+        ("report.md", markdown(systems, baseline, published=published)),
     ):
         staging = out / f".{name}-{os.getpid()}"
         staging.write_text(text, encoding="utf-8")
