@@ -126,6 +126,7 @@ def test_pairs_have_means_by_task_and_over_tasks_of_what_all_share(tmp_path):
     # No language has a score of its own: no empty tables.
     assert "**mean** |" not in text and "mean over languages" not in html and "By language" not in html
     assert "99.0" not in text + html
+    assert "Gain" not in markdown(systems, "a") + page(systems, "a")
     assert "## Query language and document language: a" in text and "| te | 50.0 |  |" in text
 
 

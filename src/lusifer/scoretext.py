@@ -31,13 +31,13 @@ def markdown(systems: Sequence[System], baseline: str | None = None, *, publishe
     columns = {system.name: system.by_language(shared) for system in systems}
     lines = ["# Results", "", f"{len(shared)} scores that all systems have, per cent; means over tasks; {INTERVALS}."]
     lines += _by_language(systems, shared, columns) + _by_pair(systems, shared)
-    if baseline in columns:
+    if baseline in columns and columns[baseline]:
         lines += ["", f"Gain against {baseline}, languages with the least resources first:", ""]
         for name, column in columns.items():
             if name != baseline and column:
                 found = gains(column, columns[baseline]).items()
                 lines.append(f"- {name}: " + ", ".join(f"{code} {gain:+.1f}" for code, gain in found))
-    elif len(columns) > 1:
+    elif baseline is None and len(columns) > 1:
         lines += ["", NO_BASELINE]
     for system in systems:
         lines += _heat_map(system, shared)

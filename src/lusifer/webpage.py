@@ -38,7 +38,7 @@ h2{margin-top:2.5rem}.soft{color:var(--soft)}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{white-space:normal;vertical-align:bottom}
-td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:4rem;max-width:9rem}
+td:first-child{white-space:normal;overflow-wrap:break-word;max-width:10rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 .bar{display:grid;grid-template-columns:3rem 1fr;gap:.5rem;align-items:center;margin:.35rem 0}
 .fill{display:grid;grid-template-columns:1fr 6rem;align-items:center;gap:.4rem;font-size:.8rem;height:1.05rem}
@@ -63,9 +63,9 @@ def page(systems: Sequence[System], baseline: str | None = None, *, published: b
     parts += [_summary(systems, columns, shared), '<p class="soft hint">Wide tables scroll sideways.</p>']
     if any(columns.values()):
         parts += ["<h2>By language</h2>", _bars(columns, widths)]
-    if baseline in columns:
+    if baseline in columns and columns[baseline]:
         parts += [f"<h2>Gain against {html.escape(baseline)}</h2>", _gain_table(columns, baseline)]
-    elif len(columns) > 1:
+    elif baseline is None and len(columns) > 1:
         parts.append(f'<p class="soft">{NO_BASELINE}</p>')
     parts += _across(systems, shared)
     for system in systems:
