@@ -47,7 +47,7 @@ def embed(name: str, recipe_file: str, folder: Path, overrides: list[str]) -> Em
     """Trains a variant and gives what it embeds with."""
     recipe = load_recipe(recipe_file, [*overrides, *VARIANTS[name], "--output", str(folder)])
     if name == "encoder alone":
-        return encoder_alone(recipe.model.encoder)
+        return encoder_alone(recipe.model.encoder)[0]
     if name == "English LLM alone":
         from sentence_transformers import SentenceTransformer
 

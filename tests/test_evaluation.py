@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_what_is_done_is_not_embedded_again(data, tmp_path, monkeypatch, cache_d
     first = evaluation.run("some-model", tasks[:1], tmp_path / "out", data=data, progress=False)
     name = tasks[0].name
     assert first[name]["status"] == "done" and seen
-    for fact in ("model_hash", "versions", "max_seq_length", "instructions", "seconds", "revision"):
+    for fact in ("model_hash", "versions", "max_seq_length", "prefixes", "seed", "seconds", "revision"):
         assert fact in first[name]
     count = len(seen)
     again = evaluation.run("some-model", tasks, tmp_path / "out", data=data, progress=False)
@@ -130,7 +131,8 @@ def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monk
     records = evaluation.run("m", tasks, tmp_path / "out", data=data, prompts=prompts, progress=False)
     own = {text for texts in load_everyday().sentences.values() for text in texts}  # Of the profile of languages.
     assert all(text.startswith(f"Instruct: {prompts['STS']}\nQuery: ") for text in set(seen) - own)
-    assert records["KLUE-STS"]["instructions"] == {"query": prompts["STS"], "document": None}
+    told = f"Instruct: {prompts['STS']}\nQuery: "
+    assert records["KLUE-STS"]["prefixes"] == {"query": told, "document": "", "symmetric": told}
     with pytest.raises(LusiferError, match="holds results of another run \\(prompts"):
         evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
 
@@ -189,11 +191,8 @@ def test_a_folder_holds_part_of_a_benchmark(data):
 
 
 def test_the_command_says_what_failed_and_exits_with_1(data, tmp_path, tiny_encoder):
-    (tmp_path / "data").mkdir()
-    entries = json.loads((data / "tasks.json").read_text())
-    entries[1]["dir"] = "nowhere"
-    (tmp_path / "data" / "tasks.json").write_text(json.dumps(entries))
-    os.symlink(data / "klue", tmp_path / "data" / "klue")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "farstail" / "test.parquet").write_bytes(b"no parquet")
     command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "-q"]
     command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--json"]
     environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -266,3 +265,171 @@ def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
 def test_every_task_of_the_real_folder_is_known():
     tasks, missing = choose(None, EVAL_DATA)
     assert len(tasks) == 12 and not missing
+
+
+@pytest.fixture
+def e5_like(tiny_st, tmp_path):
+    """A function that saves a Sentence Transformers model with prompts or another similarity."""
+
+    def save(**facts):
+        tiny_st.prompts = facts.get("prompts", {})
+        tiny_st.default_prompt_name = facts.get("default")
+        tiny_st.similarity_fn_name = facts.get("similarity", "cosine")
+        save_atomically(tiny_st, tmp_path / "e5")
+        return str(tmp_path / "e5")
+
+    return save
+
+
+PAIR = {"query": "the cat ", "document": "rain fell on the roof "}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"prompts": PAIR},
+        {"prompts": PAIR, "default": "query"},
+        {"prompts": {"STS": "milk "}},
+        {"similarity": "dot"},
+    ],
+    ids=str,
+)
+def test_a_model_with_prompts_is_scored_as_by_mteb(data, e5_like, tmp_path, cache_dir, facts):
+    from sentence_transformers import SentenceTransformer
+
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    path = e5_like(**facts)
+    record = evaluation.run(path, tasks, tmp_path / "out", data=data, progress=False)["KLUE-STS"]
+    made = mteb_task(tasks[0], data)
+    result = mteb.evaluate(SentenceTransformer(path), made, cache=None, co2_tracker=False, show_progress_bar=False)
+    (row,) = result.task_results[0].scores["validation"]
+    for key in ("main_score", "cosine_spearman", "spearman"):
+        assert record["scores"]["validation"][0][key] == pytest.approx(row[key], abs=1e-6)
+    symmetric = {"query": PAIR["query"]}.get(facts.get("default", ""), facts.get("prompts", {}).get("STS", ""))
+    assert record["prefixes"]["symmetric"] == symmetric
+    if facts.get("prompts") is PAIR:
+        assert record["prefixes"]["query"] == PAIR["query"] and record["prefixes"]["document"] == PAIR["document"]
+
+
+@pytest.fixture
+def sib(tmp_path):
+    """SIB-200 in two languages."""
+    rows = [{"index_id": i, "category": "abc"[i % 3], "text": f"{'xyz'[i % 3]} {i}"} for i in range(60)]
+    lines = ["---", "configs:"]
+    for config in ("kor_Hang", "tel_Telu"):
+        (tmp_path / "sib" / "sib" / config).mkdir(parents=True)
+        lines += [f'- config_name: "{config}"', "  data_files:"]
+        for split in ("train", "validation", "test"):
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / "sib" / "sib" / config / f"{split}.parquet")
+            lines += [f'  - split: "{split}"', f'    path: "{config}/{split}.parquet"']
+    (tmp_path / "sib" / "sib" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    subsets = {"kor_Hang": "ko", "tel_Telu": "te"}
+    entry = {"name": "SIB200Classification", "dir": "sib", "eval_splits": ["test"], "subsets": subsets}
+    (tmp_path / "sib" / "tasks.json").write_text(json.dumps([entry]))
+    return tmp_path / "sib"
+
+
+def test_another_language_joins_what_is_scored(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    for code in ("te", "ko"):
+        tasks, _ = choose(None, sib, languages=[code])
+        evaluation.run("m", tasks, out, data=sib, progress=False)
+    record = json.loads((out / f"{name}.json").read_text())
+    assert set(record["main_scores"]["test"]) == set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
+    assert {row["hf_subset"] for row in record["scores"]["test"]} == {"kor_Hang", "tel_Telu"}
+    plan = json.loads((out / "run.json").read_text())["plan"]
+    assert plan == {name: {"splits": ["test"], "subsets": {"tel_Telu": ["te"], "kor_Hang": ["ko"]}}}
+
+
+def test_a_failure_takes_nothing_away(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    tasks, _ = choose(None, sib, languages=["te"])
+    before = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    real = evaluation.mteb_task
+    monkeypatch.setattr(evaluation, "mteb_task", lambda *a: (_ for _ in ()).throw(RuntimeError("no such luck")))
+    after = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
+    assert after["status"] == "failed" and "no such luck" in after["error"]
+    assert after["main_scores"] == before["main_scores"] and evaluation.main_scores({name: after})[name]
+    monkeypatch.setattr(evaluation, "mteb_task", real)
+    mended = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
+    assert mended["status"] == "done" and "error" not in mended and len(mended["main_scores"]["test"]) == 2
+
+
+def test_changed_data_are_scored_again(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    tasks, _ = choose(None, sib, languages=["te"])
+    before = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    rows = [{"index_id": i, "category": "abc"[i % 3], "text": "one and the same"} for i in range(60)]
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows).to_parquet(sib / "sib" / "tel_Telu" / f"{split}.parquet")
+    after = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    assert after["fingerprint"] != before["fingerprint"]
+    assert after["main_scores"]["test"]["tel_Telu"] < before["main_scores"]["test"]["tel_Telu"]
+
+
+def test_a_score_that_is_no_number_is_a_failure(data, tmp_path, monkeypatch, cache_dir):
+    monkeypatch.setattr(
+        evaluation, "load_embedder", lambda m, **k: Embedder(lambda texts: np.ones((len(texts), 4), "f4"))
+    )
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    record = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)["KLUE-STS"]
+    assert record["status"] == "failed" and "is no number" in record["error"]
+    assert "NaN" not in (tmp_path / "out" / "KLUE-STS.json").read_text().replace(record["traceback"], "")
+
+
+def test_what_a_benchmark_asks_for_and_a_folder_lacks_is_named(data, tmp_path, monkeypatch, cache_dir, capsys):
+    tasks, lost = choose(suite.MAIN, data, languages=["ko"], names=["KLUE-STS", "SIB200Classification"])
+    assert [task.name for task in tasks] == ["KLUE-STS"]
+    assert [(task.name, set(task.subsets)) for task in lost] == [("SIB200Classification", {"kor_Hang"})]
+
+
+def test_pairs_of_two_languages_count_for_neither(tmp_path):
+    entry = {"name": "Tatoeba", "dir": "t", "eval_splits": ["test"], "subsets": {"spa-eng": "es"}}
+    (tmp_path / "tasks.json").write_text(json.dumps([entry]))
+    (task,), _ = choose(None, tmp_path, languages=["es"])
+    assert task.subsets == {"spa-eng": ("es", "en")}
+    scores = {"Tatoeba": {"spa-eng": 0.5}}
+    assert not suite.language_means(scores, [task])
+    assert suite.pair_means(scores, [task])["Tatoeba"] == suite.Mean(0.5, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([1], "entry 0 is no object"),
+        ([{}], "entry 0 needs a 'name'"),
+        ({"name": "x"}, "is no list of tasks"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": "test", "subsets": {"default": "ko"}}], "'eval_splits'"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": []}], "'subsets' that is a dict"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": {"default": 3}}], "needs a language"),
+    ],
+)
+def test_a_list_of_tasks_that_is_none_is_one_clear_line(tmp_path, entries, words):
+    (tmp_path / "tasks.json").write_text(json.dumps(entries))
+    with pytest.raises(LusiferError, match=words) as caught:
+        choose(None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_cache_is_set_aside(tmp_path):
+    (tmp_path / "c.sqlite").write_bytes(b"not a database at all" * 100)
+    cache = EmbeddingCache(tmp_path / "c.sqlite", lambda texts: np.ones((len(texts), 2), "f4"))
+    assert cache(["a"]).shape == (1, 2) and (tmp_path / "c.damaged").is_file()
+
+
+@pytest.mark.parametrize("content", ["STTS: Find it\n", "STS: {both: x}\n", "STS: {}\n"])
+def test_prompts_that_match_nothing_are_refused(tmp_path, content):
+    (tmp_path / "p.yaml").write_text(content)
+    with pytest.raises(LusiferError, match="no task or type 'STTS'; STS|must map"):
+        evaluation.load_prompts(tmp_path / "p.yaml")
+
+
+def test_long_texts_are_cut_to_what_an_encoder_reads(tiny_encoder):
+    loaded = load_embedder(f"encoder:{tiny_encoder}", device="cpu")
+    assert loaded.max_seq_length == 128 and loaded.embed(["the cat " * 500]).shape == (1, 32)
+    with pytest.raises(LusiferError, match="no device 'nonsense'"):
+        load_embedder(f"encoder:{tiny_encoder}", device="nonsense")

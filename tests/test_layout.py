@@ -58,6 +58,7 @@ ORDER = [
     "dryrun",
     "baselines",
     "suite",
+    "records",
     "everyday",
     "diagnosis",
     "embedders",

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lusifer.errors import LusiferError
+
+logger = logging.getLogger(__name__)
+
 Vectors = np.ndarray
 _ROWS = 2048  # Texts embedded before they are written.
 _ASKED = 500  # Parameters in one question to SQLite.
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    base = sqlite3.connect(path, timeout=600, isolation_level=None)
+    base.execute("PRAGMA journal_mode=WAL")
+    base.execute("PRAGMA synchronous=NORMAL")
+    base.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+    return base
 
 
 class EmbeddingCache:
@@ -34,10 +47,15 @@ class EmbeddingCache:
         self.computed = 0
         self.reused = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.base = sqlite3.connect(path, timeout=600, isolation_level=None)
-        self.base.execute("PRAGMA journal_mode=WAL")
-        self.base.execute("PRAGMA synchronous=NORMAL")
-        self.base.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+        try:
+            self.base = _open(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise LusiferError(f"cannot use the cache of embeddings {str(path)!r}: {error}") from error
+            aside = path.with_suffix(".damaged")
+            path.replace(aside)
+            logger.warning("the cache of embeddings %s is damaged (%s); it is begun anew", path, error)
+            self.base = _open(path)
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """Embeds texts, or finds what was embedded before.

@@ -22,8 +22,8 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Any Sentence Transformers folder or hub id, `starter`, or a backbone alone: `encoder:NAME`, "
-            "`llm:NAME` (attention in both directions), `llm-causal:NAME`.",
+            help="Any Sentence Transformers folder or hub id, `starter`, `mteb:NAME`, or a backbone alone: "
+            "`encoder:NAME`, `llm:NAME` (attention in both directions), `llm-causal:NAME`.",
             show_default=False,
         ),
     ],
@@ -38,7 +38,10 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results; runs/eval/MODEL when left out.")] = None,
     prompts: Annotated[
-        str, typer.Option(help="Instructions: `none`, `default` (the bundled file), or a YAML file of yours.")
+        str,
+        typer.Option(
+            help="`none`: the model's own prompts; `default`: the bundled instructions; or a YAML file of yours."
+        ),
     ] = "none",
     device: Annotated[
         str | None,
@@ -63,41 +66,65 @@ def evaluate(
     quiet_libraries(quiet)
     codes = _listed(langs)
     if benchmark is None and data is None:
+        given = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
+        if found := [name for name, value in given.items() if value is not None] + ["--prompts"] * (prompts != "none"):
+            raise LusiferError(f"{found[0]} needs --benchmark or --data; without them the everyday set is scored")
         _everyday(model, codes, as_json=as_json, quiet=quiet)
         return
-    from lusifer.evaltasks import choose
-    from lusifer.evaluation import load_prompts, main_scores, run
+    try:
+        from lusifer.evaltasks import choose
+        from lusifer.evaluation import load_prompts, main_scores, run
+    except ModuleNotFoundError as error:
+        raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
 
     told = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
-    chosen, missing = choose(benchmark, data, languages=codes, types=_listed(types), names=_listed(tasks))
+    names = _listed(tasks)
+    chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names)
     where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
-    if device is not None and "," in device:
-        _share(device.split(","))
-        device = None
+    unwell = _share(device.split(",")) if device is not None and "," in device else 0
     records = run(
-        model, chosen, where, data=data, prompts=told, device=device, batch_size=batch_size, progress=not quiet
+        model,
+        chosen,
+        where,
+        data=data,
+        prompts=told,
+        absent=lost,
+        device=None if device is not None and "," in device else device,
+        batch_size=batch_size,
+        progress=not quiet,
     )
     scores = main_scores(records)
     failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
-    absent = [task.name for task in chosen if task.name not in records]
-    means = suite.language_means(scores, chosen) if benchmark not in (suite.CROSS_LINGUAL, suite.BITEXT) else {}
+    unscored = [t.name for t in chosen if t.name not in failed and not set(t.subsets) <= set(scores.get(t.name, {}))]
+    asked = suite.joined([*chosen, *lost])
+    means = suite.language_means(scores, asked) if benchmark not in (suite.CROSS_LINGUAL, suite.BITEXT) else {}
+    pairs = suite.pair_means(scores, asked)
+    missing = [task.name for task in lost]
     if as_json:
-        told_means = {key: mean.score for key, mean in means.items()}
-        emit({"out": str(where), "scores": scores, "means": told_means, "failed": failed, "not in data": missing})
+        shown = {"means": {key: mean.score for key, mean in means.items()}}
+        shown["pair means"] = {key: mean.score for key, mean in pairs.items()}
+        emit(
+            {"out": str(where), "scores": scores, **shown, "failed": failed, "absent": unscored, "not in data": missing}
+        )
     else:
-        _show(scores, chosen, means, where)
+        _show(scores, asked, means, where)
+        for name, mean in pairs.items():
+            told_mean = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
+            typer.echo(f"{name}: {told_mean}{mean.scored} of {mean.of} pairs")
         if missing:
-            typer.echo(f"not in {data}: {len(missing)} of the benchmark's tasks", err=True)
-        for name in absent:
-            typer.echo(f"{name}: another process is at it", err=True)
-    for name, error in failed.items():
-        typer.echo(f"failed: {name}: {error}", err=True)
-    if failed:
+            typer.echo(
+                f"not in {data}, or not all of it: {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", err=True
+            )
+        for name in unscored:
+            typer.echo(f"{name}: not scored yet; another process is at it", err=True)
+    for name, reason in failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if failed or unscored or unwell or (names and missing):
         raise SystemExit(1)
 
 
-def _share(devices: list[str]) -> None:
-    """Runs this very command once per device; they take tasks from one list."""
+def _share(devices: list[str]) -> int:
+    """Runs this very command once per device; they take tasks from one list. How many of them broke down."""
     begin = next(i for i, word in enumerate(sys.argv) if word == "evaluate")
     words, skip = [], False
     for word in sys.argv[begin:]:
@@ -111,8 +138,8 @@ def _share(devices: list[str]) -> None:
         for number, command in enumerate(commands)
     ]
     try:
-        for process in running:
-            process.wait()
+        # 1 tells of tasks that failed or that another one is at, which the results tell as well.
+        return sum(process.wait() not in (0, 1) for process in running)
     finally:
         for process in running:
             process.terminate()
@@ -147,7 +174,7 @@ def _everyday(model: str, codes: list[str] | None, *, as_json: bool, quiet: bool
     from lusifer.everyday import embedder, encoder_alone, load_everyday, score
 
     alone = model.startswith("encoder:")
-    embed = encoder_alone(model.removeprefix("encoder:")) if alone else embedder(load_checkpoint(model))
+    embed = encoder_alone(model.removeprefix("encoder:"))[0] if alone else embedder(load_checkpoint(model))
     scores = score(embed, languages=codes or list(load_everyday().sentences), progress=not quiet)
     if as_json:
         emit(scores)

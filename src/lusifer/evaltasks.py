@@ -19,6 +19,7 @@ from mteb.benchmarks import get_benchmark as _lookup
 
 from lusifer import suite
 from lusifer.errors import LusiferError
+from lusifer.records import fingerprint
 from lusifer.suite import Task
 
 _DESCRIPTIONS = {
@@ -64,7 +65,12 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
         LusiferError: If the folder does not hold the task.
     """
     if data is None:
-        return mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
+        made = mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
+        # What was pinned, also where a later mteb names another.
+        made.metadata = made.metadata.model_copy(
+            update={"dataset": {**made.metadata.dataset, "revision": task.revision}}
+        )
+        return made
     entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
     if entry is None:
         raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
@@ -94,22 +100,42 @@ def _own_task(entry: dict[str, Any]) -> AbsTask:
     return made
 
 
+_FIELDS: dict[str, type] = {"name": str, "dir": str, "eval_splits": list, "subsets": dict}
+
+
 def _listed(data: Path) -> list[dict[str, Any]]:
     path = data / "tasks.json"
+    hint = "--data needs a folder with tasks.json as `lusifer data export-eval` writes it"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found, list)
-        assert all({"name", "dir", "eval_splits", "subsets"} <= set(entry) for entry in found)
-    except (OSError, ValueError, AssertionError) as error:
-        raise LusiferError(
-            f"{path} is no list of tasks ({error or 'wrong fields'}); --data needs a folder with tasks.json as "
-            "`lusifer data export-eval` writes it"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"{path} is no list of tasks ({error}); {hint}") from None
+    if not isinstance(found, list):
+        raise LusiferError(f"{path} is no list of tasks; {hint}")
+    for number, entry in enumerate(found):
+        if not isinstance(entry, dict):
+            raise LusiferError(f"{path}: entry {number} is no object; {hint}")
+        for field, kind in _FIELDS.items():
+            if not isinstance(entry.get(field), kind) or not entry[field]:
+                told = entry.get("name", number)
+                raise LusiferError(f"{path}: entry {told!r} needs a {field!r} that is a {kind.__name__}; {hint}")
+        if wrong := [key for key, value in entry["subsets"].items() if not isinstance(value, str | list) or not value]:
+            raise LusiferError(f"{path}: entry {entry['name']!r}: subset {wrong[0]!r} needs a language; {hint}")
     return found
 
 
+def task_fingerprint(task: Task, data: Path | None) -> str | None:
+    """Hash of an offline task's files, see `lusifer.records.fingerprint`; None for tasks from a hub."""
+    if data is None:
+        return None
+    entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
+    if entry is None:
+        raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
+    return fingerprint(data / entry["dir"], entry)
+
+
 def tasks_in(data: Path) -> list[Task]:
-    """The tasks a folder holds.
+    """The tasks a folder holds; subsets in two languages carry both.
 
     Raises:
         LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
@@ -119,13 +145,28 @@ def tasks_in(data: Path) -> list[Task]:
     for entry in _listed(data):
         name = entry["name"]
         try:
-            kind = entry.get("custom") or mteb.get_task(name).metadata.type
+            made = None if entry.get("custom") else mteb.get_task(name).metadata
         except KeyError:
             raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} knows no task {name!r}") from None
-        subsets = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in entry["subsets"].items()}
-        group = groups.get(name, kind)
+        kind: str = entry["custom"] if made is None else made.type
+        sides: Any = {} if made is None else made.eval_langs
+        subsets = {
+            key: _both(told, sides.get(key) if isinstance(sides, dict) else None)
+            for key, told in entry["subsets"].items()
+        }
+        group: str = groups.get(name, kind)
         found.append(Task(name, name, group, kind, "local", tuple(entry["eval_splits"]), subsets))
     return found
+
+
+def _both(told: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
+    """Languages of a subset: a pair of two may not count as one of them (``es`` of Tatoeba's ``spa-eng``)."""
+    codes = (told,) if isinstance(told, str) else tuple(told)
+    names = [side.split("-")[0] for side in sides or []]
+    if len(codes) > 1 or len(set(names)) < 2:
+        return codes
+    other = "en" if "eng" in names and codes != ("en",) else names[-1]
+    return (*codes, other)
 
 
 def choose(
@@ -135,8 +176,8 @@ def choose(
     languages: Sequence[str] | None = None,
     types: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
-) -> tuple[list[Task], list[str]]:
-    """The tasks of a run, those that tell most in little time first, and the names a folder lacks.
+) -> tuple[list[Task], list[Task]]:
+    """The tasks of a run, those that tell most in little time first, and what a folder lacks of what was asked for.
 
     Args:
         name: Benchmark; None for everything the folder holds.
@@ -154,11 +195,6 @@ def choose(
         raise LusiferError("say which --benchmark, or which --data folder")
     held = {task.name: task for task in tasks_in(data)} if data is not None else {}
     wanted = list(held.values()) if name is None else suite.tasks(name)
-    missing = [task.name for task in wanted if data is not None and task.name not in held]
-    chosen = [task for task in wanted if task.name not in missing]
-    if name is not None and data is not None:
-        # The folder may hold fewer subsets and splits than the benchmark asks for.
-        chosen = [_within(task, held[task.name]) for task in chosen]
     for asked, present, word in (
         (languages, {code for task in wanted for codes in task.subsets.values() for code in codes}, "language"),
         (types, {kind for task in wanted for kind in (task.type, task.group)}, "type"),
@@ -167,15 +203,27 @@ def choose(
         if unknown := sorted(set(asked or ()) - present):
             raise LusiferError(f"no {word} {unknown[0]!r} here; there are {', '.join(sorted(present))}")
     if types:
-        chosen = [task for task in chosen if {task.type, task.group} & set(types)]
+        wanted = [task for task in wanted if {task.type, task.group} & set(types)]
     if names:
-        chosen = [task for task in chosen if task.name in names]
+        wanted = [task for task in wanted if task.name in names]
     if languages:
-        chosen = [replace(task, subsets=_spoken(task, set(languages))) for task in chosen]
-    chosen = [task for task in chosen if task.subsets]
+        wanted = [replace(task, subsets=_spoken(task, set(languages))) for task in wanted]
+    wanted = [task for task in wanted if task.subsets]
+    chosen, absent = wanted, []
+    if name is not None and data is not None:
+        # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
+        chosen = [_within(task, held[task.name]) for task in wanted if task.name in held]
+        got = {task.name: task.subsets for task in chosen}
+        lost = [
+            replace(
+                task, subsets={key: codes for key, codes in task.subsets.items() if key not in got.get(task.name, {})}
+            )
+            for task in wanted
+        ]
+        chosen, absent = [task for task in chosen if task.subsets], [task for task in lost if task.subsets]
     if not chosen:
         raise LusiferError("no task is left; ask for fewer restrictions")
-    return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), missing
+    return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), absent
 
 
 def _within(task: Task, held: Task) -> Task:
@@ -184,7 +232,12 @@ def _within(task: Task, held: Task) -> Task:
 
 
 def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
-    return {key: codes for key, codes in task.subsets.items() if set(codes) <= languages}
+    # English is the other side of many pairs, and goes without saying.
+    return {
+        key: codes
+        for key, codes in task.subsets.items()
+        if set(codes) <= languages or (len(codes) > 1 and set(codes) - {"en"} <= languages)
+    }
 
 
 def cost(task: Task) -> int:

@@ -152,23 +152,36 @@ def embedder(model: SentenceTransformer) -> Embed:
     return embed
 
 
-def encoder_alone(name: str) -> Embed:
+def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]:
     """The multilingual encoder by itself: its own sentence embedding if it has one, else the mean of its states.
 
     Args:
         name: Hub id, local folder or starter name.
+        device: Torch device.
+
+    Returns:
+        From texts to (n, dim), and how many tokens it reads of a text, if there is a limit.
 
     Raises:
         LusiferError: If it cannot be loaded.
     """
     from lusifer.backbones import load_config, load_encoder, load_tokenizer
 
-    encoder = load_encoder(name, load_config("encoder", name)).eval()
+    config: Any = load_config("encoder", name)
+    encoder = load_encoder(name, config).eval().to(torch.device(device))
     tokenizer = load_tokenizer("encoder", name)
+    limits = [tokenizer.model_max_length]
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+        # RoBERTa and its kin count positions from behind the padding index.
+        embeddings: Any = getattr(encoder, "embeddings", None)
+        shifted = hasattr(embeddings, "create_position_ids_from_input_ids")
+        limits.append(positions - (embeddings.padding_idx + 1 if shifted else 0))
+    limit = min(limits) if min(limits) < 1_000_000 else None
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Tensor:
-        batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt", **cut).to(device)
         mask = batch["attention_mask"]
         output = encoder(input_ids=batch["input_ids"], attention_mask=mask)
         own = getattr(output, "pooler_output", None)
@@ -177,7 +190,7 @@ def encoder_alone(name: str) -> Embed:
         weights = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)
         return (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
-    return embed
+    return embed, limit
 
 
 def mean_score(by_language: dict[str, float], languages: Sequence[str]) -> float:

@@ -107,7 +107,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     output.mkdir(parents=True, exist_ok=True)
     run = _Run(output, fingerprint(recipe, STAGES[-1]))
     fetch()
-    run.system("encoder", lambda: encoder_alone(recipe.model.encoder), progress)
+    run.system("encoder", lambda: encoder_alone(recipe.model.encoder)[0], progress)
     run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
     run.system("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
     stages = {}

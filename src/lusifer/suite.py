@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from statistics import fmean
@@ -144,18 +144,18 @@ def counts() -> dict[str, dict[str, int]]:
 def language_means(scores: Scores, chosen: list[Task] | None = None) -> dict[str, Mean]:
     """Per language, the mean over its tasks, each the mean over its subsets in that language (paper, Table 1).
 
-    A task with only some of those subsets scored counts as not scored.
+    Subsets in two languages count for neither, see `pair_means`. A task with only some of those subsets scored counts as not scored.
 
     Args:
         scores: Main scores by task and subset.
         chosen: The tasks; those of `MAIN` when None.
     """
     chosen = tasks(MAIN) if chosen is None else chosen
-    spoken = {language for task in chosen for languages_ in task.subsets.values() for language in languages_}
+    spoken = {codes[0] for task in chosen for codes in task.subsets.values() if len(set(codes)) == 1}
     order = [*[code for code in languages() if code in spoken], *sorted(spoken - set(languages()))]
     means = {}
     for language in order:
-        wanted = [(task.name, [s for s, codes in task.subsets.items() if language in codes]) for task in chosen]
+        wanted = [(task.name, [s for s, codes in task.subsets.items() if set(codes) == {language}]) for task in chosen]
         means[language] = _mean(scores, [(name, subsets) for name, subsets in wanted if subsets])
     return means
 
@@ -166,18 +166,27 @@ def overall(means: Mapping[str, Mean]) -> Mean:
     return Mean(fmean(found) if found else None, len(found), len(means))
 
 
-def task_means(scores: Scores, benchmark: str) -> dict[str, Mean]:
-    """Per task of `CROSS_LINGUAL` or `BITEXT`, the mean over its pairs; `of` counts pairs here.
+def joined(parts: Sequence[Task]) -> list[Task]:
+    """Tasks with the subsets of all parts of the same name."""
+    found: dict[str, Task] = {}
+    for part in parts:
+        before = found.get(part.name, part)
+        found[part.name] = replace(before, subsets={**before.subsets, **part.subsets})
+    return list(found.values())
+
+
+def pair_means(scores: Scores, wanted: Sequence[Task]) -> dict[str, Mean]:
+    """Per task the mean over its subsets in two languages; tasks without any are left out.
 
     The pivot-free sample of a task is a row of its own, ``NAME (pivot-free)``.
     """
     means = {}
-    for task in tasks(benchmark):
-        into = [subset for subset in task.subsets if subset not in task.pivot_free]
-        means[task.name] = _mean(scores, [(task.name, [subset]) for subset in into])
-        if task.pivot_free:
-            rows = [(task.name, [subset]) for subset in sorted(task.pivot_free)]
-            means[f"{task.name} (pivot-free)"] = _mean(scores, rows)
+    for task in wanted:
+        pairs = [subset for subset, codes in task.subsets.items() if len(set(codes)) > 1]
+        free = sorted(task.pivot_free.intersection(pairs))
+        for name, subsets in ((task.name, sorted(set(pairs) - set(free))), (f"{task.name} (pivot-free)", free)):
+            if subsets:
+                means[name] = _mean(scores, [(task.name, [subset]) for subset in subsets])
     return means
 
 
