@@ -144,7 +144,8 @@ def counts() -> dict[str, dict[str, int]]:
 def language_means(scores: Scores, chosen: list[Task] | None = None) -> dict[str, Mean]:
     """Per language, the mean over its tasks, each the mean over its subsets in that language (paper, Table 1).
 
-    Subsets in two languages count for neither, see `pair_means`. A task with only some of those subsets scored counts as not scored.
+    Subsets in two languages count for neither, see `pair_means`. A task with only some of a language's subsets scored
+    counts as not scored.
 
     Args:
         scores: Main scores by task and subset.
