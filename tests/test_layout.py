@@ -52,6 +52,7 @@ ORDER = [
     "bulk_local",
     "bulk_ray",
     "bulk",
+    "authors",
     "trainer",
     "optimise",
     "training",

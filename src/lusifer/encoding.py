@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +119,9 @@ def describe(path: str) -> dict[str, Any]:
     }
 
 
-def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreTrainedTokenizerBase) -> None:
-    """Saves a model so that the folder is either complete or not there.
-
-    Args:
-        model: The model.
-        folder: Where to; an older checkpoint there is replaced.
-        **tokenizers: Further tokenizers, saved in a sub-folder of the keyword's name.
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write a checkpoint into, which takes the place of ``folder`` once it is complete.
 
     Raises:
         LusiferError: If the disk is full or not writable; nothing half-written stays.
@@ -132,9 +130,8 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
             new, old = Path(staging) / "new", Path(staging) / "old"
-            model.save_pretrained(str(new), create_model_card=False)
-            for name, tokenizer in tokenizers.items():
-                tokenizer.save_pretrained(new / name)
+            new.mkdir()
+            yield new
             try:
                 if folder.exists():
                     os.replace(folder, old)
@@ -146,3 +143,20 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {reason}") from error
+
+
+def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreTrainedTokenizerBase) -> None:
+    """Saves a model so that the folder is either complete or not there.
+
+    Args:
+        model: The model.
+        folder: Where to; an older checkpoint there is replaced.
+        **tokenizers: Further tokenizers, saved in a sub-folder of the keyword's name.
+
+    Raises:
+        LusiferError: If the disk is full or not writable; nothing half-written stays.
+    """
+    with replacing(folder) as new:
+        model.save_pretrained(str(new), create_model_card=False)
+        for name, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(new / name)
