@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from lusifer.adapters import add_lora
 from lusifer.backbones import load_config, load_tokenizer
 from lusifer.checkpoint import check_fit
 from lusifer.configuration import LusiferConfig
@@ -87,9 +88,7 @@ class _Source:
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(theirs).clone()
         if not bool(torch.isfinite(tensor).all()):
-            raise LusiferError(
-                f"{path}: the tensor {theirs} has values that are not finite; fetch the checkpoint again"
-            )
+            raise LusiferError(f"{path}: the tensor {theirs} is not finite everywhere; fetch the checkpoint again")
         return tensor
 
 
@@ -274,8 +273,6 @@ def _alpha(found: _Source) -> float:
 
 def _skeleton(config: LusiferConfig) -> LusiferModel:
     """The model without weights, adapters in their places."""
-    from lusifer.adapters import add_lora
-
     model = LusiferModel(config)
     for part in ("encoder", "llm"):
         if adapter := getattr(config, f"{part}_adapter"):
@@ -349,7 +346,7 @@ def _backbone_files(backbone: str) -> dict[str, Path]:
 
 def _tensors(found: _Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:
     """What goes into our checkpoint, tensor by tensor; adapters folded in where it is standalone."""
-    standalone, scale = model.config.standalone, None
+    standalone = model.config.standalone
     for name in model.state_dict():
         plain = _plain(name)
         if not standalone and not (name.startswith(("connector.", "head.")) or "lora_" in name):

@@ -130,7 +130,6 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
             new, old = Path(staging) / "new", Path(staging) / "old"
-            new.mkdir()
             yield new
             try:
                 if folder.exists():
