@@ -89,6 +89,7 @@ ORDER = [
     "comparison",
     "scoretext",
     "webpage",
+    "convert_cli",
     "data_cli",
     "eval_cli",
     "search_cli",

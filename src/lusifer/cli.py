@@ -15,6 +15,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say f
 import typer
 
 from lusifer.console import Json, Quiet, emit, quiet_libraries
+from lusifer.convert_cli import convert_app
 from lusifer.data_cli import data_app
 from lusifer.encode_cli import encode as encode_command
 from lusifer.errors import LusiferError
@@ -37,6 +38,7 @@ app = typer.Typer(
     "Start with `lusifer quickstart`: it fetches two small backbones, trains on English and scores "
     "23 languages it never trained on.",
 )
+app.add_typer(convert_app, name="convert", rich_help_panel="Using a model")
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
 app.add_typer(index_app, name="index", rich_help_panel="Search")
