@@ -1,7 +1,7 @@
 """Memory and time of converting a large checkpoint of the authors' format, adapters kept and merged.
 
 Makes XLM-R (12 x 1024) and Mistral (24 x 1536) with random weights, LoRA on both, in bfloat16: about 2 GB. Each
-conversion runs in a process of its own; ``peak_mb`` is the most memory it held, ``import_mb`` what a process holds that has
+conversion runs in a process of its own; ``peak_mb`` is the most memory it held, ``import`` what one holds that has
 only imported lusifer. Writes runs/bench/convert.json.
 """
 
