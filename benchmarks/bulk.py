@@ -46,7 +46,7 @@ def save_model(folder: Path) -> Path:
     from conftest import save_encoder_tokenizer, save_llm_tokenizer
     from lusifer import LusiferModel
     from lusifer.backbones import load_tokenizer
-    from lusifer.encoding import save_atomically, to_sentence_transformer
+    from lusifer.sentence import save_atomically, to_sentence_transformer
 
     torch.manual_seed(0)
     encoder, llm = folder / "encoder", folder / "llm"

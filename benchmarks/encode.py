@@ -43,8 +43,9 @@ import lusifer
 from lusifer import LusiferModel
 from lusifer import modeling as lusifer_modeling
 from lusifer.backbones import load_tokenizer
-from lusifer.encoding import lusifer_model, save_atomically, to_sentence_transformer
+from lusifer.encoding import lusifer_model
 from lusifer.microbatches import PASS_TOKENS, micro_batches
+from lusifer.sentence import save_atomically, to_sentence_transformer
 from lusifer.textencoder import set_precision
 
 OUT = Path("runs/bench")

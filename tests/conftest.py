@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from lusifer import LusiferModel
 from lusifer.backbones import load_tokenizer
-from lusifer.encoding import to_sentence_transformer
+from lusifer.sentence import to_sentence_transformer
 
 torch.set_num_threads(1)
 

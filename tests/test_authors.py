@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, XLMRobertaModel
 
 from conftest import sharpen
 from lusifer import LusiferError, LusiferModel, authors, load
-from lusifer.authors import convert_authors, is_authors_checkpoint
+from lusifer.authors import convert_authors
+from lusifer.authors_format import is_authors_checkpoint
 from lusifer.encoding import lusifer_model
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "authors_tiny"
@@ -216,3 +217,14 @@ def test_theirs_is_told_from_ours(made, tmp_path, tiny_st):
     assert not is_authors_checkpoint(tmp_path / "nowhere")
     with pytest.raises(LusiferError, match="no such folder"):
         convert_authors(str(tmp_path / "nowhere"), tmp_path / "ours")
+
+
+def test_theirs_is_converted_when_it_is_first_loaded(made, copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
+    # Weights of their own, so that the backbones cannot be named.
+    folder = copy(replace(f"{QUERY}.base_layer.weight", lambda t: t + 1e-6))
+    vectors = load(str(folder)).encode(["the cat"])
+    kept = [path for path in (tmp_path / "cache" / "models").iterdir()]
+    assert len(kept) == 1 and vectors.shape == (1, 24)
+    monkeypatch.setattr(authors, "convert_authors", lambda *a, **k: pytest.fail("converted twice"))
+    np.testing.assert_array_equal(load(str(folder)).encode(["the cat"]), vectors)

@@ -22,7 +22,7 @@ from lusifer.bulk import encode
 from lusifer.bulk_input import RowReader
 from lusifer.bulk_job import Settings
 from lusifer.bulk_shard import ShardEncoder
-from lusifer.encoding import save_atomically
+from lusifer.sentence import save_atomically
 from lusifer.textencoder import TextEncoder
 
 LONG = "the cat sat on the mat and looked at the dog " * 30

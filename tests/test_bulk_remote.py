@@ -18,7 +18,7 @@ from pyarrow import parquet
 from lusifer import LusiferError
 from lusifer.bulk import encode
 from lusifer.bulk_job import Settings
-from lusifer.encoding import save_atomically
+from lusifer.sentence import save_atomically
 from test_bulk import content, some_texts
 
 SETTINGS = Settings(precision="float32", shard_rows=100)

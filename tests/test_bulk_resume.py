@@ -19,7 +19,7 @@ import torch
 from lusifer import bulk_local
 from lusifer.bulk import encode
 from lusifer.bulk_job import Settings
-from lusifer.encoding import save_atomically
+from lusifer.sentence import save_atomically
 from test_bulk import content, refused, some_texts
 
 KILLS = int(os.environ.get("LUSIFER_KILLS", "5"))
@@ -41,7 +41,7 @@ def finished(forks, tmp_path_factory, tiny_encoder, tiny_llm):
     """A model, an input and what an undisturbed run makes of it, with the seconds it takes."""
     from lusifer import LusiferModel
     from lusifer.backbones import load_tokenizer
-    from lusifer.encoding import to_sentence_transformer
+    from lusifer.sentence import to_sentence_transformer
 
     folder = tmp_path_factory.mktemp("bulk")
     torch.manual_seed(0)

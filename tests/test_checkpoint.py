@@ -18,7 +18,8 @@ import lusifer
 from conftest import CORPUS, sharpen
 from lusifer import LusiferError, LusiferModel
 from lusifer.backbones import load_tokenizer
-from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer
+from lusifer.encoding import load_checkpoint, lusifer_model
+from lusifer.sentence import save_atomically, to_sentence_transformer
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 TEXTS = [*CORPUS[:3], "bread"]

@@ -17,8 +17,8 @@ from sentence_transformers import SentenceTransformer
 import lusifer
 from lusifer import LusiferError, cli, quickstart
 from lusifer.baselines import llm_alone, train_llm_alone
-from lusifer.encoding import save_atomically
 from lusifer.everyday import load_everyday
+from lusifer.sentence import save_atomically
 from lusifer.use_encoder import LANGUAGES
 
 COMMANDS = ("fetch", "train", "encode", "evaluate", "info", "merge", "quickstart", "serve")

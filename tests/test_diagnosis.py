@@ -7,8 +7,8 @@ import torch
 
 from lusifer import LusiferError
 from lusifer.diagnosis import Point, anisotropy, csls_accuracy, diagnose, linear_cka, states, verdict
-from lusifer.encoding import to_sentence_transformer
 from lusifer.modeling import LusiferModel
+from lusifer.sentence import to_sentence_transformer
 
 
 def test_csls_sees_through_a_hub():

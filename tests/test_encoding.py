@@ -12,7 +12,8 @@ import torch
 
 import lusifer
 from lusifer import LusiferError
-from lusifer.encoding import describe, load_checkpoint, lusifer_model, save_atomically
+from lusifer.encoding import describe, load_checkpoint, lusifer_model
+from lusifer.sentence import save_atomically
 
 
 def refused(function, *args, **kwargs):

@@ -16,8 +16,8 @@ import pytest
 from lusifer import LusiferError, suite
 from lusifer.embedcache import EmbeddingCache
 from lusifer.embedders import Embedder, load_embedder
-from lusifer.encoding import save_atomically
 from lusifer.everyday import load_everyday
+from lusifer.sentence import save_atomically
 
 mteb = pytest.importorskip("mteb")
 evaluation = pytest.importorskip("lusifer.evaluation")

@@ -12,10 +12,10 @@ import pytest
 from pyarrow import parquet
 
 from lusifer import LusiferError, cli, indexing
-from lusifer.encoding import save_atomically
 from lusifer.filters import parse_filter, to_sql
 from lusifer.indexing import add, check_columns, read_entries, weights_hash
 from lusifer.lexical import script, words
+from lusifer.sentence import save_atomically
 from lusifer.store import Entry, Facts, Hit, create_store, open_store
 from lusifer.textencoder import TextEncoder
 from lusifer.vectorstore import reciprocal_rank_fusion

@@ -13,8 +13,9 @@ from transformers import AttentionInterface
 from conftest import sharpen
 from lusifer import LusiferError, LusiferModel, load
 from lusifer.backbones import load_tokenizer
-from lusifer.encoding import lusifer_model, save_atomically, to_sentence_transformer
+from lusifer.encoding import lusifer_model
 from lusifer.microbatches import exact_batches
+from lusifer.sentence import save_atomically, to_sentence_transformer
 from lusifer.textencoder import FastSentenceTransformer, TextEncoder, choose_precision, set_precision
 from test_modeling import flash_reference
 

@@ -1,9 +1,5 @@
 """The published checkpoints of LUSIFER's authors, as ours.
 
-Their format (github.com/hieum98/lusifer) is one safetensors file with every weight and a ``config.json`` that names
-both backbones: XLM-R and an LLM, each with LoRA adapters under names of their own, a feed-forward connector with
-appended tokens, and a projection of two layers behind the mean.
-
 1. Configuration, names and shapes are checked, against the backbones' own configurations, before anything is written.
 2. Tensors pass one by one, so that memory does not grow with the checkpoint: adapters are kept beside backbones that
    hold the same weights, or folded into a standalone checkpoint of several files.
@@ -12,16 +8,15 @@ appended tokens, and a projection of two layers behind the mean.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,75 +25,60 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from lusifer.adapters import add_lora
+from lusifer.authors_format import THEIRS, UNUSED, Source, backbone_of, fetch, is_authors_checkpoint, read_source
 from lusifer.backbones import load_config, load_tokenizer
 from lusifer.checkpoint import check_fit
 from lusifer.configuration import LusiferConfig
-from lusifer.encoding import replacing, to_sentence_transformer
 from lusifer.errors import LusiferError
 from lusifer.modeling import LusiferModel
-from lusifer.starter import resolve_backbone
+from lusifer.sentence import replacing, to_sentence_transformer
+from lusifer.starter import cache_dir, resolve_backbone
+
+logger = logging.getLogger(__name__)
 
 _FILE_BYTES = 512 * 2**20  # Of one file of weights; bounds the memory, since a file is written from memory.
-_MARK = "universal_learner_name_or_path"  # No other configuration has it.
-_LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
-# By our part: their prefix, and what may stand in front of the same names in the backbone's own files.
-_THEIRS = {
-    "encoder": ("universal_learner.", ("", "roberta.")),
-    "llm": ("encoder.", ("model.", "")),
-}
-_UNUSED = re.compile(r"encoder\.pooler\.|llm\.lm_head\.")  # Neither has a part in an embedding.
-_PLAIN = {
-    "connection_module.added_tokens": "connector.added_tokens",
-    "connection_module.ff.0.": "connector.up.",
-    "connection_module.ff.2.": "connector.down.",
-    "output_projection.0.": "head.0.",
-    "output_projection.2.": "head.2.",
-}
 # Prompts of texts without an instruction; with one, it stands in front of the full stop.
 _PROMPTS = {"query": ".\n", "document": ". Candidate:\n"}
 
 
-@dataclass
-class _Source:
-    """Their checkpoint: our names of its tensors, and where they are.
+def find_authors(name: str) -> str:
+    """Maps a checkpoint of the authors, folder or hub id, to its conversion in the cache, made on first use.
 
-    Attributes:
-        config: Their configuration.
-        files: Our name to file and their name; adapters' ``base_layer`` left out of ours.
-        adapted: Part to names of its adapted layers within the part.
+    Args:
+        name: Any model's folder or hub id; what is no checkpoint of the authors is returned unchanged.
+
+    Raises:
+        LusiferError: If it is one, and cannot be converted.
     """
-
-    config: dict[str, Any]
-    files: dict[str, tuple[Path, str]] = field(default_factory=dict)
-    adapted: dict[str, set[str]] = field(default_factory=lambda: {"encoder": set(), "llm": set()})
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor by our name."""
-        path, theirs = self.files[name]
-        with safe_open(path, "pt") as file:
-            return tuple(file.get_slice(theirs).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """One tensor by our name; the file is closed again, which frees the pages it was mapped to.
-
-        Raises:
-            LusiferError: If it holds infinite values or none.
-        """
-        path, theirs = self.files[name]
-        with safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(theirs).clone()
-        if not bool(torch.isfinite(tensor).all()):
-            raise LusiferError(f"{path}: the tensor {theirs} is not finite everywhere; fetch the checkpoint again")
-        return tensor
-
-
-def is_authors_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint in the authors' format."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and _MARK in found
+    folder = Path(name)
+    if folder.is_dir():
+        if not is_authors_checkpoint(folder):
+            return name
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return name
+    else:
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        try:
+            config = cached_file(name, "config.json", **quiet)
+        except (OSError, ValueError):  # Gated, or no such model: whoever loads it says so.
+            return name
+        if config is None or not is_authors_checkpoint(Path(config).parent):
+            return name
+    folder = fetch(name)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        found = path.stat()
+        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
+    out = cache_dir() / "models" / f"authors-{digest.hexdigest()[:12]}"
+    if not (out / "modules.json").is_file():
+        logger.info("converting %s, once, into %s", name, out)
+        try:
+            convert_authors(name, out)
+        except LusiferError as error:
+            if "--merge" not in str(error):
+                raise
+            convert_authors(name, out, merge=True)
+    return str(out)
 
 
 def convert_authors(
@@ -127,17 +107,17 @@ def convert_authors(
     Raises:
         LusiferError: If it is of another format, damaged, does not fit its backbones, or cannot be written.
     """
-    folder = _fetch(source)
-    found = _read_source(folder)
+    folder = fetch(source)
+    found = read_source(folder)
     names = {
-        "encoder": encoder or _backbone(folder, found.config["universal_learner_name_or_path"]),
-        "llm": llm or _backbone(folder, found.config["encoder_name_or_path"]),
+        "encoder": encoder or backbone_of(folder, found.config["universal_learner_name_or_path"]),
+        "llm": llm or backbone_of(folder, found.config["encoder_name_or_path"]),
     }
     config = _our_config(found, names, merge=merge, provenance={"converted_from": source, "format": "authors"})
     with torch.device("meta"):
         model = _skeleton(config)
     _check_names(found, model, str(folder))
-    unused = [name for name in found.files if _UNUSED.match(name)]
+    unused = [name for name in found.files if UNUSED.match(name)]
     if not merge:
         for part in ("encoder", "llm"):
             _check_backbone(found, part, names[part], progress)
@@ -153,72 +133,7 @@ def convert_authors(
     return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
 
 
-def _fetch(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise LusiferError(f"no checkpoint at {source!r}: no such folder")
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"cannot fetch {source!r} from the hub: {reason}") from error
-
-
-def _backbone(folder: Path, name: str) -> str:
-    """A backbone's name, or its folder where the name is relative to the checkpoint's."""
-    inside = folder / name
-    return str(inside.resolve()) if not Path(name).is_absolute() and inside.is_dir() else name
-
-
-def _read_source(folder: Path) -> _Source:
-    """Their configuration and our names of their tensors; reads no weights."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LusiferError(f"cannot read config.json of the checkpoint {str(folder)!r}: {error}") from error
-    if not isinstance(config, dict) or _MARK not in config or "encoder_name_or_path" not in config:
-        raise LusiferError(f"{str(folder)!r} is no checkpoint of the authors: its config.json has no {_MARK!r}")
-    for key, known in (
-        ("universal_learner_backbone_type", "xlm-r"),
-        ("connection_type", "ff"),
-        ("pooling_method", "mean"),
-    ):
-        if config.get(key, known) != known:
-            raise LusiferError(f"{folder}: {key} {config[key]!r} cannot be converted, only {known!r}")
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise LusiferError(f"the checkpoint {str(folder)!r} has no .safetensors file (pickles are not loaded)")
-    found = _Source(config)
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                for theirs in file.keys():  # noqa: SIM118 - not a mapping
-                    _place(found, path, theirs)
-        except (SafetensorError, OSError) as error:
-            raise LusiferError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def _place(found: _Source, path: Path, theirs: str) -> None:
-    """Enters one tensor under our name, ``encoder.layer...lora_A.weight`` and the like for adapters."""
-    ours = next((to + theirs.removeprefix(of) for of, to in _PLAIN.items() if theirs.startswith(of)), None)
-    for part, (prefix, _) in _THEIRS.items():
-        if ours is None and theirs.startswith(prefix):
-            inner = theirs.removeprefix(prefix).removeprefix("base_model.model.")
-            inner = inner.removeprefix("model.") if part == "llm" else inner
-            if match := _LORA.match(inner):
-                found.adapted[part].add(match["layer"])
-                inner = f"{match['layer']}.lora_{match['side']}.default.weight"
-            ours = f"{part}.{inner.replace('.base_layer.', '.')}"
-    if ours is None:
-        raise LusiferError(f"{path}: unknown tensor {theirs}; this is not the authors' format")
-    if ours in found.files:
-        raise LusiferError(f"{path}: {theirs} and {found.files[ours][1]} are the same tensor of ours, {ours}")
-    found.files[ours] = (path, theirs)
-
-
-def _our_config(found: _Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
+def _our_config(found: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
     configs: dict[str, PretrainedConfig] = {part: load_config(part, names[part]) for part in names}
     for name in ("connector.added_tokens", "connector.up.weight", "connector.down.weight"):
         if name not in found.files:
@@ -247,11 +162,11 @@ def _our_config(found: _Source, names: dict[str, str], *, merge: bool, provenanc
     )
 
 
-def _adapter(found: _Source, part: str) -> dict[str, Any] | None:
+def _adapter(found: Source, part: str) -> dict[str, Any] | None:
     """PEFT's fields; their configuration misspells the rank."""
     if not found.adapted[part]:
         return None
-    layers = {layer for layer in found.adapted[part] if not _UNUSED.match(f"{part}.{layer}.")}
+    layers = {layer for layer in found.adapted[part] if not UNUSED.match(f"{part}.{layer}.")}
     rank = found.shape(f"{part}.{min(layers)}.lora_A.default.weight")[0]
     told = found.config.get("loar_r", rank)
     if told != rank:
@@ -264,7 +179,7 @@ def _adapter(found: _Source, part: str) -> dict[str, Any] | None:
     }
 
 
-def _alpha(found: _Source) -> float:
+def _alpha(found: Source) -> float:
     alpha = found.config.get("lora_alpha")
     if not isinstance(alpha, int | float):
         raise LusiferError("config.json has no lora_alpha, without which the adapters' scale is unknown")
@@ -284,14 +199,14 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _check_names(found: _Source, model: LusiferModel, folder: str) -> None:
+def _check_names(found: Source, model: LusiferModel, folder: str) -> None:
     """Every tensor of ours is there in its shape, and nothing else is.
 
     Raises:
         LusiferError: Where not.
     """
     expected = {_plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    used = {name for name in found.files if not _UNUSED.match(name)}
+    used = {name for name in found.files if not UNUSED.match(name)}
     lora = {name for name in used if ".lora_" in name} if model.config.standalone else set()
     for name in sorted(lora):
         layer, side = re.sub(r"\.lora_[AB]\.default\.weight$", "", name), int(".lora_A." in name)
@@ -302,17 +217,17 @@ def _check_names(found: _Source, model: LusiferModel, folder: str) -> None:
     check_fit(folder, missing=expected.keys() - used, extra=used - lora - expected.keys(), shapes=shapes)
 
 
-def _check_backbone(found: _Source, part: str, backbone: str, progress: bool) -> None:
+def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> None:
     """Adapters may only be kept where the backbone's own files hold the checkpoint's weights.
 
     Raises:
         LusiferError: If they hold others, or cannot be read.
     """
     files = _backbone_files(backbone)
-    names = [n for n in found.files if n.startswith(f"{part}.") and ".lora_" not in n and not _UNUSED.match(n)]
+    names = [n for n in found.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
     for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
         inner = name.removeprefix(f"{part}.")
-        stored = next((prefix + inner for prefix in _THEIRS[part][1] if prefix + inner in files), None)
+        stored = next((prefix + inner for prefix in THEIRS[part][1] if prefix + inner in files), None)
         if stored is None:
             raise LusiferError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
         with safe_open(files[stored], "pt") as file:
@@ -344,7 +259,7 @@ def _backbone_files(backbone: str) -> dict[str, Path]:
         raise LusiferError(f"cannot read the backbone {backbone!r}: {str(error).splitlines()[0]}") from error
 
 
-def _tensors(found: _Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:
     """What goes into our checkpoint, tensor by tensor; adapters folded in where it is standalone."""
     standalone = model.config.standalone
     for name in model.state_dict():

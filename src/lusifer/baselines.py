@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, merge_adapters
 from lusifer.backbones import load_config
-from lusifer.encoding import save_atomically
 from lusifer.errors import LusiferError
 from lusifer.recipes import Recipe
+from lusifer.sentence import save_atomically
 from lusifer.starter import resolve_backbone
 from lusifer.training import contrast
 

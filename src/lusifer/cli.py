@@ -183,7 +183,8 @@ def merge(
     Example: `lusifer merge runs/quickstart/model runs/quickstart/standalone`
     """
     quiet_libraries(quiet)
-    from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically
+    from lusifer.encoding import load_checkpoint, lusifer_model
+    from lusifer.sentence import save_atomically
 
     if output.exists():
         raise LusiferError(f"{str(output)!r} exists already; choose a new folder")

@@ -29,12 +29,13 @@ from lusifer.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.contrastive import ContrastiveLoss
 from lusifer.data import read_texts
 from lusifer.distillation import EncoderGuide
-from lusifer.encoding import load_checkpoint, lusifer_model, save_atomically, to_sentence_transformer
+from lusifer.encoding import load_checkpoint, lusifer_model
 from lusifer.errors import LusiferError
 from lusifer.mixture import Mixture
 from lusifer.modeling import LusiferModel
 from lusifer.optimise import optimise
 from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Optimisation, Recipe
+from lusifer.sentence import save_atomically, to_sentence_transformer
 from lusifer.trainer import load_learning
 
 logger = logging.getLogger(__name__)

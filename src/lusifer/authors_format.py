@@ -1,0 +1,155 @@
+"""The format of the checkpoints that LUSIFER's authors publish: what is in them, by our names.
+
+One safetensors file (or several) with every weight and a ``config.json`` that names both backbones: XLM-R and an LLM,
+each with LoRA adapters under names of their own, a feed-forward connector with appended tokens, and a projection of two
+layers behind the mean (github.com/hieum98/lusifer).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lusifer.errors import LusiferError
+
+_MARK = "universal_learner_name_or_path"  # No other configuration has it.
+_LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
+# By our part: their prefix, and what may stand in front of the same names in the backbone's own files.
+THEIRS = {
+    "encoder": ("universal_learner.", ("", "roberta.")),
+    "llm": ("encoder.", ("model.", "")),
+}
+UNUSED = re.compile(r"encoder\.pooler\.|llm\.lm_head\.")  # Neither has a part in an embedding.
+_PLAIN = {
+    "connection_module.added_tokens": "connector.added_tokens",
+    "connection_module.ff.0.": "connector.up.",
+    "connection_module.ff.2.": "connector.down.",
+    "output_projection.0.": "head.0.",
+    "output_projection.2.": "head.2.",
+}
+
+
+@dataclass
+class Source:
+    """Their checkpoint: our names of its tensors, and where they are.
+
+    Attributes:
+        config: Their configuration.
+        files: Our name to file and their name; adapters' ``base_layer`` left out of ours.
+        adapted: Part to names of its adapted layers within the part.
+    """
+
+    config: dict[str, Any]
+    files: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    adapted: dict[str, set[str]] = field(default_factory=lambda: {"encoder": set(), "llm": set()})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by our name."""
+        path, theirs = self.files[name]
+        with safe_open(path, "pt") as file:
+            return tuple(file.get_slice(theirs).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by our name; the file is closed again, which frees the pages it was mapped to.
+
+        Raises:
+            LusiferError: If it holds infinite values or none.
+        """
+        path, theirs = self.files[name]
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(theirs).clone()
+        if not bool(torch.isfinite(tensor).all()):
+            raise LusiferError(f"{path}: the tensor {theirs} is not finite everywhere; fetch the checkpoint again")
+        return tensor
+
+
+def is_authors_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in the authors' format."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and _MARK in found
+
+
+def fetch(source: str) -> Path:
+    """A folder, or the snapshot of a hub id.
+
+    Raises:
+        LusiferError: If there is none.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise LusiferError(f"no checkpoint at {source!r}: no such folder")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(f"cannot fetch {source!r} from the hub: {reason}") from error
+
+
+def backbone_of(folder: Path, name: str) -> str:
+    """A backbone's name, or its folder where the name is relative to the checkpoint's."""
+    inside = folder / name
+    return str(inside.resolve()) if not Path(name).is_absolute() and inside.is_dir() else name
+
+
+def read_source(folder: Path) -> Source:
+    """Their configuration and our names of their tensors; reads no weights.
+
+    Raises:
+        LusiferError: If it is of another format, of a kind we cannot convert, or unreadable.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"cannot read config.json of the checkpoint {str(folder)!r}: {error}") from error
+    if not isinstance(config, dict) or _MARK not in config or "encoder_name_or_path" not in config:
+        raise LusiferError(f"{str(folder)!r} is no checkpoint of the authors: its config.json has no {_MARK!r}")
+    for key, known in (
+        ("universal_learner_backbone_type", "xlm-r"),
+        ("connection_type", "ff"),
+        ("pooling_method", "mean"),
+    ):
+        if config.get(key, known) != known:
+            raise LusiferError(f"{folder}: {key} {config[key]!r} cannot be converted, only {known!r}")
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise LusiferError(f"the checkpoint {str(folder)!r} has no .safetensors file (pickles are not loaded)")
+    found = Source(config)
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                for theirs in file.keys():  # noqa: SIM118 - not a mapping
+                    _place(found, path, theirs)
+        except (SafetensorError, OSError) as error:
+            raise LusiferError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def _place(found: Source, path: Path, theirs: str) -> None:
+    """Enters one tensor under our name, ``encoder.layer...lora_A.weight`` and the like for adapters."""
+    ours = next((to + theirs.removeprefix(of) for of, to in _PLAIN.items() if theirs.startswith(of)), None)
+    for part, (prefix, _) in THEIRS.items():
+        if ours is None and theirs.startswith(prefix):
+            inner = theirs.removeprefix(prefix).removeprefix("base_model.model.")
+            inner = inner.removeprefix("model.") if part == "llm" else inner
+            if match := _LORA.match(inner):
+                found.adapted[part].add(match["layer"])
+                inner = f"{match['layer']}.lora_{match['side']}.default.weight"
+            ours = f"{part}.{inner.replace('.base_layer.', '.')}"
+    if ours is None:
+        raise LusiferError(f"{path}: unknown tensor {theirs}; this is not the authors' format")
+    if ours in found.files:
+        raise LusiferError(f"{path}: {theirs} and {found.files[ours][1]} are the same tensor of ours, {ours}")
+    found.files[ours] = (path, theirs)
