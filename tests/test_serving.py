@@ -30,8 +30,8 @@ from conftest import CORPUS, sharpen
 from lusifer import LusiferError, LusiferModel, embedservice, httpserver
 from lusifer.backbones import load_tokenizer
 from lusifer.embedservice import token_ids
-from lusifer.encoding import save_atomically, to_sentence_transformer
 from lusifer.httplimits import Limits, Phase
+from lusifer.sentence import save_atomically, to_sentence_transformer
 from lusifer.serving import create_app
 from lusifer.textencoder import TextEncoder
 from test_cli import call, mistake  # noqa: F401
