@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -15,6 +16,11 @@ from lusifer.suite import Mean
 COUNTS = {
     "en": 55, "es": 19, "ru": 17, "fr": 25, "vi": 10, "fa": 6, "id": 8, "ar": 7, "fi": 10, "ko": 13, "hi": 16, "bn": 11,
     "te": 12, "sw": 8,
+}  # fmt: skip
+
+THREE_LETTERS = {
+    "en": "eng", "es": "spa", "ru": "rus", "fr": "fra", "vi": "vie", "fa": "fas", "id": "ind", "ar": "ara", "fi": "fin",
+    "ko": "kor", "hi": "hin", "bn": "ben", "te": "tel", "sw": "swa",
 }  # fmt: skip
 
 
@@ -32,6 +38,30 @@ def test_a_score_of_one_language_holds_no_pair_of_two_others():
             assert len(spoken) == 1, (task.name, subset)
     sts = {task.name: task.subsets for task in suite.tasks(suite.MAIN)}["STS17"]
     assert "es-en" not in sts and sts["es-es"] == ("es",)
+
+
+# One side of these is English; the published lists leave nothing else for the language.
+PAIRS_BY_NECESSITY = {"STS17": {"fr-en"}, "IndicCrosslingualSTS": {"en-bn", "en-hi", "en-te"}}
+
+
+def test_mteb_agrees_that_a_score_is_of_one_language():
+    mteb = pytest.importorskip("mteb")
+    for task in suite.tasks(suite.MAIN):
+        spoken = mteb.get_task(task.name).metadata.eval_langs
+        for subset, (code,) in task.subsets.items():
+            names = {name.split("-")[0] for name in (spoken[subset] if isinstance(spoken, dict) else spoken)}
+            if subset in PAIRS_BY_NECESSITY.get(task.name, ()):
+                assert len(names) == 2, (task.name, subset)
+            else:
+                assert names == {THREE_LETTERS[code]}, (task.name, subset, names)
+
+
+def test_counts_by_language_and_type_are_the_table_checked_in():
+    table = (Path(__file__).parent / "data" / "benchmark_counts.csv").read_text(encoding="utf-8").split()
+    groups = table[0].split(",")[1:]
+    expected = {row.split(",")[0]: dict(zip(groups, map(int, row.split(",")[1:]), strict=True)) for row in table[1:]}
+    counts = {code: {group: row.get(group, 0) for group in groups} for code, row in suite.counts().items()}
+    assert counts == expected
 
 
 def test_cross_lingual_subsets_have_two_languages():

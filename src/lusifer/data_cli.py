@@ -110,7 +110,7 @@ def export_eval(
     from lusifer.evalexport import export
     from lusifer.evaltasks import choose
 
-    parts = [part.split(",") if part else None for part in (langs, types, tasks)]
+    parts = [[one.strip() for one in part.split(",")] if part else None for part in (langs, types, tasks)]
     chosen, _ = choose(benchmark, None, languages=parts[0], types=parts[1], names=parts[2])
     failed = export(chosen, output, progress=not quiet)
     facts = {"out": str(output), "tasks": len(chosen) - len(failed), "failed": failed}

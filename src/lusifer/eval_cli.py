@@ -229,7 +229,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
     baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Add the paper's Table 1, in a section of its own: not measured here.")
+        bool,
+        typer.Option(
+            "--published", help="Add the paper's Tables 1 and 2, in a section of their own: not measured here."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
