@@ -19,8 +19,8 @@ $(READY): pyproject.toml tools/install.sh
 quickstart: $(READY)  ## fetch the starter backbones, train both stages on English, score three systems zero-shot
 	$(BIN)/lusifer quickstart
 
-test: $(READY)   ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)   ## run the tests, a file to a process
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(READY)  ## lint, format check and types
 	$(BIN)/ruff check .
