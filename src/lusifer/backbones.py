@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from lusifer.base_adapters import fold_in
 from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
 from lusifer.starter import resolve_backbone
 from lusifer.use_encoder import UseConfig
+
+HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
@@ -132,23 +136,31 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
     return _load("encoder", name, _encoder_class(config).from_pretrained, config=config, **options, **kwargs)
 
 
-def load_llm(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
     """Loads a decoder LLM without its LM head, ready for both attention directions.
 
     Args:
         name: Hub id, local folder or starter name.
         config: Its configuration; changed in place: a sliding window would silently cut bidirectional
             attention, so Mistral-like windows are switched off.
+        adapters: LoRA adapters of PEFT to fold into it, in this order.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
-        LusiferError: If it cannot be read.
+        LusiferError: If it or an adapter cannot be read, or they do not fit, or it is quantised beside adapters.
     """
+    if adapters and kwargs.get("quantization_config") is not None:
+        raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
     _no_sliding_window(config)
     with _no_load_report():  # It lists the layers and the head that are left out on purpose.
         llm, found = _load("llm", name, AutoModel.from_pretrained, config=config, output_loading_info=True, **kwargs)
     if missing := sorted(found["missing_keys"]):
         raise LusiferError(f"the llm {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
+    if adapters:
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+        depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
+        for adapter in adapters:
+            fold_in(llm, adapter, depth=depth, **hub)
     return llm
 
 
@@ -191,6 +203,7 @@ def load_backbones(
         config.llm,
         config.llm_config,
         dtype=llm_dtype,
+        adapters=config.llm_base_adapters,
         revision=config.llm_revision or "main",
         **quantized(quantization, llm_dtype),
         **attention,
@@ -300,5 +313,10 @@ def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None
     if getattr(config, "layer_types", None):
         config.layer_types = []
     kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
-    head = _load("llm head", name, AutoModelForCausalLM.from_pretrained, **kwargs).get_output_embeddings()
+    with _no_load_report():
+        loader = partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
+        model, found = _load("llm head", name, loader, **kwargs)
+    if any("embed_tokens" not in key for key in found["missing_keys"]):
+        raise LusiferError(f"the llm {name!r} has no LM head, which stage 1 needs: set align.enabled: false")
+    head = model.get_output_embeddings()
     return LMHead(head.weight.detach().to(llm.device), getattr(head, "bias", None), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
@@ -12,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, merge_adapters
 from lusifer.backbones import load_config
+from lusifer.base_adapters import fold_in
 from lusifer.errors import LusiferError
 from lusifer.recipes import Recipe
 from lusifer.sentence import save_atomically
@@ -55,6 +57,7 @@ def mean_pooled_llm(
     causal: bool = False,
     revision: str | None = None,
     device: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> SentenceTransformer:
     """A decoder LLM as it comes, its states mean pooled: the baseline that has learned nothing.
 
@@ -66,6 +69,7 @@ def mean_pooled_llm(
         causal: Direction of the attention; both ways when False.
         revision: Hub revision.
         device: Torch device; the best there is when None.
+        adapters: LoRA adapters of PEFT to fold into it, in this order.
 
     Raises:
         LusiferError: If it cannot be loaded, or is no decoder LLM.
@@ -80,6 +84,8 @@ def mean_pooled_llm(
         )
     except (OSError, ValueError) as error:
         raise LusiferError(f"cannot load the llm {name!r}: {str(error).splitlines()[0]}") from error
+    for adapter in adapters:
+        fold_in(module.auto_model, adapter, depth=config.num_hidden_layers)
     # Not in config_kwargs, which drop what the configuration does not have already.
     module.auto_model.config.is_causal = causal
     if module.tokenizer.pad_token is None:
@@ -100,6 +106,7 @@ def llm_alone(recipe: Recipe) -> SentenceTransformer:
         dtype=recipe.model.llm_dtype,
         max_seq_length=recipe.model.max_seq_length,
         revision=recipe.model.llm_revision,
+        adapters=recipe.model.llm_base_adapters,
     )
     if recipe.model.llm_lora is not None:
         model[0].auto_model.requires_grad_(False)

@@ -23,6 +23,8 @@ class LusiferConfig(PretrainedConfig):
         llm: Hub id, local folder or starter name of the decoder LLM.
         encoder_revision: Hub revision of the encoder.
         llm_revision: Hub revision of the LLM.
+        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, folded in while it loads, in this
+            order: folders or hub ids; ``ID@REVISION`` pins.
         encoder_config: The encoder's own configuration (or its dict).
         llm_config: The LLM's own configuration (or its dict); its ``num_hidden_layers`` may be
             smaller than the published one, then the first layers are used.
@@ -52,6 +54,7 @@ class LusiferConfig(PretrainedConfig):
         llm: str | None = None,
         encoder_revision: str | None = None,
         llm_revision: str | None = None,
+        llm_base_adapters: list[str] | None = None,
         encoder_config: PretrainedConfig | dict[str, Any] | None = None,
         llm_config: PretrainedConfig | dict[str, Any] | None = None,
         connector_dim: int | None = None,
@@ -82,6 +85,7 @@ class LusiferConfig(PretrainedConfig):
         self.llm = llm
         self.encoder_revision = encoder_revision
         self.llm_revision = llm_revision
+        self.llm_base_adapters = list(llm_base_adapters or [])
         self.encoder_config = _sub_config(encoder_config)
         self.llm_config = _sub_config(llm_config)
         # Where a backbone lay on the machine that trained is nobody's business.

@@ -46,7 +46,7 @@ def build(recipe: Recipe) -> LusiferModel:
         keep_layers(llm, chosen.llm_layers)
     encoder.dtype, llm.dtype = getattr(torch, chosen.encoder_dtype), getattr(torch, chosen.llm_dtype)
     left_out = {"encoder_dtype", "llm_dtype", "llm_layers", "quantization", "attn_implementation"}
-    fields = chosen.model_dump(exclude={"encoder_lora", "llm_lora", *left_out})
+    fields = chosen.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
     with torch.device("meta"):
         model = LusiferModel(LusiferConfig(**fields, encoder_config=encoder, llm_config=llm))
         model.encoder.to(encoder.dtype)

@@ -67,6 +67,7 @@ def describe(path: str) -> dict[str, Any]:
     return {
         "encoder": config.encoder,
         "llm": config.llm,
+        "llm_base_adapters": config.llm_base_adapters,
         "llm_layers": config.llm_config.num_hidden_layers,
         "dimension": config.hidden_size,
         "max_seq_length": config.max_seq_length,

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, fold_adapters, linear_names, merge_adapters
-from lusifer.backbones import build_encoder, build_llm, keep_layers, load_backbones, load_config
+from lusifer.backbones import HUB_KEYS, build_encoder, build_llm, keep_layers, load_backbones, load_config
 from lusifer.checkpoint import check_fit, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
@@ -33,7 +33,6 @@ from lusifer.pooling import pool
 
 # Padded by real tokens, above which a batch is cut into groups: below it, the groups' own overhead is as much.
 WORTH_SPLITTING = 1.15
-HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class LusiferModel(PreTrainedModel):

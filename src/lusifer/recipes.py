@@ -86,12 +86,18 @@ class DataRecipe(_Strict):
 
 
 class ModelRecipe(_Strict):
-    """The two backbones and what joins them."""
+    """The two backbones and what joins them.
+
+    Attributes:
+        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, folded in while it loads.
+        prompts: ``query`` and ``document``: what stands in front of the texts when the model is used.
+    """
 
     encoder: str
     llm: str
     encoder_revision: str | None = None
     llm_revision: str | None = None
+    llm_base_adapters: list[str] = []
     llm_layers: PositiveInt | None = None
     encoder_dtype: Dtype = "float32"
     llm_dtype: Dtype = "float32"
@@ -106,6 +112,7 @@ class ModelRecipe(_Strict):
     encoder_lora: Lora | None = None
     llm_lora: Lora | None = Lora()
     quantization: Literal["8bit", "4bit"] | None = None
+    prompts: dict[str, str] = {}
 
 
 class WarmStartRecipe(_Strict):

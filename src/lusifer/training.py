@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from lusifer import warmstart
 from lusifer.alignment import AlignmentLoss, held_out_metrics
 from lusifer.backbones import keep_layers, load_config, load_lm_head, load_tokenizer, truncate_llm
+from lusifer.base_adapters import read_base_adapter
 from lusifer.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.contrastive import ContrastiveLoss
 from lusifer.data import read_texts
@@ -55,13 +56,15 @@ def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTok
     Raises:
         LusiferError: If a backbone cannot be loaded.
     """
-    fields = recipe.model_dump(exclude={"encoder", "llm", "encoder_lora", "llm_lora"})
+    fields = recipe.model_dump(exclude={"encoder", "llm", "encoder_lora", "llm_lora", "prompts"})
     model = LusiferModel.from_backbones(recipe.encoder, recipe.llm, **fields)
     if recipe.encoder_lora is not None:
         model.add_adapter("encoder", recipe.encoder_lora.fields())
     tokenizer = load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
     llm_tokenizer = load_tokenizer("llm", recipe.llm, revision=recipe.llm_revision)
-    return to_sentence_transformer(model, tokenizer), llm_tokenizer
+    wrapped = to_sentence_transformer(model, tokenizer)
+    wrapped.prompts.update(recipe.prompts)
+    return wrapped, llm_tokenizer
 
 
 def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, progress: bool) -> dict[str, Any]:
@@ -228,6 +231,8 @@ def check_inputs(recipe: Recipe) -> None:
     encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
     llm = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
     del encoder
+    for adapter in recipe.model.llm_base_adapters:
+        read_base_adapter(adapter)
     depth = recipe.model.llm_layers or llm.num_hidden_layers
     if recipe.contrast.enabled and (recipe.contrast.llm_layers or 0) > depth:
         raise LusiferError(f"contrast.llm_layers is {recipe.contrast.llm_layers}, but the LLM has {depth} layers")
