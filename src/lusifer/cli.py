@@ -23,6 +23,7 @@ from lusifer.eval_cli import benchmark_app
 from lusifer.eval_cli import diagnose as diagnose_command
 from lusifer.eval_cli import evaluate as evaluate_command
 from lusifer.eval_cli import report as report_command
+from lusifer.init_cli import init as init_command
 from lusifer.search_cli import index_app
 from lusifer.search_cli import search as search_command
 from lusifer.serve_cli import serve as serve_command
@@ -48,6 +49,7 @@ app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
 app.command("report", rich_help_panel="Using a model")(report_command)
 app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
 app.command("serve", rich_help_panel="Using a model")(serve_command)
+app.command("init", rich_help_panel="Training")(init_command)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Model = Annotated[
