@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lusifer.modeling import LusiferModel
 
 __version__ = "0.1.0"
-__all__ = ["LusiferConfig", "LusiferError", "LusiferModel", "__version__", "load"]
+__all__ = ["LusiferConfig", "LusiferError", "LusiferModel", "__version__", "load", "path"]
 
 
 _LAZY = {"LusiferConfig": "lusifer.configuration", "LusiferModel": "lusifer.modeling"}
@@ -41,6 +41,21 @@ def load(path: str, **kwargs: Any) -> SentenceTransformer:
     from lusifer.encoding import load_checkpoint
 
     return load_checkpoint(path, **kwargs)
+
+
+def path(model: str) -> str:
+    """The folder of a model, for frameworks that take a path and call ``SentenceTransformer`` themselves.
+
+    Args:
+        model: Checkpoint folder, hub id, or ``starter``; everything else comes back unchanged.
+
+    Raises:
+        LusiferError: If it is the starter and its backbones are not fetched.
+    """
+    from lusifer.authors import find_authors
+    from lusifer.released import resolve_model
+
+    return find_authors(resolve_model(model))
 
 
 # Importing the model registers it with transformers and costs seconds. Whoever imports us wants that; the command

@@ -90,6 +90,15 @@ def set_precision(model: SentenceTransformer, precision: str) -> str:
     return precision
 
 
+def _dimension(model: SentenceTransformer) -> int:
+    """Length of what the modules give, before ``truncate_dim`` cuts it."""
+    cut, model.truncate_dim = model.truncate_dim, None
+    try:
+        return int(model.get_embedding_dimension() or 0)
+    finally:
+        model.truncate_dim = cut
+
+
 class TextEncoder:
     """A loaded model as a function from texts to unit vectors.
 
@@ -99,7 +108,7 @@ class TextEncoder:
         window: Texts tokenised and sorted together.
 
     Attributes:
-        dimension: Length of a vector.
+        dimension: Length of a vector, whatever the model's ``truncate_dim``.
         max_seq_length: Tokens read of a text.
         cut: How many texts so far were longer and were cut.
     """
@@ -112,7 +121,7 @@ class TextEncoder:
             self.inner.fold_adapters()
             self.packs = can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
-        self.dimension = int(model.get_embedding_dimension() or 0)
+        self.dimension = _dimension(model)
         self.max_seq_length = int(model.max_seq_length or 512)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
         self.window = window
