@@ -30,6 +30,7 @@ from lusifer.backbones import load_config, load_tokenizer
 from lusifer.checkpoint import check_fit
 from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
+from lusifer.modelcard import CARD, make_card
 from lusifer.modeling import LusiferModel
 from lusifer.sentence import replacing, to_sentence_transformer
 from lusifer.starter import cache_dir, resolve_backbone
@@ -129,6 +130,7 @@ def convert_authors(
         # The weights are written below, one by one; this writes everything else.
         model.save_pretrained = lambda where, **_: config.save_pretrained(where)  # type: ignore[method-assign]
         wrapped.save_pretrained(str(staging), create_model_card=False)
+        (staging / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
         count = _write_files(staging, _tensors(found, model), len(model.state_dict()), progress)
     return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
 

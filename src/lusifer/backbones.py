@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lusifer.base_adapters import fold_in
 from lusifer.configuration import LusiferConfig
@@ -75,6 +76,15 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
     if what == "llm" and config.get_text_config() is not config:
         raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as llm")
     return config
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
+    try:
+        path = cached_file(resolve_backbone(name), "config.json", revision=revision or "main")
+    except OSError:
+        return revision
+    return extract_commit_hash(path, None) or revision
 
 
 def keep_layers(config: PretrainedConfig, num_layers: int) -> None:

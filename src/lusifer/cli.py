@@ -23,6 +23,8 @@ from lusifer.eval_cli import benchmark_app
 from lusifer.eval_cli import diagnose as diagnose_command
 from lusifer.eval_cli import evaluate as evaluate_command
 from lusifer.eval_cli import report as report_command
+from lusifer.hub_cli import card as card_command
+from lusifer.hub_cli import push as push_command
 from lusifer.init_cli import init as init_command
 from lusifer.search_cli import index_app
 from lusifer.search_cli import search as search_command
@@ -49,6 +51,8 @@ app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
 app.command("report", rich_help_panel="Using a model")(report_command)
 app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
 app.command("serve", rich_help_panel="Using a model")(serve_command)
+app.command("card", rich_help_panel="Using a model")(card_command)
+app.command("push", rich_help_panel="Using a model")(push_command)
 app.command("init", rich_help_panel="Training")(init_command)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, fold_adapters, linear_names, merge_adapters
-from lusifer.backbones import HUB_KEYS, build_encoder, build_llm, keep_layers, load_backbones, load_config
+from lusifer.backbones import HUB_KEYS, build_encoder, build_llm, commit_of, keep_layers, load_backbones, load_config
 from lusifer.checkpoint import check_fit, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector
 from lusifer.errors import LusiferError
 from lusifer.microbatches import PASS_TOKENS, micro_batches, trim
+from lusifer.modelcard import without_paths
 from lusifer.packing import pack_left, run_llm
 from lusifer.pooling import pool
 
@@ -111,6 +112,9 @@ class LusiferModel(PreTrainedModel):
         if llm_layers is not None:
             keep_layers(llm_config, llm_layers)
         built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
+        for part, name in (("encoder", encoder), ("llm", llm)):
+            # A hub's branch moves on; the checkpoint is to mean what it was trained with.
+            setattr(built, f"{part}_revision", commit_of(name, config.get(f"{part}_revision")))
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
         model = cls(built, *parts)
         embeddings = model.llm_embeddings().float()
@@ -182,6 +186,12 @@ class LusiferModel(PreTrainedModel):
             merge_adapters(part)
         self.config.encoder_adapter = self.config.llm_adapter = None
         self.config.standalone = True
+        # From here on the names only tell where the weights came from.
+        for part, sub in (("encoder", self.config.encoder_config), ("llm", self.config.llm_config)):
+            name = without_paths(getattr(self.config, part))
+            setattr(self.config, part, name)
+            sub._name_or_path = name or ""
+        self.config.llm_base_adapters = without_paths(self.config.llm_base_adapters)
         return self
 
     def fold_adapters(self) -> LusiferModel:

@@ -14,7 +14,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 from transformers import PreTrainedTokenizerBase
 
+from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
+from lusifer.modelcard import CARD, make_card
 from lusifer.modeling import LusiferModel
 
 _MODALITIES: Any = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
@@ -87,5 +89,8 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     """
     with replacing(folder) as new:
         model.save_pretrained(str(new), create_model_card=False)
+        config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        if isinstance(config, LusiferConfig):
+            (new / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
         for name, tokenizer in tokenizers.items():
             tokenizer.save_pretrained(new / name)

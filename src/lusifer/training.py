@@ -33,6 +33,7 @@ from lusifer.distillation import EncoderGuide
 from lusifer.encoding import load_checkpoint, lusifer_model
 from lusifer.errors import LusiferError
 from lusifer.mixture import Mixture
+from lusifer.modelcard import without_paths
 from lusifer.modeling import LusiferModel
 from lusifer.optimise import optimise
 from lusifer.recipes import AlignRecipe, ContrastRecipe, ModelRecipe, Optimisation, Recipe
@@ -307,6 +308,11 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     return final
 
 
+def told(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's settings for the checkpoint: what differs from the defaults, without paths of this machine."""
+    return without_paths(recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output"}))
+
+
 def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
     if previous is None:
         set_seed(recipe.seed)
@@ -372,7 +378,7 @@ def _run_stage(
     inner = lusifer_model(model)
     facts = {key: value for key, value in result.items() if key != "history"}
     done = {**inner.config.provenance.get("stages", {}), name: {**facts, "seconds": round(seconds, 1)}}
-    inner.config.provenance = {**inner.config.provenance, "seed": recipe.seed, "stages": done}
+    inner.config.provenance = {**inner.config.provenance, "seed": recipe.seed, "stages": done, "recipe": told(recipe)}
     model.eval()
     if state.is_main_process:
         save_atomically(model, folder / "model")
