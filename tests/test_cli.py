@@ -189,10 +189,10 @@ def test_info(call, checkpoint, tiny_encoder, tiny_llm):
     facts = json.loads(out)
     assert code == 0 and err == ""
     assert set(facts) == {
-        "encoder", "llm", "llm_base_adapters", "llm_layers", "dimension", "max_seq_length", "pooling", "standalone", "checkpoint_mb",
-        "parameters", "languages", "provenance",
+        "encoder", "llm", "llm_base_adapters", "llm_layers", "dimension", "max_seq_length", "pooling", "standalone",
+        "checkpoint_mb", "parameters", "languages", "provenance",
     }  # fmt: skip
-    assert (facts["encoder"], facts["llm"], facts["llm_base_adapters", "llm_layers"]) == (tiny_encoder, tiny_llm, 3)
+    assert (facts["encoder"], facts["llm"], facts["llm_layers"]) == (tiny_encoder, tiny_llm, 3)
     assert (facts["dimension"], facts["max_seq_length"], facts["standalone"]) == (48, 64, False)
     code, out, _ = call("info", checkpoint)
     assert code == 0 and "connector" in out and "dimension: 48" in out
