@@ -250,6 +250,8 @@ def _backbone_files(backbone: str) -> dict[str, Path]:
         index = cached_file(where, "model.safetensors.index.json", **options)
         if index is not None:
             told = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            if outside := [name for name in told.values() if Path(name).name != name]:
+                raise LusiferError(f"the index of {backbone!r} names {outside[0]!r}, which is outside of its folder")
             paths = {name: cached_file(where, name) for name in set(told.values())}
             return {tensor: Path(str(paths[name])) for tensor, name in told.items()}
         single = cached_file(where, "model.safetensors", **options)

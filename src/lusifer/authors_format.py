@@ -116,6 +116,9 @@ def read_source(folder: Path) -> Source:
         raise LusiferError(f"cannot read config.json of the checkpoint {str(folder)!r}: {error}") from error
     if not isinstance(config, dict) or _MARK not in config or "encoder_name_or_path" not in config:
         raise LusiferError(f"{str(folder)!r} is no checkpoint of the authors: its config.json has no {_MARK!r}")
+    for key in (_MARK, "encoder_name_or_path"):
+        if not isinstance(config[key], str):
+            raise LusiferError(f"{folder}: {key} of config.json is no name: {config[key]!r}")
     for key, known in (
         ("universal_learner_backbone_type", "xlm-r"),
         ("connection_type", "ff"),

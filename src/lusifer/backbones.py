@@ -38,6 +38,10 @@ from lusifer.use_encoder import UseConfig
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
+# Weights that are pickles may run code when they are opened.
+_SAFE = {"use_safetensors": True, "output_loading_info": True}
+
+
 def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """Calls a ``from_pretrained``; a backbone that cannot be read becomes one clear line.
 
@@ -46,7 +50,9 @@ def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> An
     """
     try:
         return loader(resolve_backbone(name), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except LusiferError:
+        raise
+    except Exception as error:  # Whatever a library says of files that it cannot make sense of.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LusiferError(
             f"cannot load the {what} {name!r}: {reason} "
@@ -143,7 +149,11 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
         LusiferError: If it cannot be read.
     """
     options = {} if config.is_encoder_decoder else _encoder_options(config)
-    return _load("encoder", name, _encoder_class(config).from_pretrained, config=config, **options, **kwargs)
+    with _no_load_report():
+        loader = partial(_encoder_class(config).from_pretrained, **_SAFE)
+        encoder, found = _load("encoder", name, loader, config=config, **options, **kwargs)
+    check_whole("encoder", name, found)
+    return encoder
 
 
 def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
@@ -163,15 +173,26 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
         raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
     _no_sliding_window(config)
     with _no_load_report():  # It lists the layers and the head that are left out on purpose.
-        llm, found = _load("llm", name, AutoModel.from_pretrained, config=config, output_loading_info=True, **kwargs)
-    if missing := sorted(found["missing_keys"]):
-        raise LusiferError(f"the llm {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
+        llm, found = _load("llm", name, partial(AutoModel.from_pretrained, **_SAFE), config=config, **kwargs)
+    check_whole("llm", name, found)
     if adapters:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
         for adapter in adapters:
             fold_in(llm, adapter, depth=depth, **hub)
     return llm
+
+
+def check_whole(what: str, name: str, found: dict[str, Any]) -> None:
+    """Refuses a backbone without all of its weights, where transformers would fill in random ones.
+
+    Raises:
+        LusiferError: If tensors are missing, or have other shapes than the configuration says.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise LusiferError(f"the {what} {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
+    if other := sorted(found["mismatched_keys"]):
+        raise LusiferError(f"the {what} {name!r} has other shapes than its configuration for {other[0][0]}")
 
 
 @contextmanager
@@ -324,7 +345,7 @@ def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None
         config.layer_types = []
     kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
     with _no_load_report():
-        loader = partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
+        loader = partial(AutoModelForCausalLM.from_pretrained, **_SAFE)
         model, found = _load("llm head", name, loader, **kwargs)
     if any("embed_tokens" not in key for key in found["missing_keys"]):
         raise LusiferError(f"the llm {name!r} has no LM head, which stage 1 needs: set align.enabled: false")

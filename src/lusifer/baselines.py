@@ -79,7 +79,7 @@ def mean_pooled_llm(
         module = Transformer(
             resolve_backbone(name),
             config_kwargs={"num_hidden_layers": layers or config.num_hidden_layers},
-            model_kwargs={"dtype": dtype, **({"revision": revision} if revision else {})},
+            model_kwargs={"dtype": dtype, "use_safetensors": True, **({"revision": revision} if revision else {})},
             max_seq_length=max_seq_length,
         )
     except (OSError, ValueError) as error:

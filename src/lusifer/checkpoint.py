@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
@@ -44,6 +45,41 @@ def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shap
             )
 
 
+def check_finite(folder: str, state: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are no numbers, whose embeddings would be none either.
+
+    Raises:
+        LusiferError: If a tensor holds NaN or infinity.
+    """
+    for name in sorted(state):
+        if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
+            raise LusiferError(f"the checkpoint {str(folder)!r} is damaged: {name} holds values that are no numbers")
+
+
+def check_header(folder: str, expected: Mapping[str, tuple[int, ...]], **hub: Any) -> None:
+    """Compares shapes with the head of the weights' file, before memory is taken for what a configuration asks.
+
+    Raises:
+        LusiferError: If the file is missing or damaged, or a shape is another.
+    """
+    try:
+        with safe_open(str(cached_file(str(folder), WEIGHTS, **hub)), "pt") as file:
+            there = set(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in expected if name in there}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    check_fit(
+        folder,
+        missing=expected.keys() - found.keys(),
+        extra=(),
+        shapes=[name for name, shape in found.items() if shape != expected[name]],
+    )
+
+
+def _unreadable(folder: str, error: Exception) -> LusiferError:
+    return LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {str(error).splitlines()[0]}")
+
+
 def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     """Reads a small checkpoint's weights into a model that has its backbones and adapters already.
 
@@ -53,12 +89,12 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     try:
         state = load_file(str(cached_file(str(folder), WEIGHTS, **hub)))
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {reason}") from error
+        raise _unreadable(folder, error) from error
     expected = stored_state(model, model.state_dict())
     shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
     # Tied weights (T5's embeddings) are written once.
     read = {expected[name].data_ptr() for name in expected.keys() & state.keys()}
     missing = [name for name in expected.keys() - state.keys() if expected[name].data_ptr() not in read]
     check_fit(folder, missing=missing, extra=state.keys() - expected.keys(), shapes=shapes)
+    check_finite(folder, state)
     model.load_state_dict(state, strict=False)

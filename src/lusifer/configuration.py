@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lusifer.errors import LusiferError
 
 Pooling = Literal["mean", "last_token", "weighted_mean"]
+_MOST_LAYERS = 1000  # Building more takes longer than anybody waits, before weights are looked at.
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
@@ -88,6 +89,10 @@ class LusiferConfig(PretrainedConfig):
         self.llm_base_adapters = list(llm_base_adapters or [])
         self.encoder_config = _sub_config(encoder_config)
         self.llm_config = _sub_config(llm_config)
+        for part, sub in (("encoder", self.encoder_config), ("llm", self.llm_config)):
+            layers = getattr(sub, "num_hidden_layers", 0)
+            if not isinstance(layers, int) or layers > _MOST_LAYERS:
+                raise LusiferError(f"{part}_config.num_hidden_layers cannot be {layers!r}")
         # Where a backbone lay on the machine that trained is nobody's business.
         for sub, backbone in ((self.encoder_config, encoder), (self.llm_config, llm)):
             if sub is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 
 from lusifer.adapters import parameters_by_part
@@ -26,11 +27,39 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {path!r}: it has no modules.json (train one, or check the path)")
+    # Weights that are pickles may run code when they are opened.
+    kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
     try:
-        return FastSentenceTransformer(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+        model = FastSentenceTransformer(path, **kwargs)
+        _try_out(model)
+        return model
+    except LusiferError:
+        raise
+    except Exception as error:  # Whatever a library says of files that it cannot make sense of.
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LusiferError(f"cannot read the checkpoint {path!r}: {reason}") from error
+
+
+@torch.inference_mode()
+def _try_out(model: SentenceTransformer) -> None:
+    """One short text through all parts: settings that do not fit each other show here, not in the middle of work.
+
+    Adapters are not folded, so that training goes on from the very weights of the file.
+    """
+    if not hasattr(model[0], "preprocess"):
+        raise LusiferError("modules.json names no model that reads texts")
+    if not isinstance(getattr(model[0], "auto_model", None), LusiferModel):
+        return
+    tokenizer: Any = model.tokenizer
+    limit = int(model.max_seq_length or 512)
+    tokenizer(["a"], truncation=False, verbose=False)
+    ids = tokenizer(["a"], truncation=True, max_length=limit)["input_ids"]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
+    training, _ = model.training, model.eval()
+    vector = model({name: tensor.to(model.device) for name, tensor in batch.items()})["sentence_embedding"]
+    model.train(training)
+    if vector.shape != (1, model.get_embedding_dimension()) or not bool(torch.isfinite(vector).all()):
+        raise LusiferError(f"the checkpoint gives no embedding: a vector of shape {tuple(vector.shape)}, or no numbers")
 
 
 def lusifer_model(model: SentenceTransformer) -> LusiferModel:

@@ -198,6 +198,8 @@ def _take_record(system: System, found: dict[str, Any]) -> None:
             return
     splits = {str(name): _numbers(system, task, split) for name, split in found["main_scores"].items()}
     languages = {str(subset): list(codes) for subset, codes in found["languages"].items()}
+    if not all(isinstance(code, str) for codes in languages.values() for code in codes):
+        raise TypeError("languages are not named by text")
     kind = str(found["type"])
     # A run that broke off between two splits has the first alone: no mean over splits.
     wanted = system.plan_splits.get(task, list(splits)) if failed else list(splits)
