@@ -27,7 +27,7 @@ from test_authors import made  # noqa: F401
 
 
 def fuzz(examples):
-    """The same examples at every run, however slow the machine; ``FUZZ=10`` in the environment takes ten times as many."""
+    """The same examples at every run, however slow the machine; ``FUZZ=10`` takes ten times as many."""
     examples *= int(os.environ.get("FUZZ", "1"))
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(derandomize=True, database=None, deadline=None, max_examples=examples, suppress_health_check=checks)
