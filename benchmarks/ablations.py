@@ -21,7 +21,7 @@ import lusifer.modeling
 from lusifer.baselines import train_llm_alone
 from lusifer.encoding import load_checkpoint
 from lusifer.everyday import Embed, embedder, encoder_alone, mean_score, score
-from lusifer.recipes import load_recipe
+from lusifer.recipe_files import load_recipe
 from lusifer.training import train
 from lusifer.use_encoder import LANGUAGES
 

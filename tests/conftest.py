@@ -127,3 +127,12 @@ def tiny_model(tiny_encoder, tiny_llm):
 @pytest.fixture
 def tiny_st(tiny_model, tiny_encoder):
     return to_sentence_transformer(tiny_model, load_tokenizer("encoder", tiny_encoder))
+
+
+# Files that take longest, so that a process of several does not end with one of them alone.
+LONGEST = ("distributed", "bulk_remote", "bulk_resume", "evaluation", "trainer", "hub", "fuzz_loading", "serving")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -21,7 +21,8 @@ import lusifer
 from conftest import CORPUS
 from lusifer import LusiferError, LusiferModel
 from lusifer.authors import convert_authors
-from lusifer.recipes import Recipe, load_recipe
+from lusifer.recipe_files import load_recipe
+from lusifer.recipes import Recipe
 from lusifer.scoreboard import read
 from test_authors import made  # noqa: F401
 

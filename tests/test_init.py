@@ -16,7 +16,7 @@ from lusifer.cli import app
 from lusifer.errors import LusiferError
 from lusifer.init_recipe import compose, recipe_path
 from lusifer.llm_embedder import inspect_embedder
-from lusifer.recipes import load_recipe
+from lusifer.recipe_files import load_recipe
 from lusifer.training import train
 from test_base_adapters import make_adapter
 

@@ -38,6 +38,7 @@ ORDER = [
     "warmstart",
     "prompts",
     "recipes",
+    "recipe_files",
     "reading",
     "canonical",
     "data",

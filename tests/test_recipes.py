@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lusifer import LusiferError
-from lusifer.recipes import load_recipe, parse_overrides
+from lusifer.recipe_files import load_recipe, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 BASE = {

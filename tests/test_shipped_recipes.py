@@ -11,7 +11,7 @@ from transformers import AutoConfig, MistralConfig, XLMRobertaConfig
 from lusifer import LusiferError
 from lusifer.cli import app
 from lusifer.dryrun import dry_run
-from lusifer.recipes import load_recipe
+from lusifer.recipe_files import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

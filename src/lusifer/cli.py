@@ -107,7 +107,7 @@ def train(
     - `lusifer train recipes/quickstart.yaml --llm-alone`
     """
     quiet_libraries(quiet)
-    from lusifer.recipes import load_recipe
+    from lusifer.recipe_files import load_recipe
 
     checked = load_recipe(recipe, context.args)
     if dry_run:

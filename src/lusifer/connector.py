@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lusifer.configuration import LusiferConfig
+
 
 class FeedForwardConnector(nn.Module):
     """Two linear layers per token, and learned tokens appended to each text.
@@ -88,3 +90,12 @@ class FeedForwardConnector(nn.Module):
         if self.shortcut is not None:
             soft = soft + self.shortcut(states)
         return soft
+
+
+def connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a connector's main tensors, as a checkpoint names them."""
+    encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+    inner = config.connector_dim or llm_dim
+    shapes = {"up.weight": (inner, encoder_dim), "down.weight": (llm_dim, inner)}
+    shapes["added_tokens"] = (config.num_added_tokens, llm_dim)
+    return {f"connector.{name}": shape for name, shape in shapes.items()}

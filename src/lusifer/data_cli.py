@@ -32,7 +32,7 @@ def check(
     """
     quiet_libraries(quiet)
     from lusifer.datacheck import check as run
-    from lusifer.recipes import load_recipe
+    from lusifer.recipe_files import load_recipe
 
     report = run(load_recipe(recipe, context.args), against=against or (), progress=not quiet)
     emit(report) if as_json else _print(report)

@@ -44,7 +44,7 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
 def _try_out(model: SentenceTransformer) -> None:
     """One short text through all parts: settings that do not fit each other show here, not in the middle of work.
 
-    Adapters are not folded, so that training goes on from the very weights of the file.
+    Adapters are not folded and no mode is changed, so that training goes on from the very weights of the file.
     """
     if not hasattr(model[0], "preprocess"):
         raise LusiferError("modules.json names no model that reads texts")
@@ -55,10 +55,8 @@ def _try_out(model: SentenceTransformer) -> None:
     tokenizer(["a"], truncation=False, verbose=False)
     ids = tokenizer(["a"], truncation=True, max_length=limit)["input_ids"]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
-    training, _ = model.training, model.eval()
     vector = model({name: tensor.to(model.device) for name, tensor in batch.items()})["sentence_embedding"]
-    model.train(training)
-    if vector.shape != (1, model.get_embedding_dimension()) or not bool(torch.isfinite(vector).all()):
+    if vector.dim() != 2 or len(vector) != 1 or not bool(torch.isfinite(vector).all()):
         raise LusiferError(f"the checkpoint gives no embedding: a vector of shape {tuple(vector.shape)}, or no numbers")
 
 

@@ -13,7 +13,8 @@ from lusifer.backbones import load_config
 from lusifer.errors import LusiferError
 from lusifer.llm_embedder import LLMEmbedder, Note
 from lusifer.reading import fingerprint
-from lusifer.recipes import DataRecipe, load_recipe
+from lusifer.recipe_files import load_recipe
+from lusifer.recipes import DataRecipe
 
 # Above it, a laptop's CPU is out of the question.
 SMALL = 1_000_000_000

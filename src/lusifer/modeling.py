@@ -25,7 +25,7 @@ from lusifer.adapters import add_lora, fold_adapters, linear_names, merge_adapte
 from lusifer.backbones import HUB_KEYS, build_encoder, build_llm, commit_of, keep_layers, load_backbones, load_config
 from lusifer.checkpoint import check_finite, check_fit, check_header, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
-from lusifer.connector import FeedForwardConnector
+from lusifer.connector import FeedForwardConnector, connector_shapes
 from lusifer.errors import LusiferError
 from lusifer.microbatches import PASS_TOKENS, micro_batches, trim
 from lusifer.modelcard import without_paths
@@ -144,20 +144,18 @@ class LusiferModel(PreTrainedModel):
             config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
-            options: dict[str, Any] = {
-                "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True,
-            }  # fmt: skip
-            options = {**kwargs, **options, "dtype": "auto" if dtype is None else dtype}
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+            kwargs["dtype"] = "auto" if dtype is None else dtype
             name = str(pretrained_model_name_or_path)
             try:
-                model, found = super().from_pretrained(name, *args, config=config, **options)
+                model, found = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
             shapes = [key for key, *_ in found["mismatched_keys"]]
             check_fit(name, missing=found["missing_keys"], extra=found["unexpected_keys"], shapes=shapes)
             check_finite(name, model.state_dict())
             return model
-        check_header(str(pretrained_model_name_or_path), _connector_shapes(config), **hub)
+        check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
         chosen = None if dtype in (None, "auto") else dtype
         encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
         llm_dtype = chosen or config.llm_config.dtype or torch.float32
@@ -395,14 +393,6 @@ class LusiferModel(PreTrainedModel):
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
         return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]
-
-
-def _connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
-    encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
-    inner = config.connector_dim or llm_dim
-    shapes = {"up.weight": (inner, encoder_dim), "down.weight": (llm_dim, inner)}
-    shapes["added_tokens"] = (config.num_added_tokens, llm_dim)
-    return {f"connector.{name}": shape for name, shape in shapes.items()}
 
 
 AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)

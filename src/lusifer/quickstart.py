@@ -23,7 +23,8 @@ from lusifer.baselines import train_llm_alone
 from lusifer.encoding import load_checkpoint
 from lusifer.errors import LusiferError
 from lusifer.everyday import Embed, Scores, embedder, encoder_alone, score
-from lusifer.recipes import Recipe, load_recipe
+from lusifer.recipe_files import load_recipe
+from lusifer.recipes import Recipe
 from lusifer.report import write_report
 from lusifer.starter import fetch
 from lusifer.training import STAGES, fingerprint, train

@@ -1,4 +1,4 @@
-"""A recipe: everything one training run needs, typed, in one YAML file.
+"""A recipe's types: everything one training run needs.
 
 Every field has a default or is required here and nowhere else. Unknown keys are refused with the
 nearest name, and every value is checked before any weight is loaded.
@@ -6,16 +6,10 @@ nearest name, and every value is checked before any weight is loaded.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
-
-from lusifer.errors import LusiferError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -25,7 +19,14 @@ class _Strict(BaseModel):
 
 
 class Lora(_Strict):
-    """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's."""
+    """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale: what the adapter adds counts alpha / r.
+        dropout: Share of its inputs dropped in training.
+        target_modules: Names of the linear layers it covers; all of them when left out.
+    """
 
     r: PositiveInt = 16
     alpha: PositiveInt = 32
@@ -89,7 +90,23 @@ class ModelRecipe(_Strict):
     """The two backbones and what joins them.
 
     Attributes:
+        encoder: Multilingual encoder: hub id, folder or starter name (``starter:use-multilingual``).
+        llm: Decoder LLM: the same.
+        encoder_revision, llm_revision: Hub revision; the commit it means now is kept in the checkpoint.
         llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, folded in while it loads.
+        llm_layers: Use only the LLM's first layers.
+        encoder_dtype, llm_dtype: Data type of the backbone's weights.
+        attn_implementation: ``sdpa``, ``flash_attention_2``, ``eager``; transformers' choice when left out.
+        connector_dim: Width of the connector's hidden layer; the LLM's width when left out.
+        connector_shortcut: A linear map beside the connector's two layers, which stage 0 fills in.
+        num_added_tokens: Learned tokens behind the text's last one.
+        use_bos: The LLM's BOS token first, if it has one.
+        pooling: How the LLM's states become one vector.
+        head_dim: Width of the embedding behind an MLP head; no head when left out.
+        max_seq_length: Encoder tokens read of a text.
+        encoder_lora: LoRA adapter of the encoder, for ``encoder: lora`` in a stage.
+        llm_lora: LoRA adapter of the LLM, which stage 2 trains.
+        quantization: Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits a GPU).
         prompts: ``query`` and ``document``: what stands in front of the texts when the model is used.
     """
 
@@ -116,7 +133,16 @@ class ModelRecipe(_Strict):
 
 
 class WarmStartRecipe(_Strict):
-    """Stage 0: the closed-form start of the connector."""
+    """Stage 0: the closed-form start of the connector.
+
+    Attributes:
+        enabled: Off starts the connector at random.
+        data: English texts; else the first set to reconstruct of stage 1, else the first of stage 2.
+        texts: How many of them are read.
+        ridge: Strength of the ridge regression.
+        spectrum: Power of the map's singular values: 1 is plain regression, smaller keeps rare directions louder.
+        scale: Loudness of the soft tokens over the LLM's own embeddings.
+    """
 
     enabled: bool = True
     data: str | None = None
@@ -130,11 +156,29 @@ class Optimisation(_Strict):
     """What both gradient stages share.
 
     Attributes:
+        enabled: Whether the stage runs.
+        data: Its data sets.
+        steps: Optimizer steps.
         batch_size: Rows of one step, over all ranks.
-        max_seq_length: Encoder tokens of a text in this stage; the model's own limit when None.
+        learning_rate: Of adapters and, where it learns, the encoder.
+        connector_learning_rate: Of connector and head; as the others when left out.
+        warmup_steps: Steps in which the rate rises; then it falls in a line to zero.
+        weight_decay: AdamW's.
+        max_grad_norm: Longer gradients are cut to it.
+        encoder: What of the encoder learns.
+        connector: Whether connector and head learn.
+        max_seq_length: Encoder tokens of a text in this stage; the model's own limit when left out.
         max_tokens: Padded tokens of one forward pass.
         graph_tokens: Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
+        precision: What it computes in; adapters, losses and optimizer are float32 in any case.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
+        save_steps: Steps between checkpoints.
+        save_total_limit: How many checkpoints stay.
         best_metric: Name of the metric that chooses the checkpoint kept beside the last ones.
+        eval_steps: Steps between measurements on rows that are never trained on; none when left out.
+        logging_steps: Steps between lines of the log.
+        report_to: Where the log goes too.
+        max_loss: A loss above it stops the run.
     """
 
     enabled: bool = True
@@ -170,7 +214,12 @@ class Optimisation(_Strict):
 
 
 class AlignRecipe(Optimisation):
-    """Stage 1; ``mask_probability`` hides target tokens: one number, or two between which it moves linearly."""
+    """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens.
+
+    Attributes:
+        mask_probability: Share of target tokens hidden from the LLM: a number, or two between which it moves.
+        target_max_seq_length: LLM tokens of a target.
+    """
 
     mask_probability: float | tuple[float, float] = 0.5
     target_max_seq_length: PositiveInt = 512
@@ -204,6 +253,8 @@ class ContrastRecipe(Optimisation):
     """Stage 2: contrastive finetuning with bidirectional attention.
 
     Attributes:
+        symmetric: Also tell the query from the positive.
+        temperature: Divisor of the cosines.
         llm_layers: The LLM's first layers to go on with; stage 1 needs the whole LLM, whose head is behind the last.
         guide: Sentence Transformers model that reads the same texts; ``encoder`` is the recipe's own encoder alone.
         guide_margin: A negative counts only if the guide scores it below the positive minus this margin.
@@ -252,7 +303,17 @@ class ScaleRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """One training run: model, stages 0 to 2, where it writes."""
+    """One training run: model, stages 0 to 2, where it writes.
+
+    Attributes:
+        output: Folder of the run; stages and the final model go below it.
+        seed: Of everything random.
+        model: The two backbones and what joins them.
+        warm_start: Stage 0.
+        align: Stage 1.
+        contrast: Stage 2.
+        scale: How several processes share the work.
+    """
 
     output: str
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -283,97 +344,3 @@ class Recipe(_Strict):
         if self.warm_start.data:
             return DataRecipe(source=self.warm_start.data)
         return next((d for d in [*self.align.data, *self.contrast.data] if d.task != "complete"), None)
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies command-line overrides.
-
-    Args:
-        path: A YAML file.
-        overrides: Alternating ``--section.field`` and value, or ``--section.field=value``.
-
-    Raises:
-        LusiferError: If the file cannot be read, a key is unknown, or a value is not valid.
-    """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LusiferError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LusiferError(f"the recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise LusiferError(f"the recipe {str(path)!r} must be a mapping of sections, see recipes/quickstart.yaml")
-    for name, value in parse_overrides(overrides):
-        _set(tree, name, value)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise LusiferError(f"recipe {str(path)!r}: {explain(error, Recipe)}") from None
-
-
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """Splits ``--a.b value`` and ``--a.b=value`` into names and YAML values.
-
-    Raises:
-        LusiferError: If an argument is no option or lacks its value.
-    """
-    pairs, rest = [], list(arguments)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("--"):
-            raise LusiferError(f"unexpected argument {option!r}; overrides look like --align.steps 100")
-        name, equals, text = option[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise LusiferError(f"the override {option!r} lacks a value")
-            text = rest.pop(0)
-        try:
-            pairs.append((name.replace("-", "_"), yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise LusiferError(f"the value of {option!r} is not valid YAML: {text!r}") from error
-    return pairs
-
-
-def _set(tree: dict[str, Any], name: str, value: Any) -> None:
-    *sections, field = name.split(".")
-    node: Any = tree
-    for section in sections:
-        node = node[_index(node, section, name)] if isinstance(node, list) else node.setdefault(section, {})
-        if not isinstance(node, dict | list):
-            raise LusiferError(f"cannot override {name!r}: {section!r} is not a section")
-    node[_index(node, field, name) if isinstance(node, list) else field] = value
-
-
-def _index(items: list[Any], text: str, name: str) -> int:
-    if not text.isdecimal() or int(text) >= len(items):
-        raise LusiferError(f"cannot override {name!r}: the list has {len(items)} items, counted from 0, not {text!r}")
-    return int(text)
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line that says what is wrong with the first bad field, where, and how to mend it."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    where = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        owner = _section(root, location[:-1])
-        known = sorted(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{where} is required"
-    if first["type"] == "value_error":
-        return ": ".join(part for part in (where, str(first["ctx"]["error"])) if part)
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
-
-
-def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
-    owner: type[BaseModel] | None = root
-    for part in path:
-        if part.isdecimal():  # An item of a list; the class of the items is the owner already.
-            continue
-        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        owner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return owner
