@@ -20,6 +20,7 @@ from lusifer.backbones import load_tokenizer
 from lusifer.encoding import lusifer_model
 from lusifer.hub import check_shareable
 from lusifer.sentence import save_atomically, to_sentence_transformer
+from test_authors import IDS, made  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,19 @@ def _local(folder, encoder, llm, tmp_path):
     config |= {"encoder": encoder, "llm": llm, "encoder_revision": None}
     (copy / "config.json").write_text(json.dumps(config))
     return lusifer.load(str(copy))
+
+
+def test_a_checkpoint_of_the_authors_converts_when_it_is_first_loaded(call, hub, made):  # noqa: F811
+    folder, expected = made
+    hub.put("acme/theirs", folder)
+    code = (
+        "import json, torch, lusifer\n"
+        "model = lusifer.load('acme/theirs')[0].auto_model\n"
+        f"print(json.dumps([model(torch.tensor([ids])).pooler_output[0].tolist() for ids in {IDS}]))"
+    )
+    done = call(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
 
 
 def test_backbones_from_a_hub_are_pinned(call, hub, small):
