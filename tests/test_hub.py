@@ -221,7 +221,7 @@ def edit(folder, **fields):
         (lambda f: (f / ".env").write_text("SECRET=1"), r"'\.env' in .* is no part"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x"), r"cannot read 'model\.safetensors'"),
         (lambda f: (f / "modules.json").unlink(), "has no modules.json"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot read config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "its config.json cannot be read"),
     ],
 )
 def test_what_others_could_not_load_stays_here(small, tmp_path, change, message):

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lusifer.adapters import merge_adapters
@@ -75,7 +76,7 @@ def _check_kind(name: str, config: Any) -> None:
         raise LusiferError(f"the adapter {name!r} uses {', '.join(told)}; merge it into its LLM by hand")
 
 
-def fold_in(llm: nn.Module, name: str, *, depth: int, **hub: Any) -> None:
+def fold_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
     """Adds an adapter to the LLM it was trained on, in place; nothing of it remains to be trained.
 
     Sums are made in float32 and rounded once to the weights' data type.
@@ -91,7 +92,8 @@ def fold_in(llm: nn.Module, name: str, *, depth: int, **hub: Any) -> None:
     """
     config, tensors = read_base_adapter(name, **hub)
     adapted = sorted({key.rpartition(" ")[0] for key in tensors})
-    kept = int(getattr(llm, "config").num_hidden_layers)  # noqa: B009
+    model: Any = llm
+    kept = int(model.config.num_hidden_layers)
     layers = [layer for layer in adapted if not kept <= _number(layer) < depth]
     there = {path for path, _ in llm.named_modules()}
     if not adapted or (strange := [layer for layer in layers if layer not in there]):
@@ -112,7 +114,7 @@ def fold_in(llm: nn.Module, name: str, *, depth: int, **hub: Any) -> None:
         raise LusiferError(f"cannot add the adapter {name!r}: {error}") from error
     _copy(llm, name, layers, tensors)
     merge_adapters(llm)
-    del llm.peft_config  # PEFT would warn of a second adapter when ours comes.
+    del model.peft_config  # PEFT would warn of a second adapter when ours comes.
 
 
 def _number(layer: str) -> int:

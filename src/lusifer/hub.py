@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from safetensors import SafetensorError, safe_open
 
 from lusifer.errors import LusiferError
-from lusifer.modelcard import CARD, is_hub_id, write_card
+from lusifer.modelcard import CARD, is_hub_id, read_config, write_card
 from lusifer.starter import PREFIX
 
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".md", ".jinja")
@@ -32,12 +31,7 @@ def check_shareable(folder: Path) -> dict[str, Any]:
     name = str(folder)
     if not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {name!r}: it has no modules.json")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LusiferError(f"cannot read config.json of {name!r}: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "lusifer":
-        raise LusiferError(f"{name!r} is not a LUSIFER checkpoint")
+    config = read_config(folder)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = path.relative_to(folder)
         if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in inside.parts):

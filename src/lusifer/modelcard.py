@@ -96,13 +96,7 @@ def write_card(folder: Path, **options: Any) -> Path:
     Raises:
         LusiferError: If there is no checkpoint, or the card cannot be written.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LusiferError(f"no checkpoint at {str(folder)!r}: its config.json cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("model_type") != "lusifer":
-        raise LusiferError(f"{str(folder)!r} is not a LUSIFER checkpoint: its config.json is of another model")
-    text = make_card(config, **options)
+    text = make_card(read_config(folder), **options)
     try:
         staging = folder / f".{CARD}"
         staging.write_text(text, encoding="utf-8")
@@ -110,6 +104,21 @@ def write_card(folder: Path, **options: Any) -> Path:
     except OSError as error:
         raise LusiferError(f"cannot write the card into {str(folder)!r}: {error.strerror}") from error
     return folder / CARD
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint folder as it is written.
+
+    Raises:
+        LusiferError: If there is none, or it is of another kind of model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"no checkpoint at {str(folder)!r}: its config.json cannot be read ({error})") from error
+    if not isinstance(config, dict) or config.get("model_type") != "lusifer":
+        raise LusiferError(f"{str(folder)!r} is not a LUSIFER checkpoint: its config.json is of another model")
+    return config
 
 
 def _cells(results: System) -> set[tuple[str, str]]:
