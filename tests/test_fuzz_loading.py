@@ -244,6 +244,62 @@ def test_code_in_a_folder_is_not_run(checkpoints, tmp_path):
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("kind", ["small", "standalone"])
+def test_a_configuration_may_name_no_file_of_weights(checkpoints, kind, tmp_path):
+    config = json.loads((checkpoints / kind / "config.json").read_text())
+    changed = {**config, "transformers_weights": "../other.bin"}
+    with pytest.raises(LusiferError, match="names a file of weights"):
+        lusifer.load(str(altered(checkpoints, kind, "config.json", changed, tmp_path)))
+
+
+class Trap:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("kind", ["small", "standalone", "foreign"])
+def test_no_setting_opens_a_pickle(checkpoints, tiny_encoder, kind, tmp_path):
+    trap = tmp_path / "sprung"
+    if kind == "foreign":
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        folder, module = tmp_path / "model", Transformer(tiny_encoder)
+        SentenceTransformer(modules=[module, Pooling(32)]).save_pretrained(str(folder))
+    else:
+        folder = shutil.copytree(checkpoints / kind, tmp_path / "model")
+    for file, fields in (
+        ("sentence_bert_config.json", {"model_kwargs": {"weights_only": False, "use_safetensors": False}}),
+        ("config.json", {"transformers_weights": "adapter_model.bin"}),
+    ):
+        found = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**found, **fields}))
+    torch.save({"x": Trap(str(trap))}, folder / "adapter_model.bin")
+    with pytest.raises(LusiferError, match="names a file of weights"):
+        lusifer.load(str(folder))
+    assert not trap.exists()
+
+
+def test_an_index_may_not_lead_out_of_its_folder(tiny_encoder, tiny_llm, tmp_path):
+    folder = shutil.copytree(tiny_llm, tmp_path / "llm")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LusiferError, match="which is no safetensors file in its folder"):
+        LusiferModel.from_backbones(tiny_encoder, str(folder))
+
+
+def test_an_adapter_may_name_no_module(checkpoints, tmp_path):
+    config = json.loads((checkpoints / "small" / "config.json").read_text())
+    config["llm_adapter"] |= {"megatron_core": "trap", "megatron_config": {"a": 1}}
+    with pytest.raises(LusiferError, match="names code to import"):
+        lusifer.load(str(altered(checkpoints, "small", "config.json", config, tmp_path)))
+
+
 def test_a_huge_model_is_refused_before_memory_is_taken(checkpoints, tmp_path):
     config = json.loads((checkpoints / "small" / "config.json").read_text())
     folder = altered(checkpoints, "small", "config.json", {**config, "connector_dim": 2**40}, tmp_path)

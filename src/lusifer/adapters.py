@@ -27,6 +27,9 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
     Raises:
         LusiferError: If PEFT refuses the configuration.
     """
+    # PEFT would import the module that stands there.
+    if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
+        raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
     learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lusifer.base_adapters import fold_in
+from lusifer.checkpoint import SAFE, check_files
 from lusifer.configuration import LusiferConfig
 from lusifer.errors import LusiferError
 from lusifer.starter import resolve_backbone
@@ -38,8 +39,7 @@ from lusifer.use_encoder import UseConfig
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
-# Weights that are pickles may run code when they are opened.
-_SAFE = {"use_safetensors": True, "output_loading_info": True}
+_SAFE = {**SAFE, "output_loading_info": True}
 
 
 def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
@@ -49,7 +49,8 @@ def _load(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> An
         LusiferError: If the folder or hub id cannot be loaded.
     """
     try:
-        return loader(resolve_backbone(name), **kwargs)
+        # Said, because transformers would ask a person at a terminal.
+        return loader(resolve_backbone(name), trust_remote_code=False, **kwargs)
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
@@ -149,6 +150,7 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
         LusiferError: If it cannot be read.
     """
     options = {} if config.is_encoder_decoder else _encoder_options(config)
+    _check_files("encoder", name, kwargs)
     with _no_load_report():
         loader = partial(_encoder_class(config).from_pretrained, **_SAFE)
         encoder, found = _load("encoder", name, loader, config=config, **options, **kwargs)
@@ -171,6 +173,7 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
     """
     if adapters and kwargs.get("quantization_config") is not None:
         raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
+    _check_files("llm", name, kwargs)
     _no_sliding_window(config)
     with _no_load_report():  # It lists the layers and the head that are left out on purpose.
         llm, found = _load("llm", name, partial(AutoModel.from_pretrained, **_SAFE), config=config, **kwargs)
@@ -181,6 +184,11 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
         for adapter in adapters:
             fold_in(llm, adapter, depth=depth, **hub)
     return llm
+
+
+def _check_files(what: str, name: str, options: dict[str, Any]) -> None:
+    hub = {key: options[key] for key in (*HUB_KEYS, "revision") if options.get(key) is not None}
+    check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
 
 
 def check_whole(what: str, name: str, found: dict[str, Any]) -> None:

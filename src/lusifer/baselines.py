@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from lusifer.adapters import add_lora, merge_adapters
 from lusifer.backbones import load_config
 from lusifer.base_adapters import fold_in
+from lusifer.checkpoint import SAFE, check_files
 from lusifer.errors import LusiferError
 from lusifer.recipes import Recipe
 from lusifer.sentence import save_atomically
@@ -75,11 +76,12 @@ def mean_pooled_llm(
         LusiferError: If it cannot be loaded, or is no decoder LLM.
     """
     config = load_config("llm", name, revision=revision)
+    check_files(f"the llm {name!r}", resolve_backbone(name), **({"revision": revision} if revision else {}))
     try:
         module = Transformer(
             resolve_backbone(name),
             config_kwargs={"num_hidden_layers": layers or config.num_hidden_layers},
-            model_kwargs={"dtype": dtype, "use_safetensors": True, **({"revision": revision} if revision else {})},
+            model_kwargs={"dtype": dtype, **SAFE, **({"revision": revision} if revision else {})},
             max_seq_length=max_seq_length,
         )
     except (OSError, ValueError) as error:

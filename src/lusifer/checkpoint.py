@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from lusifer.modeling import LusiferModel
 
 WEIGHTS = "model.safetensors"
+# Whatever a model's own files say: pickles may run code when they are opened.
+SAFE = {"use_safetensors": True, "weights_only": True}
 
 
 def is_stored(name: str, model: LusiferModel) -> bool:
@@ -83,6 +87,8 @@ def _unreadable(folder: str, error: Exception) -> LusiferError:
 def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     """Reads a small checkpoint's weights into a model that has its backbones and adapters already.
 
+    What it does not store is frozen: whoever trains further, with any trainer, would lose it on saving.
+
     Raises:
         LusiferError: If the file is missing, damaged, or does not fit the model.
     """
@@ -98,3 +104,47 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
     check_fit(folder, missing=missing, extra=state.keys() - expected.keys(), shapes=shapes)
     check_finite(folder, state)
     model.load_state_dict(state, strict=False)
+    for name, parameter in model.named_parameters():
+        if not is_stored(name, model):
+            parameter.requires_grad_(False)
+
+
+def check_loaded(folder: str, model: LusiferModel, found: dict[str, Any]) -> None:
+    """Refuses a standalone checkpoint that does not fit its configuration or holds what are no numbers.
+
+    Raises:
+        LusiferError: If so; ``found`` is what transformers says of the loading.
+    """
+    shapes = [key for key, *_ in found["mismatched_keys"]]
+    check_fit(folder, missing=found["missing_keys"], extra=found["unexpected_keys"], shapes=shapes)
+    check_finite(folder, model.state_dict())
+
+
+def check_files(what: str, name: str, **hub: Any) -> None:
+    """Refuses a model whose own files send transformers elsewhere for its weights, to files of any kind.
+
+    Args:
+        what: What it is, for the message.
+        name: Its folder or hub id.
+        **hub: ``token``, ``revision``, ...
+
+    Raises:
+        LusiferError: If its configuration names a file of weights, or its index one outside of its folder.
+    """
+    config, index = (_mapping(name, file, **hub) for file in ("config.json", f"{WEIGHTS}.index.json"))
+    if config.get("transformers_weights"):
+        raise LusiferError(f"the configuration of {what} names a file of weights; remove transformers_weights there")
+    told = index.get("weight_map")
+    for file in set(map(str, told.values())) if isinstance(told, dict) else ():
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise LusiferError(f"the index of {what} names {file!r}, which is no safetensors file in its folder")
+
+
+def _mapping(name: str, file: str, **hub: Any) -> dict[str, Any]:
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        path = cached_file(name, file, **{**hub, **quiet})
+        found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # Whoever loads it says what is wrong.
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from lusifer.adapters import parameters_by_part
 from lusifer.authors import find_authors
+from lusifer.checkpoint import SAFE, check_files
 from lusifer.errors import LusiferError
 from lusifer.modeling import LusiferModel
 from lusifer.released import resolve_model
@@ -22,13 +23,17 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
+    if kwargs.get("backend", "torch") != "torch":
+        raise LusiferError(f"no backend {kwargs['backend']!r}: two backbones and a connector run on torch alone")
     path = find_authors(resolve_model(path))
     folder = Path(path)
     looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {path!r}: it has no modules.json (train one, or check the path)")
-    # Weights that are pickles may run code when they are opened.
-    kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
+    hub = {key: kwargs[key] for key in ("revision", "token", "local_files_only") if kwargs.get(key) is not None}
+    check_files(repr(path), path, **hub)
+    # A model's own files may ask for other options, but not over these.
+    kwargs["model_kwargs"] = {**SAFE, **(kwargs.get("model_kwargs") or {})}
     try:
         model = FastSentenceTransformer(path, **kwargs)
         _try_out(model)

@@ -71,7 +71,7 @@ def load_prompts(path: Path | None = None) -> Prompts:
     where = path or (files("lusifer") / "resources" / "prompts.yaml")
     try:
         found = yaml.safe_load(where.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise LusiferError(f"cannot read instructions from {where}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict) or not all(_is_prompt(value) for value in found.values()):
         raise LusiferError(

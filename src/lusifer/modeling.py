@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapters import add_lora, fold_adapters, linear_names, merge_adapters
 from lusifer.backbones import HUB_KEYS, build_encoder, build_llm, commit_of, keep_layers, load_backbones, load_config
-from lusifer.checkpoint import check_finite, check_fit, check_header, load_stored, stored_state
+from lusifer.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
 from lusifer.configuration import LusiferConfig
 from lusifer.connector import FeedForwardConnector, connector_shapes
 from lusifer.errors import LusiferError
@@ -142,18 +142,17 @@ class LusiferModel(PreTrainedModel):
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
         if not isinstance(config, LusiferConfig):
             config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        check_files(repr(str(pretrained_model_name_or_path)), str(pretrained_model_name_or_path), **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
             kwargs["dtype"] = "auto" if dtype is None else dtype
             name = str(pretrained_model_name_or_path)
             try:
                 model, found = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
-            shapes = [key for key, *_ in found["mismatched_keys"]]
-            check_fit(name, missing=found["missing_keys"], extra=found["unexpected_keys"], shapes=shapes)
-            check_finite(name, model.state_dict())
+            check_loaded(name, model, found)
             return model
         check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
         chosen = None if dtype in (None, "auto") else dtype

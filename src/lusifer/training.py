@@ -168,7 +168,7 @@ def _guide(recipe: Recipe) -> EncoderGuide | SentenceTransformer | None:
     if name == "encoder":
         limit = recipe.contrast.max_seq_length or chosen.max_seq_length
         return EncoderGuide.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=limit)
-    return SentenceTransformer(name) if name else None
+    return load_checkpoint(name) if name else None
 
 
 def contrast(
