@@ -23,6 +23,9 @@ from lusifer.sentence import save_atomically, to_sentence_transformer
 from test_authors import IDS, made  # noqa: F401
 
 
+CLOSE = 1e-5  # Another process, with other batches and as many threads as there are: sums round otherwise.
+
+
 @pytest.fixture(scope="module")
 def hub():
     server = Hub()
@@ -111,14 +114,14 @@ def fetched(call, pushed):
 
 def test_what_comes_back_gives_the_same_embeddings(fetched, small):
     for way in ("load", "plain"):
-        np.testing.assert_allclose(fetched[way], small[1], atol=1e-6)  # Batches are others.
+        np.testing.assert_allclose(fetched[way], small[1], atol=CLOSE)
 
 
 def test_once_fetched_it_works_offline(call, fetched, small, hub):
     asked = len(hub.requests)
     found = embed(call, "acme/small", HF_HUB_OFFLINE="1")
     assert len(hub.requests) == asked
-    np.testing.assert_allclose(found["load"], small[1], atol=1e-6)
+    np.testing.assert_allclose(found["load"], small[1], atol=CLOSE)
 
 
 def test_a_standalone_one_needs_no_backbones(call, hub, small, tmp_path, tiny_encoder, tiny_llm):
@@ -130,7 +133,7 @@ def test_a_standalone_one_needs_no_backbones(call, hub, small, tmp_path, tiny_en
     before = len([line for line in hub.requests if "acme/encoder" in line])
     found = embed(call, "acme/whole", home=tmp_path / "other")
     assert len([line for line in hub.requests if "acme/encoder" in line]) == before
-    np.testing.assert_allclose(found["load"], small[1], atol=1e-6)
+    np.testing.assert_allclose(found["load"], small[1], atol=CLOSE)
 
 
 def _local(folder, encoder, llm, tmp_path):
@@ -151,7 +154,7 @@ def test_a_checkpoint_of_the_authors_converts_when_it_is_first_loaded(call, hub,
     )
     done = call(code)
     assert done.returncode == 0, done.stderr[-2000:]
-    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-4)  # Up to 2.2.
 
 
 def test_backbones_from_a_hub_are_pinned(call, hub, small):
@@ -189,7 +192,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_whole(call, hub, pushed, sm
     hub.broken.add("model.safetensors")
     found = embed(call, "acme/small", home=tmp_path)
     assert "model.safetensors" not in hub.broken  # It did break off.
-    np.testing.assert_allclose(found["load"], small[1], atol=1e-6)
+    np.testing.assert_allclose(found["load"], small[1], atol=CLOSE)
 
 
 def test_the_card_tells_parts_and_training(small):
