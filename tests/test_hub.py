@@ -22,7 +22,6 @@ from lusifer.hub import check_shareable
 from lusifer.sentence import save_atomically, to_sentence_transformer
 from test_authors import IDS, made  # noqa: F401
 
-
 CLOSE = 1e-5  # Another process, with other batches and as many threads as there are: sums round otherwise.
 
 
