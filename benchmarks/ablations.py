@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import lusifer.modeling
-from lusifer.baselines import train_llm_alone
-from lusifer.encoding import load_checkpoint
-from lusifer.everyday import Embed, embedder, encoder_alone, mean_score, score
-from lusifer.recipe_files import load_recipe
-from lusifer.training import train
-from lusifer.use_encoder import LANGUAGES
+import lusifer.model.modeling
+from lusifer.evaluation.everyday import embedder, mean_score, score
+from lusifer.loading import load_checkpoint
+from lusifer.model.backbone_alone import Embed, encoder_alone
+from lusifer.recipes.files import load_recipe
+from lusifer.starter.use_encoder import LANGUAGES
+from lusifer.training.llm_baseline import train_llm_alone
+from lusifer.training.run import train
 
 # Name -> what changes against the recipe.
 VARIANTS: dict[str, list[str]] = {
@@ -54,12 +55,14 @@ def embed(name: str, recipe_file: str, folder: Path, overrides: list[str]) -> Em
         return embedder(SentenceTransformer(str(train_llm_alone(recipe))))
     if name != "bidirectional alignment":
         return embedder(load_checkpoint(str(train(recipe))))
-    real = lusifer.modeling.run_llm
+    real = lusifer.model.modeling.run_llm
 
     def both_ways(llm: Any, embeds: Any, mask: Any, *, is_causal: bool) -> Any:
         return real(llm, embeds, mask, is_causal=False)
 
-    with mock.patch("lusifer.modeling.run_llm", both_ways):  # The published code's defect; ours has no switch for it.
+    with mock.patch(
+        "lusifer.model.modeling.run_llm", both_ways
+    ):  # The published code's defect; ours has no switch for it.
         return embedder(load_checkpoint(str(train(recipe))))
 
 

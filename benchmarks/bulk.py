@@ -30,8 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from lusifer.bulk import encode
-from lusifer.bulk_job import Settings
+from lusifer.bulk.job import Settings
+from lusifer.bulk.run import encode
 
 OUT = Path("runs/bench")
 SHARD = 5_000
@@ -45,8 +45,8 @@ def save_model(folder: Path) -> Path:
 
     from conftest import save_encoder_tokenizer, save_llm_tokenizer
     from lusifer import LusiferModel
-    from lusifer.backbones import load_tokenizer
-    from lusifer.sentence import save_atomically, to_sentence_transformer
+    from lusifer.model.backbones import load_tokenizer
+    from lusifer.model.sentence_transformer import save_atomically, to_sentence_transformer
 
     torch.manual_seed(0)
     encoder, llm = folder / "encoder", folder / "llm"
@@ -108,7 +108,7 @@ class Bench:
     def __init__(self, model: Path) -> None:
         self.model = model
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lusifer.bulk_local", "lusifer.bulk"])
+        self.context.set_forkserver_preload(["lusifer.bulk.local_engine", "lusifer.bulk.run"])
         self.run(write_texts(model.parent / "first.txt", 10), model.parent / "first")
 
     def start(self, source: Path, out: Path, processes: int = 1) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ OUT = Path("runs/bench")
 CODE = """
 import re, sys
 import lusifer
-from lusifer.authors import convert_authors
+from lusifer.interop.authors import convert_authors
 from pathlib import Path
 if len(sys.argv) > 1:
     convert_authors(sys.argv[1], Path(sys.argv[2]), merge=sys.argv[3] == "merge")

@@ -25,9 +25,9 @@ import torch
 
 import lusifer
 from encode import alone, make_texts, save_backbones, save_model, words
-from lusifer.backbones import build_encoder, build_llm, load_config, load_tokenizer
-from lusifer.everyday import load_everyday
-from lusifer.textencoder import TextEncoder, set_precision
+from lusifer.data.everyday_set import load_everyday
+from lusifer.model.backbones import build_encoder, build_llm, load_config, load_tokenizer
+from lusifer.model.text_encoder import TextEncoder, set_precision
 
 OUT = Path("runs/bench")
 LENGTHS = (8, 16, 32, 64, 128, 256, 510)

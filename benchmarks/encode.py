@@ -41,12 +41,11 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast, XLMRo
 
 import lusifer
 from lusifer import LusiferModel
-from lusifer import modeling as lusifer_modeling
-from lusifer.backbones import load_tokenizer
-from lusifer.encoding import lusifer_model
-from lusifer.microbatches import PASS_TOKENS, micro_batches
-from lusifer.sentence import save_atomically, to_sentence_transformer
-from lusifer.textencoder import set_precision
+from lusifer.model import modeling as lusifer_modeling
+from lusifer.model.backbones import load_tokenizer
+from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
+from lusifer.model.text_encoder import set_precision
+from lusifer.model.token_batches import PASS_TOKENS, micro_batches
 
 OUT = Path("runs/bench")
 VOCABULARY, TURNS, BATCH = 32_000, 5, 32

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lusifer.mining import Settings, mine
-from lusifer.recipes import DataRecipe
+from lusifer.data.mining import Settings, mine
+from lusifer.recipes.schema import DataRecipe
 
 
 def stub(dimension: int):  # noqa: ANN201

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from lusifer.everyday import load_everyday
+from lusifer.data.everyday_set import load_everyday
 
 OUT = Path("runs/bench")
 CONCURRENCIES = (1, 4, 16, 64)

@@ -80,7 +80,7 @@ def recipes() -> str:
     Raises:
         ValueError: If a field has no meaning written down.
     """
-    from lusifer import recipes as module
+    from lusifer.recipes import schema as module
 
     parts = [
         _HEAD,
@@ -105,7 +105,7 @@ def recipes() -> str:
 
 def commands() -> str:
     """The page on commands."""
-    from lusifer.cli import app
+    from lusifer.cli.app import app
 
     root = typer.main.get_command(app)
     parts = [_HEAD, "# Commands\n\n`lusifer COMMAND --help` says the same. Mistakes give one line and exit code 2.\n"]

@@ -12,14 +12,14 @@ from lusifer.errors import LusiferError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from lusifer.configuration import LusiferConfig
-    from lusifer.modeling import LusiferModel
+    from lusifer.model.configuration import LusiferConfig
+    from lusifer.model.modeling import LusiferModel
 
 __version__ = "0.1.0"
 __all__ = ["LusiferConfig", "LusiferError", "LusiferModel", "__version__", "load", "path"]
 
 
-_LAZY = {"LusiferConfig": "lusifer.configuration", "LusiferModel": "lusifer.modeling"}
+_LAZY = {"LusiferConfig": "lusifer.model.configuration", "LusiferModel": "lusifer.model.modeling"}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,7 +38,7 @@ def load(path: str, **kwargs: Any) -> SentenceTransformer:
     Raises:
         LusiferError: If there is no readable checkpoint at ``path``.
     """
-    from lusifer.encoding import load_checkpoint
+    from lusifer.loading import load_checkpoint
 
     return load_checkpoint(path, **kwargs)
 
@@ -52,8 +52,8 @@ def path(model: str) -> str:
     Raises:
         LusiferError: If it is the starter and its backbones are not fetched.
     """
-    from lusifer.authors import find_authors
-    from lusifer.released import resolve_model
+    from lusifer.interop.authors import find_authors
+    from lusifer.starter.released import resolve_model
 
     return find_authors(resolve_model(model))
 
@@ -61,4 +61,4 @@ def path(model: str) -> str:
 # Importing the model registers it with transformers and costs seconds. Whoever imports us wants that; the command
 # line does not where no model is touched (`--help`, `report`), and imports it by itself where one is.
 if Path(sys.argv[0]).stem != "lusifer" and not (sys.argv[0] == "-m" and "lusifer" in sys.orig_argv):
-    import_module("lusifer.modeling")
+    import_module("lusifer.model.modeling")

@@ -1,5 +1,5 @@
 """``python -m lusifer``: what torchrun starts on every rank."""
 
-from lusifer.cli import main
+from lusifer.cli.app import main
 
 main()

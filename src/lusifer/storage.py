@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,3 +180,14 @@ def open_file(url: str) -> Any:
     """A file to read bytes from, here or in a store."""
     fs, path = locate(url)
     return fs.open(path, "rb")
+
+
+def without_paths(value: Any) -> Any:
+    """A recipe's values, paths of the machine shortened to the file's name."""
+    if isinstance(value, dict):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:\\", value)):
+        return Path(value.replace("\\", "/")).name
+    return value

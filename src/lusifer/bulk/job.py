@@ -1,0 +1,147 @@
+"""What a bulk encoding is made of, as plain values: input, settings, plan, and the form of the output."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from lusifer.data.rows import InputFile, Slice
+from lusifer.errors import LusiferError
+from lusifer.storage import Folder
+
+ARROW = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "ubinary": pa.uint8()}
+OUTPUT_DTYPES = tuple(ARROW)
+FACTS = b"lusifer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_plan` found.
+
+    Attributes:
+        slices: The shards.
+        rows: Rows of the input, bad ones included.
+        bad: Rows that are skipped.
+        id_type: ``int64`` or ``string``.
+    """
+
+    slices: list[Slice]
+    rows: int
+    bad: int
+    id_type: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of the output.
+
+    Attributes:
+        column: Column of the texts.
+        id_column: Column of the ids; rows are numbered when None.
+        instruction: Task instruction in front of every text.
+        text: Whether the output holds the texts.
+        dim: First so many dimensions, normalised again; all when None.
+        output_dtype: ``float32``, ``float16``, ``int8`` or ``ubinary`` (one bit a dimension).
+        precision: Data type of the computation; see `lusifer.model.text_encoder.PRECISIONS`.
+        shard_rows: Rows of a shard.
+        batch_tokens: Padded tokens of a forward pass; by the device when None.
+        skip_bad: Whether bad rows are left out and counted instead of refused.
+    """
+
+    column: str = "text"
+    id_column: str | None = None
+    instruction: str | None = None
+    text: bool = True
+    dim: int | None = None
+    output_dtype: str = "float32"
+    precision: str = "auto"
+    shard_rows: int = 50_000
+    batch_tokens: int | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """All a process needs to make shards; small, and can be pickled.
+
+    Attributes:
+        model: Checkpoint folder or hub id.
+        files: The input.
+        plan: Its shards.
+        settings: What to make of it.
+        threads: Torch threads of a process. Sums of other thread counts differ in the last digits.
+        output: Folder, path or URL; a file when ``single``.
+        single: Whether the output is one file.
+    """
+
+    model: str
+    files: list[InputFile]
+    plan: Plan
+    settings: Settings
+    threads: int
+    output: str
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is found once, by measuring, and holds for every shard of a run.
+
+    Attributes:
+        precision: Data type of the computation.
+        device: ``cpu``, ``cuda``, ...
+        dimension: Of the embeddings in the output.
+        ranges: int8 only: smallest and largest value of each dimension, (2, dimension).
+    """
+
+    precision: str
+    device: str
+    dimension: int
+    ranges: list[list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """A finished shard: its number, rows written, texts that were cut to the model's window."""
+
+    number: int
+    rows: int
+    cut: int
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"part-{number:05}.parquet"
+
+
+def stored_width(dimension: int, output_dtype: str) -> int:
+    """Numbers of a stored embedding: its dimensions, or a byte for eight of them."""
+    return -(-dimension // 8) if output_dtype == "ubinary" else dimension
+
+
+def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
+    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size."""
+    width = stored_width(dimension, settings.output_dtype)
+    fields = [("id", pa.string() if id_type == "string" else pa.int64()), ("text", pa.string())]
+    embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
+    return pa.schema([*(fields if settings.text else fields[:1]), embedding])
+
+
+def read_facts(folder: Folder, number: int) -> ShardFacts:
+    """What a finished shard says of itself.
+
+    Raises:
+        LusiferError: If it is damaged.
+    """
+    name = shard_name(number)
+    try:
+        with folder.fs.open(folder.path(name), "rb") as file:
+            found = json.loads(parquet.ParquetFile(file).metadata.metadata[FACTS])
+        return ShardFacts(number, int(found["rows"]), int(found["cut"]))
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise LusiferError(
+            f"{folder.url}/{name} is damaged ({type(error).__name__}); remove it to have it again"
+        ) from error

@@ -1,0 +1,153 @@
+"""Shards made on this machine: in this process, or in several, each with a model of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
+
+from lusifer.bulk.job import Job, Prepared, ShardFacts
+from lusifer.bulk.shard import ShardEncoder, Tick
+from lusifer.errors import LusiferError
+from lusifer.quiet import quiet_libraries
+
+
+class InProcess:
+    """Makes shards here, one after the other.
+
+    Args:
+        job: The job.
+        device: Torch device; the best there is when None.
+    """
+
+    def __init__(self, job: Job, device: str | None = None) -> None:
+        self.job = job
+        self.device = device
+        self._encoder: ShardEncoder | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._encoder = None
+
+    def _ready(self) -> ShardEncoder:
+        if self._encoder is None:
+            self._encoder = ShardEncoder(self.job, self.device)
+        return self._encoder
+
+    def prepare(self) -> Prepared:
+        """See `ShardEncoder.prepare`."""
+        return self._ready().prepare()
+
+    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """Makes shards and yields their facts; ``tick`` hears of every batch."""
+        for number in numbers:
+            yield self._ready().encode(self.job.plan.slices[number], prepared, tick)
+
+
+class Processes:
+    """Makes shards in several processes; whoever is done takes the next one.
+
+    Each process has a pipe of its own, so that one that is killed takes nothing with it but its unfinished shard.
+
+    Args:
+        job: The job.
+        devices: Torch device of each process.
+    """
+
+    def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
+        self.job = job
+        self.devices = devices
+        self._running: dict[Connection, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipe, process in self._running.items():
+            pipe.close()
+            process.terminate()
+        for process in self._running.values():
+            process.join()
+        self._running.clear()
+
+    def _start(self, device: str | None) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self.job, device), daemon=True)
+        process.start()
+        theirs.close()
+        self._running[ours] = process
+        return ours
+
+    def prepare(self) -> Prepared:
+        """See `ShardEncoder.prepare`; the first process does it, the others start afterwards."""
+        pipe = self._start(self.devices[0])
+        pipe.send(None)
+        found = self._receive(pipe, "the first one")
+        assert isinstance(found, Prepared)
+        return found
+
+    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """Makes shards and yields their facts as they are done; ``tick`` hears of every batch.
+
+        Raises:
+            LusiferError: If a process reports one, or dies.
+        """
+        waiting = iter(numbers)
+        for device in self.devices[len(self._running) : len(numbers)]:
+            self._start(device)
+        at_work: dict[Connection, int] = {}
+        idle = list(self._running)
+        while True:
+            while idle and (number := next(waiting, None)) is not None:
+                pipe = idle.pop()
+                pipe.send((self.job.plan.slices[number], prepared))
+                at_work[pipe] = number
+            if not at_work:
+                return
+            for ready in wait(list(at_work)):
+                assert isinstance(ready, Connection)
+                found = self._receive(ready, f"shard {at_work[ready]}")
+                if isinstance(found, int):
+                    tick(found)
+                    continue
+                del at_work[ready]
+                idle.append(ready)
+                yield found
+
+    def _receive(self, pipe: Connection, work: str) -> Any:
+        try:
+            found = pipe.recv()
+        except (EOFError, OSError) as error:
+            self._running[pipe].join()
+            code = self._running[pipe].exitcode
+            raise LusiferError(
+                f"the process at {work} died (exit code {code}; out of memory?): try fewer --processes; the same "
+                "command goes on"
+            ) from error
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _work(pipe: Connection, job: Job, device: str | None) -> None:
+    """What a process does: makes the shards it is sent until the pipe closes."""
+    # Ctrl-C reaches every process of a terminal; the first one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries(True)
+    try:
+        encoder = ShardEncoder(job, device)
+        while True:
+            try:
+                task = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(encoder.prepare() if task is None else encoder.encode(task[0], task[1], pipe.send))
+    except LusiferError as error:
+        pipe.send(LusiferError(str(error)))  # Without its cause, which may not survive pickling.
+    except BrokenPipeError:
+        return  # The command is gone.

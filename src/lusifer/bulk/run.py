@@ -1,0 +1,334 @@
+"""Bulk encoding: any amount of texts into a folder of Parquet shards, to be interrupted and resumed at will.
+
+1. The input is read once: rows are checked and counted, and shards, fixed ranges of rows, are laid out.
+2. What a run shares is measured once: the data type of the computation, the ranges of int8.
+3. Shards are made in any order, by any number of processes (`lusifer.bulk.local_engine`, `lusifer.bulk.ray_engine`), each whole.
+
+The manifest holds 1 and 2 before the first shard is made, and refuses to go on with anything else. A shard that is
+there is complete, so the same call does what is missing; its bytes do not depend on how often that took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
+from lusifer.bulk.plan import make_plan
+from lusifer.data.rows import Columns, InputFile, Position, Slice, find_files
+from lusifer.errors import LusiferError
+from lusifer.model.fingerprint import files_hash
+from lusifer.starter.released import resolve_model
+from lusifer.storage import Folder, is_remote
+
+# Readers of a folder of Parquet pass over names with an underscore.
+MANIFEST = "_manifest.json"
+ENGINES = ("local", "ray")
+_FORMAT = 1
+_FILES = (".parquet", ".npy")
+
+
+def is_single(output: str) -> bool:
+    """Whether an output is one file rather than a folder of shards.
+
+    Raises:
+        LusiferError: If its name ends as that of a file we do not write, or a file's folder is not there.
+    """
+    path = Path(output)
+    if output.endswith("/") or path.is_dir():
+        return False
+    if path.suffix in _FILES:
+        if not is_remote(output) and not path.parent.is_dir():
+            raise LusiferError(f"cannot write into {str(path.parent)!r}: no such folder")
+        return True
+    if path.suffix:
+        raise LusiferError(f"cannot write {output!r}: name it .parquet or .npy, or end a folder's name with /")
+    return False
+
+
+def encode(
+    model: str,
+    source: str,
+    output: str,
+    settings: Settings | None = None,
+    *,
+    engine: str = "local",
+    processes: int = 1,
+    device: str | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Embeds the texts of files.
+
+    Args:
+        model: Checkpoint folder, hub id, or ``starter``.
+        source: Input: a file, a folder or a glob, here or in a store; see `lusifer.data.rows.find_files`.
+        output: A folder for shards and ``_manifest.json``, or a file ``.parquet`` or ``.npy``.
+        settings: What to make of it.
+        engine: ``local``, or ``ray`` for a cluster.
+        processes: Processes that hold a model.
+        device: Torch device; several, comma-separated, get a process each.
+        threads: Torch threads of a process; by default what there is, shared.
+        progress: Whether to show bars.
+
+    Returns:
+        ``texts`` embedded, ``dimension``, ``cut`` (texts longer than the model's window), ``skipped`` bad rows,
+        ``output``, and ``shards`` of a folder.
+
+    Raises:
+        LusiferError: If input, model, settings or output are not as they must be; see `lusifer.data.rows.make_plan`
+            and `lusifer.bulk.shard.ShardEncoder`. A folder holds complete shards whatever happens, and the same call
+            goes on.
+    """
+    settings = settings or Settings()
+    _check(settings, engine)
+    single = is_single(output)
+    if single and (processes > 1 or engine != "local" or (device and "," in device)):
+        raise LusiferError("several processes need a folder as output, not a file")
+    files = find_files(source)
+    folder = resolve_model(model)
+    run = {"model": folder, "files": files, "settings": settings, "output": output.rstrip("/"), "single": single}
+    hands = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
+    return _encode_file(run, **hands) if single else _encode_folder(model, run, **hands)
+
+
+def _check(settings: Settings, engine: str) -> None:
+    for name, value, known in (
+        ("output dtype", settings.output_dtype, OUTPUT_DTYPES),
+        ("engine", engine, ENGINES),
+    ):
+        if value not in known:
+            raise LusiferError(f"no {name} {value!r}; there are {', '.join(known)}")
+    for name, number in (("dim", settings.dim), ("shard rows", settings.shard_rows)):
+        if number is not None and number < 1:
+            raise LusiferError(f"{name} must be at least 1, not {number}")
+
+
+def _encode_file(run: dict[str, Any], **hands: Any) -> dict[str, Any]:
+    from lusifer.bulk.local_engine import InProcess
+
+    plan = _plan(run["files"], replace(run["settings"], shard_rows=0), hands["progress"])
+    job = Job(**run, plan=plan, threads=hands["threads"] or _threads(1))
+    with InProcess(job, hands["device"]) as engine:
+        prepared = engine.prepare()
+        with _bar(plan.rows, 0, hands["progress"]) as bar:
+            facts = list(engine.encode([0], prepared, bar.update))
+    return _summary(job, prepared.dimension, facts)
+
+
+def _encode_folder(model: str, run: dict[str, Any], **hands: Any) -> dict[str, Any]:
+    target = Folder(run["output"])
+    identity = {
+        "format": _FORMAT,
+        "model": model,
+        "model_hash": _model_hash(run["model"]),
+        "settings": asdict(run["settings"]),
+        "input": [asdict(file) for file in run["files"]],
+    }
+    with _locked(target):
+        manifest, done = _resume(target, identity, hands["threads"])
+        if manifest.get("complete"):
+            return _told(manifest, run["output"])
+        if manifest.get("plan") is None:
+            # Written before hours of work: a store that refuses us shall do so now.
+            target.write_json(MANIFEST, manifest)
+            plan = _plan(run["files"], run["settings"], hands["progress"])
+            manifest["threads"] = hands["threads"] or _threads(hands["processes"])
+            manifest["plan"] = _packed(plan)
+            target.write_json(MANIFEST, manifest)
+        plan = _unpacked(manifest["plan"], run["settings"].shard_rows)
+        job = Job(**run, plan=plan, threads=manifest["threads"])
+        facts = [read_facts(target, number) for number in sorted(done)]
+        facts += _make_missing(target, job, manifest, done, **hands)
+        return _finish(target, job, manifest, facts)
+
+
+def _make_missing(
+    target: Folder, job: Job, manifest: dict[str, Any], done: set[int], *, progress: bool, **hands: Any
+) -> list[ShardFacts]:
+    """Makes the shards that are not there."""
+    slices = job.plan.slices
+    missing = [part.number for part in slices if part.number not in done]
+    facts: list[ShardFacts] = []
+    if not missing:
+        return facts
+    with _engine(job, **hands) as engine:
+        if manifest["prepared"] is None:
+            manifest["prepared"] = asdict(engine.prepare())
+            target.write_json(MANIFEST, manifest)
+        prepared = Prepared(**manifest["prepared"])
+        with _bar(job.plan.rows, sum(slices[number].rows for number in done), progress) as bar:
+            facts.extend(engine.encode(missing, prepared, bar.update))
+    return facts
+
+
+def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
+    from lusifer.bulk.local_engine import InProcess, Processes
+    from lusifer.bulk.ray_engine import RayCluster
+
+    devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
+    if engine == "ray":
+        return RayCluster(job, processes, device)
+    if len(devices) > 1 and processes > 1:
+        raise LusiferError("several devices get a process each; leave --processes out")
+    devices = devices * processes
+    return InProcess(job, devices[0]) if len(devices) == 1 else Processes(job, devices)
+
+
+def _threads(processes: int) -> int:
+    import torch
+
+    return max(1, torch.get_num_threads() // processes)
+
+
+def _model_hash(folder: str) -> str:
+    path = Path(folder)
+    return files_hash(path) if path.is_dir() else hashlib.sha256(folder.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- manifest
+
+
+@contextmanager
+def _locked(target: Folder) -> Iterator[None]:
+    """Keeps a second command out of a folder of this machine; in a store both would write the same shards."""
+    target.make()
+    if target.staging is None:
+        yield
+        return
+    lock = FileLock(target.staging / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LusiferError(f"another command is writing into {target.url!r}; wait for it") from None
+    try:
+        for left in target.staging.iterdir():  # Of a command that was killed.
+            if left.name != "lock":
+                left.unlink()
+        yield
+    finally:
+        if lock.is_locked:
+            shutil.rmtree(target.staging)
+        lock.release()
+
+
+def _resume(target: Folder, identity: dict[str, Any], threads: int | None) -> tuple[dict[str, Any], set[int]]:
+    """The manifest to go on with and the numbers of the shards that are there.
+
+    Raises:
+        LusiferError: If the folder holds shards of anything else.
+    """
+    names = target.names()
+    known = target.read_json(MANIFEST) if MANIFEST in names else None
+    shards = {name for name in names if name.startswith("part-")}
+    if known is None:
+        if shards:
+            raise LusiferError(f"{target.url!r} holds shards without a {MANIFEST}; choose another folder, or empty it")
+        return {**identity, "plan": None, "prepared": None, "complete": False}, set()
+    asked = {**identity, "threads": threads}
+    changed = _difference(known, asked)
+    if changed and (shards or known.get("complete")):
+        raise LusiferError(f"{target.url!r} holds another run: {changed}; choose another folder, or remove it")
+    if changed or known.get("plan") is None:
+        return {**identity, "plan": None, "prepared": None, "complete": False}, set()
+    return known, {number for number in range(len(known["plan"]["starts"])) if shard_name(number) in shards}
+
+
+def _difference(known: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What of a run is not as it was, in words; nothing if all is."""
+    if known.get("format") != asked["format"]:
+        return f"its manifest has format {known.get('format')!r}, this version writes {asked['format']!r}"
+    if known["model_hash"] != asked["model_hash"]:
+        return f"its model was {known['model']!r} with other content"
+    for name, value in asked["settings"].items():
+        if (before := known["settings"].get(name)) != value:
+            return f"{name} was {before!r} and is {value!r}"
+    if asked["threads"] is not None and known.get("threads") not in (None, asked["threads"]):
+        return f"threads was {known['threads']!r} and is {asked['threads']!r}"
+    before, now = ({file["url"]: file for file in side["input"]} for side in (known, asked))
+    for url in sorted(before.keys() | now.keys()):
+        if before.get(url) != now.get(url):
+            how = "is new" if url not in before else "is gone" if url not in now else "has changed"
+            return f"its input was another, {url} {how}"
+    return ""
+
+
+def _finish(target: Folder, job: Job, manifest: dict[str, Any], facts: Sequence[ShardFacts]) -> dict[str, Any]:
+    """Writes the final manifest: the same whoever made the shards, and when."""
+    dimension = manifest["prepared"]["dimension"]
+    form = schema(job.settings, job.plan.id_type, dimension)
+    manifest["columns"] = {field.name: str(field.type) for field in form}
+    manifest["shards"] = [
+        {"file": shard_name(shard.number), "rows": shard.rows, "cut": shard.cut}
+        for shard in sorted(facts, key=lambda shard: shard.number)
+    ]
+    manifest["complete"] = True
+    target.write_json(MANIFEST, manifest)
+    return _told(manifest, job.output)
+
+
+def _told(manifest: dict[str, Any], output: str) -> dict[str, Any]:
+    shards = manifest["shards"]
+    return {
+        "texts": sum(shard["rows"] for shard in shards),
+        "dimension": manifest["prepared"]["dimension"],
+        "cut": sum(shard["cut"] for shard in shards),
+        "skipped": manifest["plan"]["bad"],
+        "shards": len(shards),
+        "output": output,
+    }
+
+
+def _summary(job: Job, dimension: int, facts: Sequence[ShardFacts]) -> dict[str, Any]:
+    return {
+        "texts": sum(shard.rows for shard in facts),
+        "dimension": dimension,
+        "cut": sum(shard.cut for shard in facts),
+        "skipped": job.plan.bad,
+        "output": job.output,
+    }
+
+
+def _packed(plan: Plan) -> dict[str, Any]:
+    starts = [list(part.start) for part in plan.slices]
+    return {"rows": plan.rows, "bad": plan.bad, "id_type": plan.id_type, "starts": starts}
+
+
+def _unpacked(plan: dict[str, Any], size: int) -> Plan:
+    slices = [
+        Slice(number, number * size, min(size, plan["rows"] - number * size), Position(*start))
+        for number, start in enumerate(plan["starts"])
+    ]
+    return Plan(slices, plan["rows"], plan["bad"], plan["id_type"])
+
+
+# ----------------------------------------------------------------------------------------------------------- bars
+
+
+def _plan(files: Sequence[InputFile], settings: Settings, progress: bool) -> Plan:
+    from lusifer.model.text_encoder import PRECISIONS
+
+    if settings.precision not in PRECISIONS:
+        raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
+    total = sum(file.size for file in files)
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
+    with tqdm(total=total, desc="checking", **options) as bar:
+        return make_plan(
+            files,
+            Columns(settings.column, settings.id_column),
+            shard_rows=settings.shard_rows or None,
+            skip_bad=settings.skip_bad,
+            tick=bar.update,
+        )
+
+
+def _bar(total: int, done: int, progress: bool) -> Any:
+    return tqdm(total=total, initial=done, desc="encoding", unit="text", disable=not progress)

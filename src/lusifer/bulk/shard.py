@@ -1,0 +1,182 @@
+"""One shard of a bulk encoding: its rows read, embedded and written by one process.
+
+A shard's bytes depend on its rows, the settings and what `ShardEncoder.prepare` found once for the whole run (data type
+of the computation, ranges of int8), never on which process made it or when.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from sentence_transformers.util import quantize_embeddings
+
+from lusifer.bulk.job import ARROW, FACTS, Job, Prepared, ShardFacts, schema, shard_name, stored_width
+from lusifer.data.prompts import with_instruction
+from lusifer.data.rows import Columns, RowReader, Slice
+from lusifer.errors import LusiferError
+from lusifer.loading import load_checkpoint
+from lusifer.model.text_encoder import WINDOW, TextEncoder, set_precision
+from lusifer.storage import Folder
+
+Tick = Callable[[int], object]
+_Row = tuple[int | str, str]
+
+
+class ShardEncoder:
+    """A loaded model that makes shards of a job.
+
+    Args:
+        job: The job.
+        device: Torch device; the best there is when None.
+
+    Raises:
+        LusiferError: If the model cannot be loaded.
+    """
+
+    def __init__(self, job: Job, device: str | None = None) -> None:
+        self.job = job
+        if torch.get_num_threads() != job.threads:
+            torch.set_num_threads(job.threads)
+        model = load_checkpoint(job.model, **({"device": device} if device else {}))
+        self.encoder = TextEncoder(model, token_budget=job.settings.batch_tokens)
+        self.reader = RowReader(job.files, Columns(job.settings.column, job.settings.id_column))
+        parent = job.output.rpartition("/")[0] or "."
+        self.folder = Folder(parent, scratch=None) if job.single else Folder(job.output)
+        self._precision: str | None = None
+
+    def prepare(self) -> Prepared:
+        """Measures what a whole run shares.
+
+        int8 takes the ranges of the first 4,096 texts: components of unit vectors lie around 1/sqrt(dimension), so a
+        fixed scale would use a few of the 256 levels; and ranges of each shard's own would make shards incomparable.
+
+        Raises:
+            LusiferError: If the model has fewer dimensions than asked for.
+        """
+        settings = self.job.settings
+        precision = self._compute_in(settings.precision)
+        size = self.encoder.dimension
+        if settings.dim is not None and not 1 <= settings.dim <= size:
+            raise LusiferError(f"cannot cut embeddings to {settings.dim} dimensions: the model has {size}")
+        device = self.encoder.model.device.type
+        prepared = Prepared(precision, device, settings.dim or size)
+        if settings.output_dtype != "int8":
+            return prepared
+        rows = list(islice(self._good_rows(), WINDOW))
+        found = np.concatenate([vectors for _, vectors in self._vectors(rows, prepared, None)])
+        ranges = [found.min(axis=0).tolist(), found.max(axis=0).tolist()]
+        return Prepared(precision, device, prepared.dimension, ranges)
+
+    def encode(self, part: Slice, prepared: Prepared, tick: Tick | None = None) -> ShardFacts:
+        """Makes one shard; it appears in the output complete or not at all.
+
+        Args:
+            part: Its rows.
+            prepared: What `prepare` found in this run.
+            tick: Is told after each batch how many texts it held.
+
+        Raises:
+            LusiferError: If rows cannot be read any more, the output cannot be written, an embedding is not finite, or
+                the run was begun on another kind of device.
+        """
+        if prepared.device != (device := self.encoder.model.device.type):
+            raise LusiferError(f"this output was begun on {prepared.device}, not {device}; go on there (--device)")
+        self._compute_in(prepared.precision)
+        self.encoder.cut = 0
+        name = self.job.output.rpartition("/")[2] if self.job.single else shard_name(part.number)
+        with self.folder.put(name) as path:
+            pieces = self._finished(part, prepared, tick)
+            if name.endswith(".npy"):
+                rows = self._write_npy(path, pieces, prepared)
+            else:
+                rows = self._write_parquet(path, pieces, prepared)
+        return ShardFacts(part.number, rows, self.encoder.cut)
+
+    def _compute_in(self, precision: str) -> str:
+        if self._precision is None:
+            self._precision = set_precision(self.encoder.model, precision)
+        return self._precision
+
+    def _good_rows(self) -> Iterator[_Row]:
+        for part in self.job.plan.slices:
+            yield from self.reader.read(part)
+
+    def _vectors(
+        self, rows: Iterable[_Row], prepared: Prepared, tick: Tick | None
+    ) -> Iterator[tuple[list[_Row], np.ndarray]]:
+        """Windows of rows and their (rows, dimension) float32 embeddings."""
+        kept: deque[_Row] = deque()
+        settings = self.job.settings
+
+        def texts() -> Iterator[str]:
+            for row in rows:
+                kept.append(row)
+                yield with_instruction(settings.instruction, row[1])
+
+        for vectors in self.encoder.stream(texts(), tick):
+            window = [kept.popleft() for _ in vectors]
+            wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            if len(wrong):
+                raise LusiferError(
+                    f"the embedding of {window[wrong[0]][0]!r} is not finite in {prepared.precision}; "
+                    "try --precision float32"
+                )
+            if settings.dim is not None:
+                vectors = vectors[:, : settings.dim]
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            yield window, vectors
+
+    def _finished(self, part: Slice, prepared: Prepared, tick: Tick | None) -> Iterator[tuple[list[_Row], np.ndarray]]:
+        """Windows of rows and their embeddings as they are stored."""
+        kind = self.job.settings.output_dtype
+        ranges = None if prepared.ranges is None else np.array(prepared.ranges, dtype=np.float32)
+        for window, vectors in self._vectors(self.reader.read(part), prepared, tick):
+            if kind == "float16":
+                yield window, vectors.astype(np.float16)
+            else:
+                yield window, quantize_embeddings(vectors, kind, ranges=ranges)
+
+    def _write_npy(self, path: Path, pieces: Iterable[tuple[list[_Row], np.ndarray]], prepared: Prepared) -> int:
+        rows, kind = 0, self.job.settings.output_dtype
+        expected = self.job.plan.rows - self.job.plan.bad
+        dtype = np.dtype("uint8" if kind == "ubinary" else kind)
+        shape = (expected, stored_width(prepared.dimension, kind))
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for window, vectors in pieces:
+                file.write(np.ascontiguousarray(vectors).tobytes())
+                rows += len(window)
+        if rows != expected:
+            raise LusiferError(f"the input has {rows} rows to encode, not {expected}: it changed while it was read")
+        return rows
+
+    def _write_parquet(self, path: Path, pieces: Iterable[tuple[list[_Row], np.ndarray]], prepared: Prepared) -> int:
+        rows = 0
+        settings = self.job.settings
+        form = schema(settings, self.job.plan.id_type, prepared.dimension)
+        options: dict[str, Any] = {"compression": "zstd", "write_statistics": ["id"]}
+        # Parquet stores a byte as four; a dictionary of the 256 there are brings it back to one.
+        whole_numbers = settings.output_dtype in ("int8", "ubinary")
+        options["use_dictionary"] = ["embedding.list.element"] if whole_numbers else False
+        with parquet.ParquetWriter(path, form, **options) as writer:
+            for window, vectors in pieces:
+                flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=ARROW[settings.output_dtype])
+                columns = {
+                    "id": pa.array([given for given, _ in window], type=form.field("id").type),
+                    "text": [text for _, text in window] if settings.text else None,
+                    "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+                }
+                writer.write_table(pa.table({name: columns[name] for name in form.names}, schema=form))
+                rows += len(window)
+            writer.add_key_value_metadata({FACTS: json.dumps({"rows": rows, "cut": self.encoder.cut})})
+        return rows

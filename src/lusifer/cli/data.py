@@ -1,0 +1,179 @@
+"""The ``lusifer data`` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lusifer.cli.console import Json, Quiet, emit
+from lusifer.quiet import quiet_libraries
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Check training data, mine negatives.")
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@data_app.command(context_settings=_PASS_ON)
+def check(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
+    against: Annotated[list[str] | None, typer.Option(help="Folder of evaluation data; may be given again.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Reads all data of a recipe and tells what is in it; exit code 1 if something is wrong.
+
+    Every record is checked. Texts are compared with the evaluation data (always with the bundled everyday set),
+    letter case and punctuation aside. Overrides of the recipe work as in `lusifer train`.
+
+    Examples:
+    - `lusifer data check recipes/quickstart.yaml`
+    - `lusifer data check recipes/quickstart.yaml --against eval-data --align.batch_size 64`
+    """
+    quiet_libraries(quiet)
+    from lusifer.data.check import check as run
+    from lusifer.recipes.files import load_recipe
+
+    report = run(load_recipe(recipe, context.args), against=against or (), progress=not quiet)
+    emit(report) if as_json else _print(report)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def mine(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Pairs: file, starter name or hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .jsonl.gz file.")],
+    model: Annotated[str, typer.Option(help="Teacher: any Sentence Transformers model, hub id or folder.")],
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives for a row, at most.")] = 7,
+    relative_margin: Annotated[
+        float, typer.Option(help="A negative must score this share below the row's weakest positive.")
+    ] = 0.05,
+    range_min: Annotated[int, typer.Option(help="Best-ranked passages to skip.")] = 0,
+    range_max: Annotated[int, typer.Option(help="Passages to look at, from the best-ranked on.")] = 100,
+    corpus: Annotated[str | None, typer.Option(help="More passages: a set with a `text` column.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Adds hard negatives to pairs: what the teacher finds near a query, but clearly below its positive.
+
+    Passages are the positives of all rows and those of `--corpus`. A row's own texts, and their copies up to letter
+    case and punctuation, never become its negatives. The hardest come first. Interrupt it whenever you like: the same
+    command goes on where it was.
+
+    Example: `lusifer data mine pairs.jsonl mined.jsonl.gz --model runs/quickstart/model`
+    """
+    quiet_libraries(quiet)
+    from lusifer.data.mining import Settings, check_output
+    from lusifer.data.mining import mine as run
+    from lusifer.loading import load_checkpoint
+    from lusifer.recipes.schema import DataRecipe
+
+    settings = Settings(negatives, relative_margin, range_min, range_max)
+    check_output(output)
+    teacher = load_checkpoint(model, device=device)
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
+    facts = run(
+        DataRecipe(source=source),
+        output,
+        lambda texts: teacher.encode_document(texts, **options),
+        teacher=model,
+        settings=settings,
+        corpus=DataRecipe(source=corpus) if corpus else None,
+        device=str(teacher.device),
+        embed_query=lambda texts: teacher.encode_query(texts, **options),
+        progress=not quiet,
+    )
+    emit(facts) if as_json else _print_mined(facts, output)
+
+
+@data_app.command("export-eval")
+def export_eval(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for `lusifer evaluate --data`.")],
+    benchmark: Annotated[str, typer.Option(help="See `lusifer benchmark show`.")] = "LUSIFER",
+    langs: Annotated[str | None, typer.Option(help="Comma-separated codes.")] = None,
+    types: Annotated[str | None, typer.Option(help="Comma-separated types: STS,Retrieval,...")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Downloads a benchmark's data into a folder that scores without a network.
+
+    Call it again after an interruption and it goes on. A data set that cannot be had is named, the others go on, the
+    exit code is 1. No remote code is run.
+
+    Example: `lusifer data export-eval eval-data --benchmark LUSIFER-quick --langs es,te`
+    """
+    quiet_libraries(quiet)
+    from lusifer.evaluation.offline import export
+    from lusifer.evaluation.tasks import choose
+
+    parts = [[one.strip() for one in part.split(",")] if part else None for part in (langs, types, tasks)]
+    chosen, _ = choose(benchmark, None, languages=parts[0], types=parts[1], names=parts[2])
+    failed = export(chosen, output, progress=not quiet)
+    facts = {"out": str(output), "tasks": len(chosen) - len(failed), "failed": failed}
+    emit(facts) if as_json else typer.echo(f"{facts['tasks']} of {len(chosen)} tasks -> {output}")
+    for name, error in failed.items():
+        typer.echo(f"failed: {name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_mined(facts: dict[str, Any], output: Path) -> None:
+    typer.echo(f"{facts['rows']:,} rows, {facts['mean_negatives']:.2f} negatives each -> {output}")
+    if facts["rows_short"]:
+        typer.echo(
+            f"warning: {facts['rows_short']:,} rows have fewer than {facts['negatives']} negatives, "
+            f"{facts['rows_without']:,} none; raise --range-max or lower --relative-margin",
+            err=True,
+        )
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lusifer.data.check import SAMPLE
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("set", overflow="fold")
+    for name in ("task", "rows", "steps", "epochs", "encoder tokens\nmean/p95/max", "LLM tokens\nmean/p95/max"):
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+    for name in ("cut", "repeats", "negatives", "leaks"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for fact in report["sets"]:
+        counts = [fact[f"{kind}_tokens"] for kind in ("encoder", "llm")]
+        table.add_row(
+            _short(fact["dataset"]) + ("" if fact["clusters"] is None else f", {fact['clusters']:,} clusters"),
+            fact["task"],
+            f"{fact['rows']:,}",
+            f"{fact['share']:.1%}",
+            f"{fact['epochs']:.2f}",
+            *(f"{count['mean']:.0f}/{count['p95']:.0f}/{count['max']}" for count in counts),
+            f"{fact['truncated']:.1%}",
+            f"{fact['duplicates']:,}",
+            f"{fact['negatives_per_row']:.1f}",
+            f"{fact['leaks']:,}",
+        )
+    if report["sets"]:
+        console.print(table)
+        console.print(
+            f"steps: share of the stage's steps; tokens and cut: of a seeded sample of at most {SAMPLE:,} rows a set",
+            highlight=False,
+        )
+    console.print(f"compared with {report['evaluation_texts']:,} texts of evaluation data", highlight=False)
+    for kind in ("warnings", "errors"):
+        for line in report[kind]:
+            typer.echo(f"{kind[:-1]}: {line}", err=True)
+    typer.echo("nothing wrong found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)
+
+
+def _short(source: str) -> str:
+    return Path(source).name if len(source) > 30 else source

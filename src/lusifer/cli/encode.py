@@ -1,0 +1,109 @@
+"""The command ``lusifer encode``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lusifer.cli.console import Json, Quiet, emit
+from lusifer.quiet import quiet_libraries
+
+
+def encode(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
+    ],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help=".txt (a text a line), .jsonl or .parquet: a file, a folder or a glob; here, s3://, gs:// or hf://.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Argument(help="A folder for Parquet shards, or one file: .parquet (id, text, embedding) or .npy."),
+    ],
+    column: Annotated[str, typer.Option(help="Column of the text in JSONL and Parquet.")] = "text",
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of the ids; rows are numbered from 0 when left out.")
+    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Texts beside their embeddings.")] = True,
+    dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions (Matryoshka).")] = None,
+    output_dtype: Annotated[
+        str, typer.Option(help="Of the embeddings: float32, float16, int8, or ubinary (a bit a dimension).")
+    ] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Of the computation: float32, bfloat16, float16; auto takes the fastest here.")
+    ] = "auto",
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Rows of a shard: what an interruption costs at most.")
+    ] = 50_000,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by the device when left out.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out empty and broken rows, and count them.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the shards, each with a model.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Torch device, the best there is when left out; cuda:0,cuda:1 is a process each."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a process; all, shared, if left out.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Embeds the texts of files, in any language and any number.
+
+    A folder receives shards one by one. Interrupt it whenever you like: the same command goes on where it was, and the
+    files end up the same, byte for byte. On a finished folder it does nothing.
+
+    Examples:
+    - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`
+    - `lusifer encode runs/quickstart/model docs.jsonl docs.parquet --column body`
+    - `lusifer encode starter 's3://corpus/*.jsonl.gz' s3://vectors/corpus --id-column id --output-dtype int8`
+    - `lusifer encode starter corpus/ vectors/ --device cuda:0,cuda:1 --no-text`
+    """
+    quiet_libraries(quiet)
+    from lusifer.bulk.job import Settings
+    from lusifer.bulk.run import encode as run
+
+    settings = Settings(
+        column=column,
+        id_column=id_column,
+        instruction=instruction,
+        text=text,
+        dim=dim,
+        output_dtype=output_dtype,
+        precision=precision,
+        shard_rows=shard_rows,
+        batch_tokens=batch_tokens,
+        skip_bad=skip_bad,
+    )
+    facts = run(
+        model,
+        source,
+        output,
+        settings,
+        engine=engine,
+        processes=processes,
+        device=device,
+        threads=threads,
+        progress=not quiet,
+    )
+    if facts["cut"]:
+        typer.echo(
+            f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and cut", err=True
+        )
+    if facts["skipped"]:
+        typer.echo(f"warning: {facts['skipped']} bad rows were left out", err=True)
+    emit(facts) if as_json else typer.echo(
+        f"{facts['texts']} texts, {facts['dimension']} dimensions -> {facts['output']}"
+    )

@@ -1,0 +1,294 @@
+"""Commands that score models: ``lusifer evaluate`` and ``lusifer benchmark``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lusifer.cli.console import Json, Quiet, emit
+from lusifer.errors import LusiferError
+from lusifer.evaluation import benchmarks as suite
+from lusifer.quiet import quiet_libraries
+
+benchmark_app = typer.Typer(no_args_is_help=True, help="What the benchmarks are made of.")
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Any Sentence Transformers folder or hub id, `starter`, `mteb:NAME`, or a backbone alone: "
+            "`encoder:NAME`, `llm:NAME` (attention in both directions), `llm-causal:NAME`.",
+            show_default=False,
+        ),
+    ],
+    benchmark: Annotated[
+        str | None, typer.Option(help=f"{', '.join(suite.BENCHMARKS)}; see `lusifer benchmark show`.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with tasks.json: no network. Alone, all of its tasks.")
+    ] = None,
+    langs: Annotated[str | None, typer.Option(help="Comma-separated codes.")] = None,
+    types: Annotated[str | None, typer.Option(help="Comma-separated types: STS,Retrieval,...")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results; runs/eval/MODEL when left out.")] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="`none`: the model's own prompts; `default`: the bundled instructions; or a YAML file of yours."
+        ),
+    ] = "none",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Torch device, the best there is when left out; several share the tasks: cuda:0,cuda:1."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Scores a model; call it again after an interruption and it goes on.
+
+    Without `--benchmark` and `--data`: the bundled everyday set (64 sentences, 23 languages), a matter of seconds.
+    Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded, the others
+    go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
+
+    Examples:
+    - `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
+    - `lusifer evaluate starter --data eval-data`
+    - `lusifer evaluate encoder:starter:use-multilingual --data eval-data --types STS`
+    - `lusifer evaluate intfloat/multilingual-e5-small --benchmark LUSIFER --out runs/eval/e5`
+    """
+    quiet_libraries(quiet)
+    codes = _listed(langs)
+    if benchmark is None and data is None:
+        given = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
+        if found := [name for name, value in given.items() if value is not None] + ["--prompts"] * (prompts != "none"):
+            raise LusiferError(f"{found[0]} needs --benchmark or --data; without them the everyday set is scored")
+        _everyday(model, codes, as_json=as_json, quiet=quiet)
+        return
+    try:
+        from lusifer.evaluation.instructions import load_prompts
+        from lusifer.evaluation.run import main_scores, run
+        from lusifer.evaluation.tasks import choose
+    except ModuleNotFoundError as error:
+        raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
+
+    told = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
+    names = _listed(tasks)
+    chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names)
+    where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
+    unwell = _share(device.split(",")) if device is not None and "," in device else 0
+    records = run(
+        model,
+        chosen,
+        where,
+        data=data,
+        prompts=told,
+        absent=lost,
+        device=None if device is not None and "," in device else device,
+        batch_size=batch_size,
+        progress=not quiet,
+    )
+    scores = main_scores(records)
+    failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
+    unscored = [t.name for t in chosen if t.name not in failed and not set(t.subsets) <= set(scores.get(t.name, {}))]
+    asked = suite.joined([*chosen, *lost])
+    means = suite.language_means(scores, asked) if benchmark not in (suite.CROSS_LINGUAL, suite.BITEXT) else {}
+    pairs = suite.pair_means(scores, asked)
+    missing = [task.name for task in lost]
+    if as_json:
+        shown = {"means": {key: mean.score for key, mean in means.items()}}
+        shown["pair means"] = {key: mean.score for key, mean in pairs.items()}
+        emit(
+            {"out": str(where), "scores": scores, **shown, "failed": failed, "absent": unscored, "not in data": missing}
+        )
+    else:
+        _show(scores, asked, means, where)
+        for name, mean in pairs.items():
+            told_mean = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
+            typer.echo(f"{name}: {told_mean}{mean.scored} of {mean.of} pairs")
+        if missing:
+            typer.echo(
+                f"not in {data}, or not all of it: {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", err=True
+            )
+        for name in unscored:
+            typer.echo(f"{name}: not scored yet; another process is at it", err=True)
+    for name, reason in failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if failed or unscored or unwell or (names and missing):
+        raise SystemExit(1)
+
+
+def _share(devices: list[str]) -> int:
+    """Runs this very command once per device; they take tasks from one list. How many of them broke down."""
+    begin = next(i for i, word in enumerate(sys.argv) if word == "evaluate")
+    words, skip = [], False
+    for word in sys.argv[begin:]:
+        if not skip and not word.startswith("--device"):
+            words.append(word)
+        skip = word == "--device"
+    commands = [[sys.executable, "-m", "lusifer", *words, "--device", device.strip()] for device in devices]
+    # One bar is enough, and the parent tells the results.
+    running = [
+        subprocess.Popen([*command, "-q"] if number else command, stdout=subprocess.DEVNULL)
+        for number, command in enumerate(commands)
+    ]
+    try:
+        # 1 tells of tasks that failed or that another one is at, which the results tell as well.
+        return sum(process.wait() not in (0, 1) for process in running)
+    finally:
+        for process in running:
+            process.terminate()
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def _show(scores: suite.Scores, chosen: list[suite.Task], means: dict[str, suite.Mean], where: Path) -> None:
+    console = Console()
+    table = Table("task", "type", "main scores, %")
+    for task in chosen:
+        found = scores.get(task.name, {})
+        shown = sorted((">".join(codes), found[subset]) for subset, codes in task.subsets.items() if subset in found)
+        cells = "  ".join(f"{code} {100 * value:.1f}" for code, value in shown[:40]) or "-"
+        table.add_row(task.name, task.type, cells + (f"  and {len(shown) - 40} more" if len(shown) > 40 else ""))
+    console.print(table)
+    if means:
+        table = Table("language", "mean, %", "tasks scored")
+        for code, mean in means.items():
+            table.add_row(code, "-" if mean.score is None else f"{100 * mean.score:.2f}", f"{mean.scored} of {mean.of}")
+        every = suite.overall(means)
+        if every.score is not None:
+            table.add_row("mean", f"{100 * every.score:.2f}", f"{every.scored} of {every.of} languages")
+        console.print(table)
+    console.print(f"results: {where}", soft_wrap=True)
+
+
+def _everyday(model: str, codes: list[str] | None, *, as_json: bool, quiet: bool) -> None:
+    from lusifer.data.everyday_set import load_everyday
+    from lusifer.evaluation.everyday import embedder, score
+    from lusifer.loading import load_checkpoint
+    from lusifer.model.backbone_alone import encoder_alone
+
+    alone = model.startswith("encoder:")
+    embed = encoder_alone(model.removeprefix("encoder:"))[0] if alone else embedder(load_checkpoint(model))
+    scores = score(embed, languages=codes or list(load_everyday().sentences), progress=not quiet)
+    if as_json:
+        emit(scores)
+        return
+    table = Table("language", "translation retrieval, %", "topic retrieval, %")
+    for code in scores["topic_retrieval"]:
+        translation = scores["translation_retrieval"].get(code)
+        shown = "-" if translation is None else f"{100 * translation:.1f}"
+        table.add_row(code, shown, f"{100 * scores['topic_retrieval'][code]:.1f}")
+    Console().print(table)
+
+
+@benchmark_app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(suite.BENCHMARKS)}.")] = suite.MAIN,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Every task instead of counts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prints what a benchmark is made of; needs neither mteb nor a network.
+
+    Examples:
+    - `lusifer benchmark show LUSIFER`
+    - `lusifer benchmark show LUSIFER-xling --tasks`
+    """
+    if name not in suite.BENCHMARKS:
+        raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
+    found = suite.tasks(name)
+    newer = suite.superseded()
+    if as_json:
+        facts: dict[str, Any] = {"tasks": {task.name: sorted(task.subsets) for task in found}}
+        emit({**facts, "counts": suite.counts()} if name == suite.MAIN else facts)
+        return
+    console = Console()
+    if name == suite.MAIN and not tasks:
+        groups = ["Classification", "Clustering", "Retrieval", "STS", "Reranking", "all"]
+        table = Table("language", *groups)
+        for language, row in suite.counts().items():
+            table.add_row(language, *[str(row.get(group, 0)) for group in groups])
+        console.print(table)
+        console.print(f"{len({task.published_name for task in found})} data sets, {len(found)} mteb tasks")
+        return
+    table = Table("task", "group", "split", "scores", "superseded in mteb by")
+    for task in found:
+        codes = sorted({">".join(languages) for languages in task.subsets.values()})
+        shown = " ".join(codes) if len(codes) <= 16 else f"{len(codes)} pairs"
+        table.add_row(task.name, task.group, ",".join(task.splits), shown, newer.get(task.name, ""))
+    console.print(table)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
+    out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
+    baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published", help="Add the paper's Tables 1 and 2, in a section of their own: not measured here."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Puts results side by side: one self-contained HTML page and Markdown.
+
+    Compares only what all systems have scored, and lists what is missing, failed or damaged.
+
+    Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
+    """
+    from lusifer.evaluation.report.html import write
+    from lusifer.evaluation.report.results import read
+
+    paths = write(read(results), out, baseline, published=published)
+    emit({"files": [str(path) for path in paths]}) if as_json else typer.echo("\n".join(str(path) for path in paths))
+
+
+def diagnose(
+    model: Annotated[str, typer.Argument(help="A LUSIFER checkpoint, or `starter`.", show_default=False)],
+    lang: Annotated[str, typer.Option(help="Code of one of the bundled languages.", show_default=False)],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Names what fails for a language: encoder, connector or LLM.
+
+    Compares 64 everyday sentences with their English translations at every point of the model.
+
+    Example: `lusifer diagnose starter --lang te`
+    """
+    quiet_libraries(quiet)
+    from lusifer.evaluation.diagnosis import diagnose as run
+    from lusifer.loading import load_checkpoint
+    from lusifer.model.backbones import load_tokenizer
+    from lusifer.model.sentence_transformer import lusifer_model
+
+    loaded = load_checkpoint(model)
+    try:
+        llm_tokenizer = load_tokenizer("llm", lusifer_model(loaded).config.llm)
+    except LusiferError:  # A standalone checkpoint may live where its LLM is not.
+        llm_tokenizer = None
+    facts = run(loaded, lang, llm_tokenizer)
+    if as_json:
+        emit(facts)
+        return
+    console = Console()
+    table = Table("point", "finds its translation, %", "CKA with English", "anisotropy")
+    for row in facts["points"]:
+        shown = (f"{100 * row['accuracy']:.1f}", f"{row['cka']:.2f}", f"{row['anisotropy']:.2f}")
+        table.add_row(row["point"], *shown)
+    console.print(table)
+    for part, row in facts["tokens"].items():
+        console.print(
+            f"{part} tokenizer: {row['per sentence']:.1f} tokens a sentence, {row['times English']:.1f} times English, "
+            f"{100 * row['unknown']:.1f} % unknown"
+        )
+    console.print(f"weak part: {facts['weak']}. {facts['why']}.")

@@ -1,0 +1,54 @@
+"""The commands ``lusifer card`` and ``lusifer push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lusifer.cli.console import Json, emit
+from lusifer.quiet import quiet_libraries
+
+Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)]
+
+
+def card(
+    model: Folder,
+    results: Annotated[Path | None, typer.Option(help="Folder that `lusifer evaluate --out` wrote.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="As hubs abbreviate it, e.g. apache-2.0.")] = None,
+    name: Annotated[str | None, typer.Option(help="What it will be called, e.g. acme/lusifer-small.")] = None,
+) -> None:
+    """Writes the model card, README.md in the folder: parts, training, recipe, scores, limits, licence.
+
+    Every saved model has one; this adds what training cannot know.
+
+    Example: `lusifer card runs/mine/model --results runs/eval/mine --license apache-2.0 --name acme/lusifer-small`
+    """
+    from lusifer.evaluation.report.results import read
+    from lusifer.model.card import write_card
+
+    found = None if results is None else read([results])[0]
+    typer.echo(write_card(model, results=found, licence=licence, name=name))
+
+
+def push(
+    model: Folder,
+    repository: Annotated[str, typer.Argument(help="Where to, e.g. acme/lusifer-small.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Uploads a checkpoint to a model hub, in one commit.
+
+    Looks first whether others could load it. Endpoint and token: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
+
+    Example: `lusifer push runs/mine/model acme/lusifer-small --private`
+    """
+    quiet_libraries(True)
+    from lusifer.interop.hub import push as upload
+
+    url = upload(model, repository, private=private, revision=revision, message=message, create_pr=create_pr)
+    emit({"url": url}) if as_json else typer.echo(url)

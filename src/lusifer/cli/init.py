@@ -1,0 +1,68 @@
+"""The command ``lusifer init``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lusifer.cli.console import Json, emit
+from lusifer.quiet import quiet_libraries
+
+
+def init(
+    output: Annotated[
+        Path, typer.Argument(help="The recipe to write; a folder gets a recipe.yaml.", show_default=False)
+    ],
+    llm: Annotated[
+        str,
+        typer.Option(help="Your English embedder: folder or hub id of an LLM, or of an adapter.", show_default=False),
+    ],
+    encoder: Annotated[
+        str, typer.Option(help="The multilingual encoder to put in front: folder, hub id or starter name.")
+    ] = "FacebookAI/xlm-roberta-large",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA adapter on top of the LLM; several in order.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="English pairs (query, positive) to train on; else the starter's verses.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="English texts for stages 0 and 1; else the starter's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a recipe that makes an English LLM embedder multilingual.
+
+    Reads the embedder's files (Sentence Transformers folder, LLM2Vec or GritLM style model, adapter, plain LLM) and
+    finds its pooling, prompts, attention, adapters and tokenizer. Says what it found where and what follows; the
+    recipe says it too.
+
+    Examples:
+    - `lusifer init --llm intfloat/e5-mistral-7b-instruct mine.yaml`
+    - `lusifer init --llm ./english-embedder --encoder jhu-clsp/mmBERT-base mine/`
+    - `lusifer init --llm ./base --adapter ./mntp --adapter ./supervised --data pairs.jsonl mine.yaml`
+    """
+    quiet_libraries(True)
+    from lusifer.errors import LusiferError
+    from lusifer.interop.llm_embedder import inspect_embedder
+    from lusifer.interop.recipe_writer import check_data, compose, recipe_path, write_recipe
+
+    path = recipe_path(output)
+    if path.exists() and not force:
+        raise LusiferError(f"{str(path)!r} exists; choose another name, or --force to replace it")
+    for source in (data, text):
+        if source is not None:
+            check_data(source)
+    found = inspect_embedder(llm, adapter)
+    name = path.stem if path.stem != "recipe" else path.resolve().parent.name
+    write_recipe(path, compose(encoder, found, pairs=data, text=text, output=f"runs/{name}"), force=force)
+    if as_json:
+        facts = asdict(found)
+        facts["config"] = found.config.model_type
+        emit({"recipe": str(path), **facts})
+        return
+    for note in found.notes:
+        typer.echo(f"{note.what}  ({note.where})" + (f"\n    {note.so}" if note.so else ""))
+    typer.echo(f"recipe: {path}\nnext: lusifer train {path} --dry-run")

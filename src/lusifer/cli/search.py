@@ -1,0 +1,215 @@
+"""Commands that search texts by meaning: ``lusifer index`` and ``lusifer search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lusifer.cli.console import Json, Quiet, emit
+from lusifer.errors import LusiferError
+from lusifer.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from lusifer.model.text_encoder import TextEncoder
+    from lusifer.search.store import Hit, Store
+
+index_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Make and keep an index of texts to search by meaning."
+)
+Index = Annotated[
+    str,
+    typer.Argument(metavar="INDEX", help="A folder, or qdrant+http://HOST:6333/COLLECTION.", show_default=False),
+]
+Where = Annotated[
+    str | None, typer.Option(help="Filter: \"lang = 'te' AND year >= 2000\"; also OR, NOT, IN (...), brackets.")
+]
+
+
+@index_app.command("add")
+def add(
+    index: Index,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl or .parquet.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder, hub id or `starter`; the index's own when left out.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    id_column: Annotated[str | None, typer.Option(help="Column of the id; a hash of the text when left out.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="Comma-separated columns to keep and filter by.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Adds the texts of a file, or updates those of the same id. Interrupted, the same command goes on.
+
+    What is there with the same text is not embedded again. A column `lang` gives the language; without one the script
+    stands for it, as in `Latin script`. The first call makes the index (with `starter` if no model is given).
+
+    Examples:
+    - `lusifer index add news news.jsonl --model starter --id-column url --metadata title,year`
+    - `lusifer index add notes notes.txt`
+    - `lusifer index add qdrant+http://localhost:6333/news news.parquet`
+    """
+    quiet_libraries(quiet)
+    from lusifer.model.fingerprint import weights_hash
+    from lusifer.search.indexing import add as run
+    from lusifer.search.indexing import check_columns, read_entries
+    from lusifer.search.locations import Facts, create_store, open_store, store_exists
+
+    names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
+    store = open_store(index) if store_exists(index) else None
+    entries, types = read_entries(source, text=column, id=id_column, metadata=names)
+    if store is not None:
+        check_columns(store, types)
+    name = model or (store.facts.model if store else "starter")
+    encoder = _load(name, device)
+    if store is None:
+        store = create_store(index, Facts(name, weights_hash(encoder.model), encoder.dimension, types))
+    else:
+        store.check_model(name, weights_hash(encoder.model), encoder.dimension)
+    counts = run(store, encoder, entries, progress=not quiet)
+    if encoder.cut:
+        typer.echo(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
+    facts = {"index": index, "texts": store.count(), **counts, "cut": encoder.cut}
+    told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    emit(facts) if as_json else typer.echo(f"{told} -> {index}: {facts['texts']:,} texts")
+
+
+@index_app.command("delete")
+def delete(
+    index: Index,
+    ids: Annotated[list[str] | None, typer.Option(metavar="ID", help="Id of a text; may be given again.")] = None,
+    where: Where = None,
+    as_json: Json = False,
+) -> None:
+    """Deletes texts by id or by filter.
+
+    Examples:
+    - `lusifer index delete news --ids a17 --ids b4`
+    - `lusifer index delete news --where "lang = 'te'"`
+    """
+    from lusifer.search.locations import open_store
+
+    if bool(ids) == (where is not None):
+        raise LusiferError("say what to delete: either --ids or --where")
+    store = open_store(index)
+    deleted = store.delete(ids=ids or None, where=where)
+    store.tidy()
+    facts = {"index": index, "deleted": deleted, "texts": store.count()}
+    emit(facts) if as_json else typer.echo(f"{deleted:,} deleted, {facts['texts']:,} texts left")
+
+
+@index_app.command("info")
+def info(index: Index, as_json: Json = False) -> None:
+    """Shows what an index holds: texts by language, model, columns.
+
+    Example: `lusifer index info news`
+    """
+    from lusifer.search.locations import open_store
+
+    store = open_store(index)
+    facts: dict[str, Any] = {
+        "texts": store.count(),
+        "model": store.facts.model,
+        "model_hash": store.facts.model_hash,
+        "dimension": store.facts.dimension,
+        "columns": store.facts.columns,
+        "approximate": store.approximate(),
+        "languages": store.languages(),
+    }
+    if as_json:
+        emit(facts)
+        return
+    columns = ", ".join(f"{name} ({kind})" for name, kind in store.facts.columns.items())
+    typer.echo(f"texts: {facts['texts']:,}")
+    typer.echo(f"model: {facts['model']} (hash {facts['model_hash']}), {facts['dimension']} dimensions")
+    typer.echo(f"columns: id, text, lang{', ' if columns else ''}{columns}")
+    typer.echo(f"search: {'approximate, exact with --exact' if facts['approximate'] else 'exact'}")
+    typer.echo("languages: " + ", ".join(f"{tag} {count:,}" for tag, count in facts["languages"].items()))
+
+
+@index_app.command("build")
+def build(index: Index, quiet: Quiet = False) -> None:
+    """Makes or renews the index for approximate search; `add` does it by itself from 50,000 texts on.
+
+    Example: `lusifer index build news`
+    """
+    from lusifer.search.locations import open_store
+
+    store = open_store(index)
+    store.build()
+    if not quiet:
+        typer.echo(f"approximate index over {store.count():,} texts -> {index}")
+
+
+def search(
+    index: Index,
+    query: Annotated[str | None, typer.Argument(help="In any language.", show_default=False)] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="Texts wanted.")] = 10,
+    where: Where = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector.")] = False,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Join with BM25: finds rare words and names too.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
+    model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve a search page on this machine instead.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 8000,
+    as_json: Json = False,
+) -> None:
+    """Finds texts by meaning, whatever language query and texts are in.
+
+    Examples:
+    - `lusifer search news "Where is the station?"`
+    - `lusifer search news "駅はどこですか" --where "lang IN ('en', 'fr')" --k 5`
+    - `lusifer search news "Zeppelin NT 07" --hybrid`
+    - `lusifer search news --ui`
+    """
+    quiet_libraries(True)
+    if ui == (query is not None):
+        raise LusiferError('give either a query or --ui: lusifer search INDEX "query"')
+    from lusifer.model.fingerprint import weights_hash
+    from lusifer.search.locations import open_store
+    from lusifer.search.page import find
+
+    store = open_store(index)
+    condition = store.parsed(where)
+    name = model or store.facts.model
+    encoder = _load(name, device)
+    store.check_model(name, weights_hash(encoder.model), encoder.dimension)
+    if ui:
+        _serve(store, encoder, instruction, port)
+        return
+    assert query is not None
+    hits = find(store, encoder, query, k=k, where=condition, exact=exact, hybrid=hybrid, instruction=instruction)
+    emit({"query": query, "hits": [hit.to_dict() for hit in hits]}) if as_json else _show(hits)
+
+
+def _load(name: str, device: str | None) -> TextEncoder:
+    from lusifer.loading import load_checkpoint
+    from lusifer.model.text_encoder import TextEncoder
+
+    return TextEncoder(load_checkpoint(name, device=device))
+
+
+def _show(hits: list[Hit]) -> None:
+    for hit in hits:
+        ranks = "".join(f"  {name} {rank}" for name, rank in hit.ranks.items())
+        typer.echo(f"{hit.score:.3f}  {hit.entry.lang}  {hit.entry.text}  [{hit.entry.id}{ranks}]")
+    if not hits:
+        typer.echo("nothing found", err=True)
+
+
+def _serve(store: Store, encoder: TextEncoder, instruction: str | None, port: int) -> None:
+    from lusifer.search.page import make_router
+
+    try:
+        import uvicorn
+        from fastapi import FastAPI
+    except ImportError as error:
+        raise LusiferError("the search page needs FastAPI and uvicorn: pip install 'lusifer[search]'") from error
+    app = FastAPI(title="lusifer search")
+    app.include_router(make_router(store, encoder, instruction=instruction))
+    typer.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", err=True)
+    # Only this machine: the page has no accounts.
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")

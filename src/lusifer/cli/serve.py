@@ -1,0 +1,170 @@
+"""The command ``lusifer serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lusifer.cli.console import Quiet
+from lusifer.errors import LusiferError
+from lusifer.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lusifer.model.text_encoder import TextEncoder
+    from lusifer.search.store import Store
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; MODEL when left out.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="LUSIFER_API_KEY", help="Required of clients; several may be given, or set, with spaces."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto (measures), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Torch device, the best there is when left out.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a batch; by the device when left out.")
+    ] = None,
+    queue_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that may wait before requests get 429; eight batches.")
+    ] = None,
+    max_wait: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that what waits may take before requests get 429.")
+    ] = 5.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    ui: Annotated[
+        str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index, made by MODEL.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serves embeddings over HTTP as OpenAI's API does; any OpenAI client works.
+
+    Ctrl-C or SIGTERM: new requests get 503, those in hand are finished.
+
+    Examples:
+    - `lusifer serve starter`
+    - `lusifer serve runs/quickstart/model --name ours --port 9000`
+    - `LUSIFER_API_KEY=secret lusifer serve starter --host 0.0.0.0`
+    - `lusifer serve starter --ui news`
+    """
+    missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if find_spec(module) is None]
+    if missing:
+        raise LusiferError(f"serving needs {', '.join(missing)}: pip install 'lusifer[serving]'")
+    quiet_libraries(quiet)
+    from lusifer.serving.server import listen
+
+    keys = [key for given in api_key or [] for key in given.split()]
+    if api_key and not keys:
+        raise LusiferError("the API key is empty; give one, or leave --api-key and LUSIFER_API_KEY out")
+    _check_model(model)
+    if ui is not None and keys:
+        raise LusiferError(
+            "a page in a browser has no API key to send; leave the key out, or use `lusifer search --ui`"
+        )
+    store = None
+    if ui is not None:
+        from lusifer.search.locations import open_store
+
+        store = open_store(ui)
+    listening = listen(host, port)
+    where = _address(host, listening.getsockname()[1])
+    if not keys and not _is_local(host):
+        typer.echo(f"warning: {host} is open to the network, without an API key", err=True)
+    served = name or model
+    if not quiet:
+        typer.echo(_welcome(where, served, bool(keys)) + (f"\nsearch page: {where}/" if store else ""), err=True)
+    from lusifer.serving.app import create_app
+    from lusifer.serving.limits import Limits, Phase
+    from lusifer.serving.server import run
+
+    phase = Phase()
+    app = create_app(
+        _loader(model, precision, device, quiet, store),
+        served,
+        limits=Limits(max_body=max_body, timeout=timeout),
+        phase=phase,
+        batch_tokens=batch_tokens,
+        queue_tokens=queue_tokens,
+        max_wait=max_wait,
+        api_keys=keys,
+    )
+    if store is not None:
+        from lusifer.search.page import make_router
+
+        app.include_router(make_router(store, _Queries(store.facts.dimension, app.state.service.encode)))
+    run(app, listening, phase, drain_timeout=timeout)
+    if not quiet:
+        typer.echo("stopped", err=True)
+
+
+@dataclass
+class _Queries:
+    """The served model as a search page uses it: its queries wait for their turn like everybody's."""
+
+    dimension: int
+    encode: Callable[[Sequence[str]], np.ndarray]
+
+
+def _loader(
+    model: str, precision: str, device: str | None, quiet: bool, store: Store | None
+) -> Callable[[], TextEncoder]:
+    from lusifer.loading import load_checkpoint
+    from lusifer.model.text_encoder import PRECISIONS, TextEncoder, set_precision
+
+    if precision not in PRECISIONS:
+        raise LusiferError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+
+    def load() -> TextEncoder:
+        loaded = load_checkpoint(model, **({"device": device} if device else {}))
+        chosen = set_precision(loaded, precision)
+        encoder = TextEncoder(loaded)
+        if store is not None:
+            from lusifer.model.fingerprint import weights_hash
+
+            store.check_model(model, weights_hash(loaded), encoder.dimension)
+        if not quiet:
+            typer.echo(f"ready: {encoder.dimension} dimensions, {chosen}, {loaded.device}", err=True)
+        return encoder
+
+    return load
+
+
+def _check_model(model: str) -> None:
+    """Finds a missing folder before the server is up."""
+    folder = Path(model)
+    if model.startswith((".", "/", "~")) and not (folder / "modules.json").is_file():
+        raise LusiferError(f"no checkpoint at {model!r}: it has no modules.json (train one, or check the path)")
+
+
+def _address(host: str, port: int) -> str:
+    shown = "127.0.0.1" if host in ("0.0.0.0", "") else "::1" if host == "::" else host
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _welcome(where: str, served: str, with_key: bool) -> str:
+    body = json.dumps({"model": served, "input": ["Guten Morgen", "good morning"]}, ensure_ascii=False)
+    quoted = body.replace("'", "'\\''")
+    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
+    return f"{where}/v1  (metrics: {where}/metrics)\ncurl {where}/v1/embeddings{key} -d '{quoted}'"

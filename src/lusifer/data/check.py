@@ -1,0 +1,295 @@
+"""What a recipe's data hold, before anyone spends GPU hours: sizes, lengths, duplicates, leaks from evaluation data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv, parquet
+from tqdm.auto import tqdm
+
+from lusifer.data.everyday_set import load_everyday
+from lusifer.data.mixture import Unit, open_units, plan
+from lusifer.data.prompts import with_instruction
+from lusifer.data.records import Rows, open_set
+from lusifer.errors import LusiferError
+from lusifer.model.backbones import load_tokenizer
+from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, DataRecipe, Recipe
+
+SAMPLE = 5_000
+_EXAMPLES = 5
+# Columns of evaluation data that hold no text of their own: a category such as "sports" leaks nothing.
+_NO_TEXT = re.compile(r"(.*[-_])?(id|guid|labels?|lang|language|category|topic|name|title|score|split)", re.IGNORECASE)
+
+
+class _Spaces(dict[int, int]):
+    """Maps punctuation and symbols to a space, code by code as they are met: `str.translate` reads it."""
+
+    def __missing__(self, code: int) -> int:
+        self[code] = 0x20 if unicodedata.category(chr(code))[0] in "PS" else code
+        return self[code]
+
+
+_SPACES = _Spaces()
+
+
+def normalise(text: str) -> str:
+    """A text for comparison: lower case, punctuation and symbols as spaces, single spaces."""
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_SPACES)
+    return " ".join(plain.split()) or text.strip()
+
+
+def _digest(*texts: str) -> int:
+    joined = "\0".join(normalise(text) for text in texts)
+    return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=8).digest())
+
+
+# ------------------------------------------------------------------------------------------------ evaluation data
+
+
+def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -> dict[int, str]:
+    """Digests of all normalised texts of evaluation data, each with the name of a file that holds it.
+
+    Args:
+        folders: Every .jsonl, .parquet, .csv and .tsv file below them is read; the bundled everyday set always is.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        LusiferError: If a folder does not exist, holds no such file, or one cannot be read.
+    """
+    found = {_digest(text): "the everyday set" for texts in load_everyday().sentences.values() for text in texts}
+    for folder in folders:
+        paths = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".jsonl", ".parquet", ".csv", ".tsv"))
+        if not paths:
+            raise LusiferError(f"no evaluation data in {str(folder)!r}: no .jsonl, .parquet, .csv or .tsv file there")
+        for path in tqdm(paths, desc="reading evaluation data", disable=None if progress else True, leave=False):
+            name = str(path.relative_to(folder))
+            found |= {_digest(text): name for text in _texts_of(path)}
+    return found
+
+
+def _texts_of(path: Path) -> Iterator[str]:
+    try:
+        for table in _tables(path):
+            for name in table.column_names:
+                if not _NO_TEXT.fullmatch(name):
+                    yield from _strings(table[name].to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LusiferError(f"cannot read the evaluation data {str(path)!r}: {reason}") from error
+
+
+def _tables(path: Path) -> Iterator[pa.Table]:
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches())
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line) if line.strip() else {}
+                names = [name for name in record if not _NO_TEXT.fullmatch(name)]
+                yield pa.table({"text": list(_strings([record[name] for name in names]))})
+    else:
+        options = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+        yield csv.read_csv(path, parse_options=options)
+
+
+def _strings(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, list):
+        for value in values:
+            yield from _strings(value)
+
+
+# ------------------------------------------------------------------------------------------------------- one set
+
+
+def texts_of(item: DataRecipe, record: dict[str, Any]) -> dict[str, list[str]]:
+    """All texts of a record by column."""
+    return {name: [value] if isinstance(value, str) else value for name, value in record.items()}
+
+
+def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict[str, Any]:
+    """Reads a whole set for duplicates and leaks.
+
+    Returns:
+        ``duplicates`` (rows that repeat an earlier one), ``negatives_per_row``, ``leaks`` (rows with a text of
+        the evaluation data) and up to five ``leak_examples``.
+    """
+    item = rows.item
+    seen: set[int] = set()
+    duplicates = negatives = leaks = 0
+    examples: list[str] = []
+    bar = tqdm(
+        range(len(rows)), desc=f"checking {item.source}", unit=" rows", disable=None if progress else True, leave=False
+    )
+    for row in bar:
+        texts = texts_of(item, rows[row])
+        negatives += len(texts.get("negative", []))
+        digests = {name: [_digest(text) for text in several] for name, several in texts.items()}
+        main = digests.get("text") or [*digests["query"], *sorted(digests["positive"])]
+        key = hash(tuple(main))
+        duplicates += key in seen
+        seen.add(key)
+        found = [(name, against[d]) for name, several in digests.items() for d in several if d in against]
+        leaks += bool(found)
+        if found and len(examples) < _EXAMPLES:
+            examples.append(f"{rows.where(row)}: {found[0][0]!r} is a text of {found[0][1]}")
+    return {
+        "duplicates": duplicates,
+        "negatives_per_row": negatives / len(rows),
+        "leaks": leaks,
+        "leak_examples": examples,
+    }
+
+
+def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, seed: int) -> dict[str, Any]:
+    """Tokens per text on a seeded sample of at most `SAMPLE` rows.
+
+    Args:
+        rows: The opened set.
+        tokenizers: ``encoder`` and ``llm``.
+        limits: ``encoder`` and, in stage 1, ``llm``: tokens after which a text (a target) is cut.
+        seed: Seed of the sample.
+
+    Returns:
+        ``sampled_rows``; ``encoder_tokens`` and ``llm_tokens``, each with ``mean``, ``p95`` and ``max``;
+        ``truncated`` and, in stage 1, ``targets_truncated``: shares of the texts that are cut.
+    """
+    item = rows.item
+    count = min(SAMPLE, len(rows))
+    chosen = np.sort(np.random.default_rng([seed, len(rows)]).choice(len(rows), count, replace=False))
+    texts = []
+    for row in chosen.tolist():
+        columns = texts_of(item, rows[row])
+        columns["query"] = [with_instruction(item.instruction, query) for query in columns.get("query", [])]
+        texts += [text for several in columns.values() for text in several]
+    found: dict[str, Any] = {"sampled_rows": count}
+    for name, tokenizer in tokenizers.items():
+        counts = np.array(_token_counts(tokenizer, texts, special=name == "encoder"))
+        found[f"{name}_tokens"] = {
+            "mean": float(counts.mean()),
+            "p95": float(np.percentile(counts, 95)),
+            "max": int(counts.max()),
+        }
+        if name in limits:
+            share = float((counts > limits[name]).mean())
+            found["truncated" if name == "encoder" else "targets_truncated"] = share
+    return found
+
+
+def _token_counts(tokenizer: Any, texts: list[str], *, special: bool) -> list[int]:
+    counts: list[int] = []
+    for first in range(0, len(texts), 1000):
+        encoded = tokenizer(texts[first : first + 1000], add_special_tokens=special, return_attention_mask=False)
+        counts += [len(ids) for ids in encoded["input_ids"]]
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------- the whole recipe
+
+
+def check(recipe: Recipe, *, against: Sequence[str | Path] = (), progress: bool = False) -> dict[str, Any]:
+    """Checks every set of a recipe.
+
+    Args:
+        recipe: The recipe.
+        against: Folders of evaluation data; the bundled everyday set is always among them.
+        progress: Whether to show progress bars.
+
+    Returns:
+        ``sets`` (one mapping each, see `scan` and `lengths`, with ``stage``, ``dataset``, ``task``, ``rows``,
+        ``clusters``, ``share`` of the stage's steps and ``epochs``), ``errors`` (unusable sets and leaks),
+        ``warnings``, ``evaluation_texts`` and ``ok``, true without errors.
+
+    Raises:
+        LusiferError: If a tokenizer or the evaluation data cannot be read.
+    """
+    names = {"encoder": recipe.model.encoder, "llm": recipe.model.llm}
+    revisions = {"encoder": recipe.model.encoder_revision, "llm": recipe.model.llm_revision}
+    tokenizers = {kind: load_tokenizer(kind, name, revision=revisions[kind]) for kind, name in names.items()}
+    texts = evaluation_texts(against, progress=progress)
+    report: dict[str, Any] = {"sets": [], "errors": [], "warnings": [], "evaluation_texts": len(texts)}
+    if recipe.warm_start.enabled and recipe.warm_start.data:
+        _try_open(DataRecipe(source=recipe.warm_start.data, task="reconstruct"), report)
+    for name, stage in (("align", recipe.align), ("contrast", recipe.contrast)):
+        if stage.enabled:
+            _check_stage(recipe, name, stage, tokenizers, texts, report, progress)
+    report["ok"] = not report["errors"]
+    return report
+
+
+def _try_open(item: DataRecipe, report: dict[str, Any]) -> None:
+    try:
+        open_set(item)
+    except LusiferError as error:
+        report["errors"].append(f"warm_start: {error}")
+
+
+def _check_stage(
+    recipe: Recipe,
+    name: str,
+    stage: AlignRecipe | ContrastRecipe,
+    tokenizers: dict[str, Any],
+    against: dict[int, str],
+    report: dict[str, Any],
+    progress: bool,
+) -> None:
+    units: list[list[Unit]] = []
+    limits = {"encoder": recipe.model.max_seq_length}
+    if isinstance(stage, AlignRecipe):
+        limits["llm"] = stage.target_max_seq_length
+    facts: list[dict[str, Any]] = []
+    for number, item in enumerate(stage.data):
+        try:
+            opened = open_units([item], batch_size=stage.batch_size, seed=recipe.seed)
+            rows = opened[0].records
+            found = scan(rows, against, progress=progress) | lengths(rows, tokenizers, limits, seed=recipe.seed)
+        except LusiferError as error:
+            report["errors"].append(f"{name}.data.{number}: {error}")
+            continue
+        units.append(opened)
+        clusters = len(opened) if opened[0].cluster is not None else None
+        head = {"stage": name, "number": number, "dataset": item.source, "task": item.task, "rows": len(rows)}
+        facts.append({**head, "clusters": clusters, **found})
+    if facts:
+        _draws(facts, units, stage, recipe.seed)
+    for number, fact in enumerate(facts):
+        _judge(fact, stage.data[fact["number"]], report, whole=len(facts) == len(stage.data))
+        report["sets"].append(facts[number])
+
+
+def _draws(facts: list[dict[str, Any]], units: list[list[Unit]], stage: Any, seed: int) -> None:
+    """Share of the steps and epochs of every set, from the plan that training will follow."""
+    drawn = plan([unit for several in units for unit in several], steps=stage.steps, seed=seed)
+    owner = np.repeat(np.arange(len(units)), [len(several) for several in units])
+    steps = np.bincount(owner[drawn], minlength=len(units))
+    for fact, count in zip(facts, steps.tolist(), strict=True):
+        fact["share"] = count / stage.steps
+        fact["epochs"] = count * stage.batch_size / fact["rows"]
+
+
+def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, whole: bool) -> None:
+    where = f"{fact['stage']}.data.{fact['number']} ({fact['dataset']})"
+    if fact["leaks"]:
+        examples = "; ".join(fact["leak_examples"])
+        problem = f"{fact['leaks']:,} rows hold a text of the evaluation data; remove them: {examples}"
+        report["errors"].append(f"{where}: {problem}")
+    if fact["duplicates"]:
+        report["warnings"].append(f"{where}: {fact['duplicates']:,} rows repeat an earlier row")
+    if whole and fact["share"] == 0:
+        report["warnings"].append(f"{where}: never drawn in so few steps; raise its weight or the steps")
+    for key, limit in (("truncated", "model.max_seq_length"), ("targets_truncated", "align.target_max_seq_length")):
+        if fact.get(key, 0) > 0.1:
+            report["warnings"].append(f"{where}: {fact[key]:.0%} of the texts are cut; raise {limit}?")
+    if item.hard_negatives > fact["negatives_per_row"]:
+        problem = f"hard_negatives is {item.hard_negatives}, rows have {fact['negatives_per_row']:.1f}: some repeat"
+        report["warnings"].append(f"{where}: {problem}")

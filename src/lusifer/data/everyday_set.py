@@ -1,0 +1,34 @@
+"""everyday_set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class EverydaySet:
+    """The bundled parallel sentences.
+
+    Attributes:
+        names: Name of each sentence (``id`` is taken: it is Indonesian).
+        topics: Topic of each sentence.
+        sentences: Language code to sentences, all in the order of ``names``.
+    """
+
+    names: list[str]
+    topics: list[str]
+    sentences: dict[str, list[str]]
+
+
+def load_everyday() -> EverydaySet:
+    """Reads the bundled set."""
+    text = (files("lusifer") / "resources" / "everyday.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    languages = [key for key in rows[0] if key not in ("name", "topic")]
+    return EverydaySet(
+        [row["name"] for row in rows],
+        [row["topic"] for row in rows],
+        {language: [row[language] for row in rows] for language in languages},
+    )

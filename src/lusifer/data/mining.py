@@ -1,0 +1,341 @@
+"""Hard negatives from a teacher's embeddings, in bounded memory.
+
+Positive-aware (NV-Retriever, arXiv 2407.15831, section 3): a passage counts as a negative only if the teacher scores
+it clearly below the query's positive. Embeddings live in float16 files beside the output; scores are made a block of
+queries against a block of passages at a time, so memory depends on the block sizes and on the texts alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lusifer.data.check import normalise
+from lusifer.data.records import Records, open_records
+from lusifer.errors import LusiferError
+from lusifer.recipes.schema import DataRecipe
+
+Embed = Callable[[list[str]], np.ndarray]
+
+_CHUNK = 8_192  # Texts embedded between two writes to the cache.
+_QUERIES, _PASSAGES = 1_024, 32_768  # A block of scores: 128 MB of float32.
+
+
+@dataclass
+class Settings:
+    """How negatives are chosen.
+
+    Attributes:
+        negatives: At most so many for a row.
+        relative_margin: A passage counts only if its score is below that of the row's weakest positive by this
+            share of the latter's size.
+        range_min: Best-ranked passages skipped, after the row's own texts are taken out.
+        range_max: Passages looked at, from rank 0.
+    """
+
+    negatives: int = 7
+    relative_margin: float = 0.05
+    range_min: int = 0
+    range_max: int = 100
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.range_min < self.range_max:
+            raise LusiferError(
+                f"range_min ({self.range_min}) must be at least 0 and below range_max ({self.range_max})"
+            )
+        if not 1 <= self.negatives <= self.range_max - self.range_min:
+            ranks = self.range_max - self.range_min
+            raise LusiferError(f"{self.negatives} negatives from {ranks} ranks: raise range_max or lower negatives")
+        if not 0 <= self.relative_margin < 1:
+            raise LusiferError(f"relative_margin must be at least 0 and below 1, not {self.relative_margin}")
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings
+
+
+def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: str | None) -> np.ndarray:
+    """Embeds texts into a float16 file, going on after the last whole chunk of an interrupted call.
+
+    Args:
+        embed: Maps texts to (texts, dim) embeddings.
+        texts: The texts.
+        path: The file; what it holds already is kept, so its name must tell texts and model apart.
+        progress: What the progress bar says, or None for no bar.
+
+    Returns:
+        (texts, dim) float16, unit length, mapped from the file.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    first = embed([texts[0]])
+    width = 2 * first.shape[1]
+    done = found // (width * _CHUNK) * _CHUNK if found < width * len(texts) else len(texts)
+    bar = tqdm(total=len(texts), initial=done, desc=progress, unit=" texts", leave=False, disable=_bars(progress))
+    with bar, path.open("ab") as file:
+        file.truncate(done * width)
+        for start in range(done, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            vectors = np.asarray(embed(chunk), dtype=np.float32)
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            if not np.isfinite(norms).all():
+                raise LusiferError("the model gives embeddings that are not finite; try another one")
+            file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
+            file.flush()
+            bar.update(len(chunk))
+    return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), first.shape[1]))
+
+
+def _bars(progress: Any) -> bool | None:
+    return None if progress else True
+
+
+def nearest(
+    queries: np.ndarray, passages: np.ndarray, k: int, device: str = "cpu"
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The ``k`` passages of highest score for every query, block by block.
+
+    Args:
+        queries: (queries, dim) float16, unit length.
+        passages: (passages, dim) float16, unit length.
+        k: How many.
+        device: Where the scores are made.
+
+    Yields:
+        First query of the block; scores (block, k) float32, falling; passages (block, k) int64.
+    """
+    for start in range(0, len(queries), _QUERIES):
+        block = torch.from_numpy(queries[start : start + _QUERIES].astype(np.float32)).to(device)
+        best = torch.empty(len(block), 0, device=device)
+        where = torch.empty(len(block), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(passages), _PASSAGES):
+            part = torch.from_numpy(passages[first : first + _PASSAGES].astype(np.float32)).to(device)
+            scores = block @ part.T
+            top, index = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, where = torch.cat([best, top], dim=1), torch.cat([where, index + first], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, order)
+        yield start, best.cpu(), where.cpu()
+
+
+def choose(
+    scores: np.ndarray, candidates: np.ndarray, own: np.ndarray, positive: float, settings: Settings
+) -> tuple[list[int], list[float]]:
+    """The negatives of one row, hardest first.
+
+    Args:
+        scores: (k,) scores of the nearest passages, falling.
+        candidates: (k,) the passages.
+        own: (k,) bool, passages that are the query or a positive of it, or equal to one.
+        positive: Score of the row's weakest positive.
+        settings: How to choose.
+
+    Returns:
+        Passages and their scores.
+    """
+    ranked = np.flatnonzero(~own)[settings.range_min : settings.range_max]
+    limit = positive - settings.relative_margin * abs(positive)
+    kept = ranked[scores[ranked] < limit][: settings.negatives]
+    return candidates[kept].tolist(), scores[kept].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- texts
+
+
+class _Texts:
+    """Unique texts in the order they were met, and for each a class of texts equal but for case and punctuation."""
+
+    def __init__(self) -> None:
+        self.number: dict[str, int] = {}
+        self.kind: list[int] = []
+        self._kinds: dict[bytes, int] = {}
+
+    def add(self, text: str) -> int:
+        number = self.number.setdefault(text, len(self.number))
+        if number == len(self.kind):
+            self.kind.append(self.kind_of(text))
+        return number
+
+    def kind_of(self, text: str) -> int:
+        digest = hashlib.blake2b(normalise(text).encode(), digest_size=12).digest()
+        return self._kinds.setdefault(digest, len(self._kinds))
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for text in self.number:
+            found.update(text.encode() + b"\0")
+        return found.hexdigest()[:16]
+
+
+@dataclass
+class _Problem:
+    """The rows of a set as numbers of unique queries and passages."""
+
+    queries: _Texts
+    passages: _Texts
+    rows: list[tuple[int, list[int]]]
+    own: list[set[int]]  # For every query, the classes of its own texts over all rows.
+
+
+def _problem(records: Records, corpus: Records | None, progress: bool) -> _Problem:
+    found = _Problem(_Texts(), _Texts(), [], [])
+    bar = tqdm(range(len(records)), desc="reading texts", unit=" rows", leave=False, disable=_bars(progress))
+    for row in bar:
+        record = records[row]
+        query = found.queries.add(record["query"])
+        if query == len(found.own):
+            found.own.append({found.passages.kind_of(record["query"])})
+        positives = [found.passages.add(text) for text in record["positive"]]
+        found.own[query].update(found.passages.kind[number] for number in positives)
+        found.rows.append((query, positives))
+    for row in range(len(corpus) if corpus is not None else 0):
+        assert corpus is not None
+        found.passages.add(corpus[row]["text"])
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- mine
+
+
+def check_output(output: Path) -> None:
+    """Refuses what cannot become the output, before any model is loaded.
+
+    Raises:
+        LusiferError: If the name tells no format that is written here, or the file exists.
+    """
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise LusiferError(f"cannot write {str(output)!r}: name it .jsonl or .jsonl.gz")
+    if output.exists():
+        raise LusiferError(f"{str(output)!r} exists already; choose another name, or remove it")
+
+
+def mine(
+    item: DataRecipe,
+    output: Path,
+    embed: Embed,
+    *,
+    teacher: str,
+    settings: Settings,
+    corpus: DataRecipe | None = None,
+    device: str = "cpu",
+    embed_query: Embed | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes a copy of a pair set whose ``negative`` are mined, hardest first.
+
+    Args:
+        item: The set of pairs; its own negatives are replaced.
+        output: The new ``.jsonl`` or ``.jsonl.gz`` file; ``<output>.mining.json`` tells how it was made.
+        embed: The teacher for passages.
+        teacher: Its name, for the summary and the cache.
+        settings: How to choose.
+        corpus: Texts to choose from besides all positives.
+        device: Where scores are made.
+        embed_query: The teacher for queries, if it treats them otherwise.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The summary: ``teacher``, settings, counts, mean scores, ``rows_short`` (fewer negatives than asked for).
+
+    Raises:
+        LusiferError: If data cannot be read, or the output exists or cannot be written. An interrupted call leaves
+            its embeddings in ``<output>.embeddings``, and the next one goes on with them.
+    """
+    check_output(output)
+    records = open_records(item.model_copy(update={"task": "contrast", "hard_negatives": 0}))
+    pool = None if corpus is None else open_records(corpus.model_copy(update={"task": "reconstruct"}))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        problem = _problem(records, pool, progress)
+        folder = output.with_name(f"{output.name}.embeddings")
+        folder.mkdir(exist_ok=True)
+        queries = _embedded(problem.queries, embed_query or embed, folder, f"{teacher} queries", progress)
+        passages = _embedded(problem.passages, embed, folder, f"{teacher} passages", progress)
+        chosen, summary = _choose_all(problem, queries, passages, settings, device, progress)
+        _write_rows(output, records, problem, chosen, progress)
+    except OSError as error:
+        raise LusiferError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+    facts: dict[str, Any] = {"teacher": teacher, "source": item.source, "corpus": corpus.source if corpus else None}
+    facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **summary}
+    _write_summary(output.with_name(f"{output.name}.mining.json"), facts)
+    shutil.rmtree(folder)
+    return facts
+
+
+def _embedded(texts: _Texts, embed: Embed, folder: Path, name: str, progress: bool) -> np.ndarray:
+    digest = hashlib.sha256(f"{name} {texts.digest()}".encode()).hexdigest()[:16]
+    shown = f"embedding {name.rsplit(' ', 1)[1]}" if progress else None
+    return embed_to_file(embed, list(texts.number), folder / f"{digest}.f16", progress=shown)
+
+
+def _write_summary(path: Path, facts: dict[str, Any]) -> None:
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _choose_all(
+    problem: _Problem, queries: np.ndarray, passages: np.ndarray, settings: Settings, device: str, progress: bool
+) -> tuple[list[list[int]], dict[str, Any]]:
+    kinds = np.array(problem.passages.kind, dtype=np.int64)
+    rows_of: list[list[int]] = [[] for _ in range(len(queries))]
+    for row, (query, _) in enumerate(problem.rows):
+        rows_of[query].append(row)
+    most = max(len(own) for own in problem.own)
+    # Own texts may fill the first ranks, each with a few copies that differ in case or punctuation.
+    k = min(settings.range_max + 2 * most, len(passages))
+    chosen: list[list[int]] = [[] for _ in problem.rows]
+    positive_sum, negative_scores = 0.0, []
+    bar = tqdm(total=len(queries), desc="searching", unit=" queries", leave=False, disable=_bars(progress))
+    with bar:
+        for start, scores, found in nearest(queries, passages, k, device):
+            for query, best, candidates in zip(range(start, len(queries)), scores.numpy(), found.numpy(), strict=False):
+                own = np.isin(kinds[candidates], list(problem.own[query]))
+                vector = queries[query].astype(np.float32)
+                for row in rows_of[query]:
+                    positive = float((passages[problem.rows[row][1]].astype(np.float32) @ vector).min())
+                    chosen[row], kept = choose(best, candidates, own, positive, settings)
+                    positive_sum += positive
+                    negative_scores.append((len(kept), sum(kept)))
+            bar.update(len(scores))
+    counts = np.array([count for count, _ in negative_scores])
+    total = counts.sum()
+    return chosen, {
+        "mean_positive_score": positive_sum / len(problem.rows),
+        "mean_negative_score": float(sum(score for _, score in negative_scores) / total) if total else None,
+        "mean_negatives": float(counts.mean()),
+        "rows_short": int((counts < settings.negatives).sum()),
+        "rows_without": int((counts == 0).sum()),
+    }
+
+
+def _write_rows(output: Path, records: Records, problem: _Problem, chosen: list[list[int]], progress: bool) -> None:
+    import gzip
+
+    texts = list(problem.passages.number)
+    handle, staging = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    try:
+        with open(handle, "wb") as raw:
+            # The name and the time would make equal outputs differ.
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if output.suffix == ".gz" else raw
+            for row in tqdm(range(len(records)), desc="writing", unit=" rows", leave=False, disable=_bars(progress)):
+                labels = {name: records.table[name][row].as_py() for name in ("id", "cluster")}
+                kept = {name: value for name, value in labels.items() if value is not None}
+                record = {**kept, **records[row], "negative": [texts[number] for number in chosen[row]]}
+                packed.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            if packed is not raw:
+                packed.close()
+        os.chmod(staging, 0o644)
+        os.replace(staging, output)
+    finally:
+        Path(staging).unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""A mixture of data sets as a fixed sequence of examples: what a run trains on, decided before it starts.
+
+Every global batch holds rows of one set, and of one cluster of it where it has clusters: texts of other sets are
+negatives too easy to learn from, and not every set has in-batch negatives. The example at a position is a pure
+function of recipe, seed and position: the same for any number of ranks and workers, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lusifer.data.prompts import with_instruction
+from lusifer.data.records import Records, Rows, open_set
+from lusifer.errors import LusiferError
+from lusifer.recipes.schema import DataRecipe
+
+# One stream of random numbers for each purpose, so that none shifts another.
+_PLAN, _ORDER, _CHOICE, _HELD_OUT = 1, 2, 3, 4
+
+
+@dataclass
+class Unit:
+    """What batches are drawn from: a set, or one cluster of a set.
+
+    Attributes:
+        number: Index among the units; part of the seed of its order.
+        item: The set's recipe.
+        records: The opened set.
+        rows: The unit's rows (int64), or None for all of a streamed set, in its order.
+        size: How many rows.
+        cluster: Name of the cluster, if any.
+    """
+
+    number: int
+    item: DataRecipe
+    records: Rows
+    rows: np.ndarray | None
+    size: int
+    cluster: str | None = None
+    _epoch: int = field(default=-1, repr=False)
+    _order: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), repr=False)
+
+    def row(self, occurrence: int, batch_size: int, seed: int) -> int:
+        """The row of the unit's ``occurrence``-th example: every row once an epoch, in a new order each epoch."""
+        epoch, place = divmod(occurrence, self.size)
+        if self.rows is None:
+            return place
+        if epoch < self._epoch:
+            self._epoch = -1
+        while self._epoch < epoch:
+            self._next_epoch(batch_size, seed)
+        return int(self.rows[self._order[place]])
+
+    def _next_epoch(self, batch_size: int, seed: int) -> None:
+        self._epoch += 1
+        order = np.random.default_rng([seed, _ORDER, self.number, self._epoch]).permutation(self.size)
+        tail = self._epoch * self.size % batch_size
+        # A batch across two epochs must not hold a row twice: it would be its own false negative.
+        if tail and self.size >= batch_size:
+            repeated = np.isin(order, self._order[-tail:])
+            head = batch_size - tail
+            bad = np.flatnonzero(repeated[:head])
+            good = head + np.flatnonzero(~repeated[head:])[: len(bad)]
+            order[bad], order[good] = order[good], order[bad]
+        self._order = order
+
+
+class Mixture(Dataset):
+    """The examples of one stage, in the order they are trained on.
+
+    Args:
+        sets: The sets.
+        steps: Steps of the stage.
+        batch_size: Rows of a global batch.
+        seed: Seed of every choice.
+        held_out: Rows to keep out of training for evaluation, at most a tenth of each set; see `held_out_examples`.
+
+    Raises:
+        LusiferError: If a set cannot be used (see `lusifer.data.records.open_records`), or is smaller than a global batch
+            that takes its negatives from itself.
+
+    Attributes:
+        units: Sets and clusters.
+        plan: (steps,) int32, the unit of every step.
+    """
+
+    def __init__(
+        self, sets: Sequence[DataRecipe], *, steps: int, batch_size: int, seed: int, held_out: int = 0
+    ) -> None:
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.units = open_units(sets, batch_size=batch_size, seed=seed)
+        self._held_out = hold_out(self.units, held_out, batch_size, seed) if held_out else []
+        self.plan = plan(self.units, steps=steps, seed=seed)
+        self._before = _occurrences(self.plan)
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def held_out_examples(self) -> list[list[dict[str, Any]]]:
+        """Examples of rows that are never trained on, one list per set or cluster that has any."""
+        lists = []
+        for unit, rows in self._held_out:
+            examples = []
+            for number, row in enumerate(rows):
+                generator = np.random.default_rng([self.seed, _HELD_OUT, unit.number, number])
+                examples.append(example(unit.item, unit.records[int(row)], number, generator))
+            lists.append(examples)
+        return lists
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The example at ``position``, of step ``position // batch_size``.
+
+        Returns:
+            ``task``, ``dataset``, ``position`` and, for contrast, ``in_batch_negatives``, ``query``, ``positive``,
+            ``negatives``; for reconstruct and complete ``source`` and ``target``.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(position)
+        step, place = divmod(position, self.batch_size)
+        unit = self.units[self.plan[step]]
+        occurrence = int(self._before[step]) * self.batch_size + place
+        record = unit.records[unit.row(occurrence, self.batch_size, self.seed)]
+        generator = np.random.default_rng([self.seed, _CHOICE, position])
+        return example(unit.item, record, position, generator)
+
+
+def open_units(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> list[Unit]:
+    """Opens every set and splits those with clusters.
+
+    Raises:
+        LusiferError: See `Mixture`.
+    """
+    units: list[Unit] = []
+    for item in sets:
+        records = open_set(item, seed=seed)
+        clusters = records.clusters() if isinstance(records, Records) else None
+        if clusters is None:
+            rows = np.arange(len(records)) if isinstance(records, Records) else None
+            units.append(Unit(len(units), item, records, rows, len(records)))
+            _check_size(units[-1:], batch_size)
+            continue
+        made = [Unit(len(units) + k, item, records, r, len(r), name) for k, (name, r) in enumerate(clusters.items())]
+        _check_size(made, batch_size)
+        units += made
+    return units
+
+
+def hold_out(units: Sequence[Unit], count: int, batch_size: int, seed: int) -> list[tuple[Unit, np.ndarray]]:
+    """Takes rows away from units, in place: about ``count`` in all, at most a tenth of each and leaving a batch.
+
+    Streamed sets keep theirs.
+
+    Returns:
+        The units that gave at least two rows, with those rows.
+    """
+    taken = []
+    total = sum(unit.size for unit in units if unit.rows is not None)
+    for unit in units:
+        share = min(unit.size // 10, unit.size - batch_size, -(-count * unit.size // max(total, 1)))
+        if unit.rows is None or share < 2:
+            continue
+        order = np.random.default_rng([seed, _HELD_OUT, unit.number]).permutation(unit.rows)
+        taken.append((unit, order[:share]))
+        unit.rows, unit.size = np.sort(order[share:]), unit.size - share
+    return taken
+
+
+def _check_size(units: list[Unit], batch_size: int) -> None:
+    item = units[0].item
+    small = [unit for unit in units if unit.size < batch_size]
+    if item.task in ("reconstruct", "complete") or not item.in_batch_negatives or not small:
+        return
+    which = f"{item.source!r}"
+    if small[0].cluster is not None:
+        which = f"{len(small)} of {len(units)} clusters of {which}, e.g. {small[0].cluster!r},"
+    have = f"{small[0].size} rows, fewer than the batch of {batch_size}"
+    raise LusiferError(
+        f"{which} has {have}: rows would be their own negatives; lower batch_size, join sets or clusters, "
+        "or set in_batch_negatives: false"
+    )
+
+
+def plan(units: Sequence[Unit], *, steps: int, seed: int) -> np.ndarray:
+    """The unit of every step: (steps,) int32.
+
+    Between the steps where sets come or go, a unit gets its share of the steps in proportion to weight * rows,
+    rounded up or down (systematic sampling), in a shuffled order.
+    """
+    bounds = np.array([[round(share * steps) for share in (unit.item.start, unit.item.end)] for unit in units])
+    shares = np.array([unit.item.weight * unit.size for unit in units])
+    drawn = np.empty(steps, dtype=np.int32)
+    edges = np.unique(np.clip([0, steps, *bounds.ravel()], 0, steps))
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        generator = np.random.default_rng([seed, _PLAN, int(first)])
+        active = np.flatnonzero((bounds[:, 0] <= first) & (first < bounds[:, 1]))
+        active = generator.permutation(active)
+        ends = np.cumsum(shares[active])
+        points = (np.arange(last - first) + generator.random()) * (ends[-1] / (last - first))
+        found = np.minimum(np.searchsorted(ends, points, side="right"), len(active) - 1)
+        drawn[first:last] = generator.permutation(active[found])
+    return drawn
+
+
+def _occurrences(drawn: np.ndarray) -> np.ndarray:
+    """How many earlier steps drew the same unit: (steps,) int32."""
+    order = np.argsort(drawn, kind="stable")
+    counts = np.bincount(drawn)
+    within = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)
+    before = np.empty(len(drawn), dtype=np.int32)
+    before[order] = within
+    return before
+
+
+def example(item: DataRecipe, record: dict[str, Any], position: int, generator: np.random.Generator) -> dict[str, Any]:
+    """A record as the task needs it; ``generator`` chooses among positives, negatives and directions."""
+    made: dict[str, Any] = {"task": item.task or "contrast", "dataset": item.source, "position": position}
+    if item.task == "reconstruct":
+        return {**made, "source": record["text"], "target": record["text"]}
+    query, positives, negatives = record["query"], record["positive"], record["negative"]
+    positive = positives[generator.integers(len(positives))]
+    if item.task == "complete":
+        sides = (positive, query) if generator.random() < item.reverse else (query, positive)
+        return {**made, "source": sides[0], "target": sides[1]}
+    wanted = item.hard_negatives
+    order = generator.permutation(len(negatives))[:wanted].tolist()
+    return {
+        **made,
+        "in_batch_negatives": item.in_batch_negatives,
+        "query": with_instruction(item.instruction, query),
+        "positive": positive,
+        "negatives": [negatives[order[k % len(order)]] for k in range(wanted)],
+    }

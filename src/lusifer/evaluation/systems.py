@@ -1,0 +1,193 @@
+"""What can be scored, under one face: our models, others, an encoder or an LLM alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import cached_file
+
+from lusifer.data.everyday_set import load_everyday
+from lusifer.errors import LusiferError
+from lusifer.evaluation.diagnosis import pieces
+from lusifer.evaluation.everyday import language_bias
+from lusifer.loading import load_checkpoint
+from lusifer.model.backbone_alone import encoder_alone, mean_pooled_llm
+from lusifer.model.backbones import load_tokenizer
+from lusifer.model.fingerprint import files_hash
+from lusifer.model.sentence_transformer import lusifer_model
+from lusifer.starter.fetch import resolve_backbone
+
+ALONE = ("encoder:", "llm:", "llm-causal:")  # In front of a backbone's name: the backbone by itself.
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model as far as an evaluation needs it.
+
+    Attributes:
+        embed: From texts, prompts included, to (n, dim) float32 numpy.
+        max_seq_length: Tokens it reads of a text, where the model says it.
+        tokenizers: By what they are of: ``encoder``, ``llm`` or ``model``.
+        prompts: The model's own, by name, as Sentence Transformers has them.
+        default_prompt: What it puts in front of a text for which it has no other.
+        similarity: ``cosine``, ``dot``, ...; mteb's default when None.
+        device: Torch device.
+        dtype: Data type of its weights.
+        native: mteb's own object, for models that do more than embed texts behind a prompt.
+    """
+
+    embed: Callable[[list[str]], Any]
+    max_seq_length: int | None = None
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+    similarity: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    native: Any = None
+
+
+def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32) -> Embedder:
+    """Loads whatever can be scored.
+
+    Args:
+        model: A Sentence Transformers folder or hub id, ``starter``, ``encoder:NAME`` for a multilingual encoder alone,
+            ``llm:NAME`` for an LLM alone with attention in both directions, ``llm-causal:NAME`` for one as it is, or
+            ``mteb:NAME`` for a model mteb has a loader for.
+        device: Torch device; the best there is when None.
+        batch_size: Texts per forward pass.
+
+    Raises:
+        LusiferError: If it cannot be loaded.
+    """
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise LusiferError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from None
+    if model.startswith("mteb:"):
+        return _from_mteb(model.removeprefix("mteb:"), device)
+    if model.startswith("encoder:"):
+        return _encoder(backbone_name(model), device, batch_size)
+    if model.startswith(("llm:", "llm-causal:")):
+        loaded = mean_pooled_llm(backbone_name(model), causal=model.startswith("llm-causal:"), device=device)
+        tokenizers = {"llm": loaded.tokenizer}
+    else:
+        loaded = load_checkpoint(model, **({"device": device} if device else {}))
+        tokenizers = _tokenizers(loaded)
+    limit: Any = loaded.get_max_seq_length()
+    options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_numpy": True}
+    own: dict[str, str] = dict(loaded.prompts or {})
+    weight = next(loaded.parameters(), None)
+    return Embedder(
+        # An empty prompt, or the model would add its default one to ours.
+        partial(loaded.encode, prompt="", **options),
+        limit,
+        tokenizers,
+        prompts=own,
+        default_prompt=own.get(loaded.default_prompt_name or "", ""),
+        similarity=str(getattr(loaded.similarity_fn_name, "value", loaded.similarity_fn_name or "cosine")),
+        device=str(loaded.device),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+    )
+
+
+def _encoder(name: str, device: str | None, batch_size: int) -> Embedder:
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    alone, limit = encoder_alone(name, device=where)
+
+    def embed(texts: list[str]) -> Any:
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        parts = [
+            alone([texts[i] for i in order[begin : begin + batch_size]]).float().cpu().numpy()
+            for begin in range(0, len(order), batch_size)
+        ]
+        return np.concatenate(parts)[np.argsort(order)]
+
+    return Embedder(embed, limit, {"encoder": load_tokenizer("encoder", name)}, device=where, dtype="float32")
+
+
+def _from_mteb(name: str, device: str | None) -> Embedder:
+    import mteb
+
+    try:
+        native: Any = mteb.get_model(name, **({"device": device} if device else {}))
+    except Exception as error:  # Loaders of all kinds, with errors of all kinds.
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(f"mteb cannot load {name!r}: {reason}") from error
+    sentences = mteb.get_task("STSBenchmark").metadata
+
+    def embed(texts: list[str]) -> Any:
+        batches = [{"text": texts[begin : begin + 32]} for begin in range(0, len(texts), 32)]
+        return native.encode(batches, task_metadata=sentences, hf_split="test", hf_subset="default", prompt_type=None)
+
+    meta = native.mteb_model_meta
+    fn = getattr(meta, "similarity_fn_name", None)
+    return Embedder(
+        embed, getattr(meta, "max_tokens", None), similarity=str(getattr(fn, "value", fn or "cosine")), native=native
+    )
+
+
+def backbone_name(model: str) -> str:
+    """The backbone's name in ``encoder:NAME`` and its siblings, everything else as it is."""
+    prefix, _, name = model.partition(":")
+    return name if f"{prefix}:" in ALONE else model
+
+
+def _tokenizers(model: Any) -> dict[str, Any]:
+    try:
+        config = lusifer_model(model).config
+    except LusiferError:
+        return {"model": model.tokenizer}
+    try:
+        return {"encoder": model.tokenizer, "llm": load_tokenizer("llm", config.llm)}
+    except LusiferError:  # A standalone checkpoint may live where its LLM is not.
+        return {"encoder": model.tokenizer}
+
+
+def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, Any]) -> dict[str, Any]:
+    """What a model does with languages at large, from the bundled parallel sentences.
+
+    Returns:
+        ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens``, by tokenizer and language: mean tokens of a sentence.
+    """
+    sentences = load_everyday().sentences
+    found = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)
+    parts = np.split(found, len(sentences))
+    return {
+        "bias": language_bias({code: torch.from_numpy(part) for code, part in zip(sentences, parts, strict=True)}),
+        "tokens": {
+            part: {code: round(pieces(tokenizer, texts)[0], 2) for code, texts in sentences.items()}
+            for part, tokenizer in tokenizers.items()
+        },
+    }
+
+
+def model_hash(model: str) -> str:
+    """Hash of a model's files, or of its name and commit where it is on the hub; 16 hex digits."""
+    folder = Path(resolve_backbone(backbone_name(model)))
+    if not folder.is_dir():
+        return hashlib.sha256(f"{model} {_commit(model)}".encode()).hexdigest()[:16]
+    return files_hash(folder, next((prefix for prefix in ALONE if model.startswith(prefix)), ""))
+
+
+def _commit(model: str) -> str:
+    """The hub commit of a model; nothing where that cannot be told."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        found = cached_file(backbone_name(model), "config.json", **quiet)
+    except (OSError, ValueError):
+        return ""
+    return Path(found).parent.name if found else ""
+
+
+def _resolved(model: str) -> str:
+    from lusifer.starter.released import resolve_model
+
+    return model if model.startswith(ALONE) else resolve_model(model)

@@ -1,0 +1,258 @@
+"""mteb's task objects for the benchmarks of `lusifer.evaluation.benchmarks`, from a hub or from a folder without a network.
+
+Importing this module imports mteb (seconds) and makes the benchmarks known to ``mteb.get_benchmark``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mteb
+import mteb.benchmarks.benchmarks as known_benchmarks
+from mteb.abstasks import AbsTask
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.benchmarks import get_benchmark as _lookup
+
+from lusifer.errors import LusiferError
+from lusifer.evaluation import benchmarks as suite
+from lusifer.evaluation.benchmarks import Task
+from lusifer.evaluation.result_files import fingerprint
+
+_DESCRIPTIONS = {
+    suite.MAIN: "The 14-language benchmark of LUSIFER (arXiv 2501.00874, Figure 2).",
+    suite.CROSS_LINGUAL: "Cross-lingual tasks of LUSIFER (arXiv 2501.00874, Table 2): all pairs of two languages.",
+    suite.QUICK: "A small part of the LUSIFER benchmark, for a first look.",
+    suite.BITEXT: "Bitext mining of more than 100 languages into English, and pairs without English.",
+}
+
+
+def benchmark(name: str) -> mteb.Benchmark:
+    """A benchmark as mteb knows it; nothing is downloaded.
+
+    Args:
+        name: One of `suite.BENCHMARKS`.
+    """
+    return mteb.Benchmark(
+        name=name,
+        tasks=[mteb_task(task) for task in suite.tasks(name)],
+        description=_DESCRIPTIONS[name],
+        reference="https://arxiv.org/abs/2501.00874",
+    )
+
+
+def register() -> None:
+    """Makes ``mteb.get_benchmark("LUSIFER")`` and its siblings work."""
+    for name in suite.BENCHMARKS:
+        setattr(known_benchmarks, name.replace("-", "_").upper(), benchmark(name))
+    # mteb reads the module once and keeps what it found.
+    registry: Any = getattr(__import__(_lookup.__module__, fromlist=["_build_registry"]), "_build_registry", None)
+    if registry is not None:
+        registry.cache_clear()
+
+
+def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
+    """The task as mteb runs it, cut to our splits and subsets.
+
+    Args:
+        task: The task.
+        data: Folder with a ``tasks.json``; None loads from the hub.
+
+    Raises:
+        LusiferError: If the folder does not hold the task.
+    """
+    if data is None:
+        made = mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
+        # What was pinned, also where a later mteb names another.
+        made.metadata = made.metadata.model_copy(
+            update={"dataset": {**made.metadata.dataset, "revision": task.revision}}
+        )
+        return made
+    entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
+    if entry is None:
+        raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
+    found = _own_task(entry) if entry.get("custom") else mteb.get_task(task.name)
+    changed: dict[str, Any] = {
+        "dataset": {**found.metadata.dataset, "path": str((data / entry["dir"]).resolve()), "revision": "local"}
+    }
+    if entry.get("more_subsets"):
+        languages: Any = found.metadata.eval_langs
+        changed["eval_langs"] = {**languages, **entry["more_subsets"]}
+    found.metadata = found.metadata.model_copy(update=changed)
+    found.hf_subsets, found._eval_splits = list(task.subsets), list(task.splits)
+    return found
+
+
+def _own_task(entry: dict[str, Any]) -> AbsTask:
+    # A retrieval task mteb has no class for; metadata needs a full record to start from.
+    metadata = mteb.get_task("SQuADKorV1Retrieval").metadata.model_copy(
+        update={
+            "name": entry["name"],
+            "eval_langs": entry["eval_langs"],
+            "eval_splits": entry["eval_splits"],
+            "bibtex_citation": "",
+        }
+    )
+    made: AbsTask = type(entry["name"], (AbsTaskRetrieval,), {"metadata": metadata})()
+    return made
+
+
+_FIELDS: dict[str, type] = {"name": str, "dir": str, "eval_splits": list, "subsets": dict}
+
+
+def _listed(data: Path) -> list[dict[str, Any]]:
+    path = data / "tasks.json"
+    hint = "--data needs a folder with tasks.json as `lusifer data export-eval` writes it"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"{path} is no list of tasks ({error}); {hint}") from None
+    if not isinstance(found, list):
+        raise LusiferError(f"{path} is no list of tasks; {hint}")
+    for number, entry in enumerate(found):
+        if not isinstance(entry, dict):
+            raise LusiferError(f"{path}: entry {number} is no object; {hint}")
+        for field, kind in _FIELDS.items():
+            if not isinstance(entry.get(field), kind) or not entry[field]:
+                told = entry.get("name", number)
+                raise LusiferError(f"{path}: entry {told!r} needs a {field!r} that is a {kind.__name__}; {hint}")
+        if wrong := [key for key, value in entry["subsets"].items() if not isinstance(value, str | list) or not value]:
+            raise LusiferError(f"{path}: entry {entry['name']!r}: subset {wrong[0]!r} needs a language; {hint}")
+    return found
+
+
+def task_fingerprint(task: Task, data: Path | None) -> str | None:
+    """Hash of an offline task's files, see `lusifer.evaluation.result_files.fingerprint`; None for tasks from a hub."""
+    if data is None:
+        return None
+    entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
+    if entry is None:
+        raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
+    return fingerprint(data / entry["dir"], entry)
+
+
+def tasks_in(data: Path) -> list[Task]:
+    """The tasks a folder holds; subsets in two languages carry both.
+
+    Raises:
+        LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
+    """
+    groups = {task.name: task.group for task in suite.tasks(suite.MAIN)}
+    found = []
+    for entry in _listed(data):
+        name = entry["name"]
+        try:
+            made = None if entry.get("custom") else mteb.get_task(name).metadata
+        except KeyError:
+            raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} knows no task {name!r}") from None
+        kind: str = entry["custom"] if made is None else made.type
+        sides: Any = {} if made is None else made.eval_langs
+        subsets = {
+            key: _both(told, sides.get(key) if isinstance(sides, dict) else None)
+            for key, told in entry["subsets"].items()
+        }
+        group: str = groups.get(name, kind)
+        found.append(Task(name, name, group, kind, "local", tuple(entry["eval_splits"]), subsets))
+    return found
+
+
+def _both(told: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
+    """Languages of a subset: a pair of two may not count as one of them (``es`` of Tatoeba's ``spa-eng``)."""
+    codes = (told,) if isinstance(told, str) else tuple(told)
+    names = [side.split("-")[0] for side in sides or []]
+    if len(codes) > 1 or len(set(names)) < 2:
+        return codes
+    other = "en" if "eng" in names and codes != ("en",) else names[-1]
+    return (*codes, other)
+
+
+def choose(
+    name: str | None,
+    data: Path | None,
+    *,
+    languages: Sequence[str] | None = None,
+    types: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[list[Task], list[Task]]:
+    """The tasks of a run, those that tell most in little time first, and what a folder lacks of what was asked for.
+
+    Args:
+        name: Benchmark; None for everything the folder holds.
+        data: Folder of an offline run, or None.
+        languages: Only subsets in these languages.
+        types: Only these types or groups.
+        names: Only these tasks.
+
+    Raises:
+        LusiferError: If the benchmark, a language, a type or a task does not exist, or nothing is left.
+    """
+    if name is not None and name not in suite.BENCHMARKS:
+        raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
+    if name is None and data is None:
+        raise LusiferError("say which --benchmark, or which --data folder")
+    held = {task.name: task for task in tasks_in(data)} if data is not None else {}
+    wanted = list(held.values()) if name is None else suite.tasks(name)
+    for asked, present, word in (
+        (languages, {code for task in wanted for codes in task.subsets.values() for code in codes}, "language"),
+        (types, {kind for task in wanted for kind in (task.type, task.group)}, "type"),
+        (names, {task.name for task in wanted}, "task"),
+    ):
+        if unknown := sorted(set(asked or ()) - present):
+            raise LusiferError(f"no {word} {unknown[0]!r} here; there are {', '.join(sorted(present))}")
+    if types:
+        wanted = [task for task in wanted if {task.type, task.group} & set(types)]
+    if names:
+        wanted = [task for task in wanted if task.name in names]
+    if languages:
+        wanted = [replace(task, subsets=_spoken(task, set(languages))) for task in wanted]
+    wanted = [task for task in wanted if task.subsets]
+    chosen, absent = wanted, []
+    if name is not None and data is not None:
+        # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
+        chosen = [_within(task, held[task.name]) for task in wanted if task.name in held]
+        got = {task.name: task.subsets for task in chosen}
+        lost = [
+            replace(
+                task, subsets={key: codes for key, codes in task.subsets.items() if key not in got.get(task.name, {})}
+            )
+            for task in wanted
+        ]
+        chosen, absent = [task for task in chosen if task.subsets], [task for task in lost if task.subsets]
+    if not chosen:
+        raise LusiferError("no task is left; ask for fewer restrictions")
+    return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), absent
+
+
+def _within(task: Task, held: Task) -> Task:
+    subsets = {key: value for key, value in task.subsets.items() if key in held.subsets}
+    return replace(task, subsets=subsets, splits=held.splits, revision=held.revision)
+
+
+def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
+    # English is the other side of many pairs, and goes without saying.
+    return {
+        key: codes
+        for key, codes in task.subsets.items()
+        if set(codes) <= languages or (len(codes) > 1 and set(codes) - {"en"} <= languages)
+    }
+
+
+def cost(task: Task) -> int:
+    """Samples to embed by mteb's own statistics, 10,000 where it has none."""
+    try:
+        statistics: Any = mteb.get_task(task.name).metadata.descriptive_stats or {}
+    except KeyError:
+        return 10_000
+    total = 0
+    for split in task.splits:
+        found = statistics.get(split, {})
+        by_subset = found.get("hf_subset_descriptive_stats") or {}
+        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [found]
+        total += sum(int(part.get("num_samples") or 0) for part in parts)
+    return total or 10_000
+
+
+register()

@@ -1,0 +1,319 @@
+"""The published checkpoints of LUSIFER's authors, as ours.
+
+1. Configuration, names and shapes are checked, against the backbones' own configurations, before anything is written.
+2. Tensors pass one by one, so that memory does not grow with the checkpoint: adapters are kept beside backbones that
+   hold the same weights, or folded into a standalone checkpoint of several files.
+3. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from lusifer.errors import LusiferError
+from lusifer.interop.authors_format import (
+    THEIRS,
+    UNUSED,
+    Source,
+    backbone_of,
+    fetch,
+    is_authors_checkpoint,
+    read_source,
+)
+from lusifer.model.adapters import add_lora
+from lusifer.model.backbones import load_config, load_tokenizer
+from lusifer.model.card import CARD, make_card
+from lusifer.model.checkpoint import check_fit
+from lusifer.model.configuration import LusiferConfig
+from lusifer.model.modeling import LusiferModel
+from lusifer.model.sentence_transformer import replacing, to_sentence_transformer
+from lusifer.starter.fetch import cache_dir, resolve_backbone
+
+logger = logging.getLogger(__name__)
+
+_FILE_BYTES = 512 * 2**20  # Of one file of weights; bounds the memory, since a file is written from memory.
+# Prompts of texts without an instruction; with one, it stands in front of the full stop.
+_PROMPTS = {"query": ".\n", "document": ". Candidate:\n"}
+
+
+def find_authors(name: str) -> str:
+    """Maps a checkpoint of the authors, folder or hub id, to its conversion in the cache, made on first use.
+
+    Args:
+        name: Any model's folder or hub id; what is no checkpoint of the authors is returned unchanged.
+
+    Raises:
+        LusiferError: If it is one, and cannot be converted.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not is_authors_checkpoint(folder):
+            return name
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return name
+    else:
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        try:
+            config = cached_file(name, "config.json", **quiet)
+        except (OSError, ValueError):  # Gated, or no such model: whoever loads it says so.
+            return name
+        if config is None or not is_authors_checkpoint(Path(config).parent):
+            return name
+    folder = fetch(name)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        found = path.stat()
+        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
+    out = cache_dir() / "models" / f"authors-{digest.hexdigest()[:12]}"
+    if not (out / "modules.json").is_file():
+        logger.info("converting %s, once, into %s", name, out)
+        try:
+            convert_authors(name, out)
+        except LusiferError as error:
+            if "--merge" not in str(error):
+                raise
+            convert_authors(name, out, merge=True)
+    return str(out)
+
+
+def convert_authors(
+    source: str,
+    out: Path,
+    *,
+    merge: bool = False,
+    encoder: str | None = None,
+    llm: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Converts a checkpoint of the authors.
+
+    Args:
+        source: Folder or hub id.
+        out: Where ours goes; an older checkpoint there is replaced.
+        merge: Fold the adapters in and store every weight; else adapters stay, and the backbones are named, once
+            their weights have been found equal to the checkpoint's.
+        encoder: Folder or hub id of the encoder; what the checkpoint names when None.
+        llm: The same of the LLM.
+        progress: Whether to show a bar.
+
+    Returns:
+        ``checkpoint``, ``tensors`` written, ``unused`` tensors of theirs, and the ``backbones``.
+
+    Raises:
+        LusiferError: If it is of another format, damaged, does not fit its backbones, or cannot be written.
+    """
+    folder = fetch(source)
+    found = read_source(folder)
+    names = {
+        "encoder": encoder or backbone_of(folder, found.config["universal_learner_name_or_path"]),
+        "llm": llm or backbone_of(folder, found.config["encoder_name_or_path"]),
+    }
+    config = _our_config(found, names, merge=merge, provenance={"converted_from": source, "format": "authors"})
+    with torch.device("meta"):
+        model = _skeleton(config)
+    _check_names(found, model, str(folder))
+    unused = [name for name in found.files if UNUSED.match(name)]
+    if not merge:
+        for part in ("encoder", "llm"):
+            _check_backbone(found, part, names[part], progress)
+    with replacing(out) as staging:
+        tokenizer = load_tokenizer("encoder", names["encoder"])
+        wrapped = to_sentence_transformer(model, tokenizer)
+        wrapped.prompts.update(_PROMPTS)
+        wrapped.default_prompt_name = "query"
+        # The weights are written below, one by one; this writes everything else.
+        model.save_pretrained = lambda where, **_: config.save_pretrained(where)  # type: ignore[method-assign]
+        wrapped.save_pretrained(str(staging), create_model_card=False)
+        (staging / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
+        count = _write_files(staging, _tensors(found, model), len(model.state_dict()), progress)
+    return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
+
+
+def _our_config(found: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
+    configs: dict[str, PretrainedConfig] = {part: load_config(part, names[part]) for part in names}
+    for name in ("connector.added_tokens", "connector.up.weight", "connector.down.weight"):
+        if name not in found.files:
+            raise LusiferError(f"the checkpoint has no {name}: is it whole?")
+    for part, first in (("encoder", "embeddings.word_embeddings.weight"), ("llm", "embed_tokens.weight")):
+        if f"{part}.{first}" in found.files:
+            path, theirs = found.files[f"{part}.{first}"]
+            with safe_open(path, "pt") as file:
+                configs[part].dtype = file.get_tensor(theirs)[:0].dtype
+    head = found.shape("head.2.weight")[0] if "head.2.weight" in found.files else None
+    return LusiferConfig(
+        encoder=names["encoder"],
+        llm=names["llm"],
+        encoder_config=configs["encoder"],
+        llm_config=configs["llm"],
+        connector_dim=found.shape("connector.up.weight")[0],
+        connector_shortcut=False,
+        num_added_tokens=found.shape("connector.added_tokens")[0],
+        use_bos=False,
+        head_dim=head,
+        max_seq_length=512,
+        encoder_adapter=None if merge else _adapter(found, "encoder"),
+        llm_adapter=None if merge else _adapter(found, "llm"),
+        standalone=merge,
+        provenance=provenance,
+    )
+
+
+def _adapter(found: Source, part: str) -> dict[str, Any] | None:
+    """PEFT's fields; their configuration misspells the rank."""
+    if not found.adapted[part]:
+        return None
+    layers = {layer for layer in found.adapted[part] if not UNUSED.match(f"{part}.{layer}.")}
+    rank = found.shape(f"{part}.{min(layers)}.lora_A.default.weight")[0]
+    told = found.config.get("loar_r", rank)
+    if told != rank:
+        raise LusiferError(f"the {part}'s adapter has rank {rank}, but config.json says {told}")
+    return {
+        "r": rank,
+        "lora_alpha": _alpha(found),
+        "lora_dropout": found.config.get("dropout", 0.0),
+        "target_modules": sorted(layers),
+    }
+
+
+def _alpha(found: Source) -> float:
+    alpha = found.config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise LusiferError("config.json has no lora_alpha, without which the adapters' scale is unknown")
+    return alpha
+
+
+def _skeleton(config: LusiferConfig) -> LusiferModel:
+    """The model without weights, adapters in their places."""
+    model = LusiferModel(config)
+    for part in ("encoder", "llm"):
+        if adapter := getattr(config, f"{part}_adapter"):
+            add_lora(getattr(model, part), adapter)
+    return model
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _check_names(found: Source, model: LusiferModel, folder: str) -> None:
+    """Every tensor of ours is there in its shape, and nothing else is.
+
+    Raises:
+        LusiferError: Where not.
+    """
+    expected = {_plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    used = {name for name in found.files if not UNUSED.match(name)}
+    lora = {name for name in used if ".lora_" in name} if model.config.standalone else set()
+    for name in sorted(lora):
+        layer, side = re.sub(r"\.lora_[AB]\.default\.weight$", "", name), int(".lora_A." in name)
+        weight = expected.get(f"{layer}.weight")
+        if weight is None or found.shape(name)[side] != weight[side]:
+            raise LusiferError(f"the checkpoint {folder!r} has an adapter for {layer} that does not fit")
+    shapes = [name for name in used & expected.keys() if found.shape(name) != expected[name]]
+    check_fit(folder, missing=expected.keys() - used, extra=used - lora - expected.keys(), shapes=shapes)
+
+
+def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> None:
+    """Adapters may only be kept where the backbone's own files hold the checkpoint's weights.
+
+    Raises:
+        LusiferError: If they hold others, or cannot be read.
+    """
+    files = _backbone_files(backbone)
+    names = [n for n in found.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
+    for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
+        inner = name.removeprefix(f"{part}.")
+        stored = next((prefix + inner for prefix in THEIRS[part][1] if prefix + inner in files), None)
+        if stored is None:
+            raise LusiferError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
+        with safe_open(files[stored], "pt") as file:
+            theirs: Tensor = file.get_tensor(stored)
+            ours = found.read(name)
+            if theirs.shape != ours.shape or not torch.equal(theirs.to(ours.dtype), ours):
+                raise LusiferError(
+                    f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter cannot stand "
+                    "beside that; convert with --merge, which stores every weight"
+                )
+
+
+def _backbone_files(backbone: str) -> dict[str, Path]:
+    """Tensor name to safetensors file of a backbone, local or on the hub."""
+    where = resolve_backbone(backbone)
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        index = cached_file(where, "model.safetensors.index.json", **options)
+        if index is not None:
+            told = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            if outside := [name for name in told.values() if Path(name).name != name]:
+                raise LusiferError(f"the index of {backbone!r} names {outside[0]!r}, which is outside of its folder")
+            paths = {name: cached_file(where, name) for name in set(told.values())}
+            return {tensor: Path(str(paths[name])) for tensor, name in told.items()}
+        single = cached_file(where, "model.safetensors", **options)
+        if single is None:
+            raise LusiferError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), Path(single))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise LusiferError(f"cannot read the backbone {backbone!r}: {str(error).splitlines()[0]}") from error
+
+
+def _tensors(found: Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:
+    """What goes into our checkpoint, tensor by tensor; adapters folded in where it is standalone."""
+    standalone = model.config.standalone
+    for name in model.state_dict():
+        plain = _plain(name)
+        if not standalone and not (name.startswith(("connector.", "head.")) or "lora_" in name):
+            continue
+        tensor = found.read(plain)
+        layer = plain.removesuffix(".weight")
+        if standalone and f"{layer}.lora_A.default.weight" in found.files:
+            down, up = (found.read(f"{layer}.lora_{side}.default.weight").float() for side in "AB")
+            scale = _alpha(found) / down.shape[0]
+            tensor = torch.addmm(tensor.float(), up, down, alpha=scale).to(tensor.dtype)
+        yield name, tensor.float() if name.startswith(("connector.", "head.")) or "lora_" in name else tensor
+
+
+def _write_files(folder: Path, tensors: Iterable[tuple[str, Tensor]], total: int, progress: bool) -> int:
+    """Writes tensors into files of bounded size, with an index if there are several; returns their number."""
+    files: list[dict[str, Tensor]] = [{}]
+    placed: dict[str, int] = {}
+    size = sum_bytes = 0
+
+    def flush() -> None:
+        save_file(files[-1], folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
+        files[-1] = {}
+
+    for name, tensor in tqdm(tensors, total=total, desc="converting", unit="tensor", disable=not progress):
+        bytes_of = tensor.numel() * tensor.element_size()
+        if size and size + bytes_of > _FILE_BYTES:
+            flush()
+            files.append({})
+            size = 0
+        files[-1][name] = tensor.contiguous()
+        placed[name] = len(files)
+        size += bytes_of
+        sum_bytes += bytes_of
+    flush()
+    if len(files) == 1:
+        (folder / "part-00001.safetensors").rename(folder / "model.safetensors")
+        return len(placed)
+    called = {i: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)}
+    for i, target in called.items():
+        (folder / f"part-{i:05d}.safetensors").rename(folder / target)
+    index = {"metadata": {"total_size": sum_bytes}, "weight_map": {name: called[i] for name, i in placed.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return len(placed)

@@ -1,0 +1,306 @@
+"""Loading the two backbones: any Hugging Face encoder and any Hugging Face decoder LLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from lusifer.errors import LusiferError
+from lusifer.model.configuration import LusiferConfig
+from lusifer.model.published_adapters import fold_in
+from lusifer.model.safe_files import SAFE, check_files
+from lusifer.starter.fetch import resolve_backbone
+from lusifer.starter.use_encoder import UseConfig
+
+HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+SAFE_LOADING = {**SAFE, "output_loading_info": True}
+
+
+def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    """Calls a ``from_pretrained``; a backbone that cannot be read becomes one clear line.
+
+    Raises:
+        LusiferError: If the folder or hub id cannot be loaded.
+    """
+    try:
+        # Said, because transformers would ask a person at a terminal.
+        return loader(resolve_backbone(name), trust_remote_code=False, **kwargs)
+    except LusiferError:
+        raise
+    except Exception as error:  # Whatever a library says of files that it cannot make sense of.
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(
+            f"cannot load the {what} {name!r}: {reason} "
+            "(give a hub id you can reach, a local folder, or a starter name after `lusifer fetch`)"
+        ) from error
+
+
+def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any) -> PretrainedConfig:
+    """Loads a backbone's configuration without its weights.
+
+    Args:
+        what: ``encoder`` or ``llm``; decides which architectures are accepted.
+        name: Hub id, local folder or starter name.
+        revision: Hub revision.
+        **hub: Passed to ``AutoConfig.from_pretrained`` (``token``, ``cache_dir``, ...).
+
+    Raises:
+        LusiferError: If it cannot be read, or is not the kind of model asked for.
+    """
+    config = load_part(what, name, AutoConfig.from_pretrained, revision=revision or "main", **hub)
+    family = config.model_type
+    masked, causal = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES, family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if what == "llm" and (config.is_encoder_decoder or masked or not causal):
+        raise LusiferError(f"{name!r} ({family}) is not a decoder LLM; give a causal language model as llm")
+    if what == "encoder" and causal and not masked and not config.is_encoder_decoder:
+        raise LusiferError(f"{name!r} ({family}) is a decoder LLM; give a bidirectional encoder as encoder")
+    if what == "llm" and config.get_text_config() is not config:
+        raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as llm")
+    return config
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
+    try:
+        path = cached_file(resolve_backbone(name), "config.json", revision=revision or "main")
+    except OSError:
+        return revision
+    return extract_commit_hash(path, None) or revision
+
+
+def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
+    """Shortens an LLM's configuration, in place, to its first ``num_layers`` layers.
+
+    Raises:
+        LusiferError: If the model does not have so many.
+    """
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise LusiferError(f"num_layers must be between 1 and {config.num_hidden_layers}, not {num_layers}")
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        config.layer_types = layer_types[:num_layers]
+    config.num_hidden_layers = num_layers
+
+
+def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
+    """Drops all but the first layers of a loaded LLM, in place, from its configuration too.
+
+    Raises:
+        LusiferError: If the model does not have so many.
+    """
+    model: Any = llm
+    keep_layers(model.config, num_layers)
+    model.layers = model.layers[:num_layers]
+
+
+# Importing it registers the starter's encoder with the Auto classes.
+STARTER_ENCODER = UseConfig.model_type
+
+
+def _encoder_class(config: PretrainedConfig) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForTextEncoding
+    return AutoModel
+
+
+def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
+    """Leaves out a pooler, which would be a trained part that never gets a gradient."""
+    auto: Any = AutoModel
+    model_class = auto._model_mapping.get(type(config), None)
+    if isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Loads an encoder, or the encoder half of an encoder-decoder.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        config: Its configuration, as `load_config` gives it.
+        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision``, ...).
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    options = {} if config.is_encoder_decoder else _encoder_options(config)
+    _check_files("encoder", name, kwargs)
+    with no_load_report():
+        loader = partial(_encoder_class(config).from_pretrained, **SAFE_LOADING)
+        encoder, found = load_part("encoder", name, loader, config=config, **options, **kwargs)
+    check_whole("encoder", name, found)
+    return encoder
+
+
+def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
+    """Loads a decoder LLM without its LM head, ready for both attention directions.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        config: Its configuration; changed in place: a sliding window would silently cut bidirectional
+            attention, so Mistral-like windows are switched off.
+        adapters: LoRA adapters of PEFT to fold into it, in this order.
+        **kwargs: Passed to ``from_pretrained``.
+
+    Raises:
+        LusiferError: If it or an adapter cannot be read, or they do not fit, or it is quantised beside adapters.
+    """
+    if adapters and kwargs.get("quantization_config") is not None:
+        raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
+    _check_files("llm", name, kwargs)
+    _no_sliding_window(config)
+    with no_load_report():  # It lists the layers and the head that are left out on purpose.
+        llm, found = load_part("llm", name, partial(AutoModel.from_pretrained, **SAFE_LOADING), config=config, **kwargs)
+    check_whole("llm", name, found)
+    if adapters:
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
+        depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
+        for adapter in adapters:
+            fold_in(llm, adapter, depth=depth, **hub)
+    return llm
+
+
+def _check_files(what: str, name: str, options: dict[str, Any]) -> None:
+    hub = {key: options[key] for key in (*HUB_KEYS, "revision") if options.get(key) is not None}
+    check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
+
+
+def check_whole(what: str, name: str, found: dict[str, Any]) -> None:
+    """Refuses a backbone without all of its weights, where transformers would fill in random ones.
+
+    Raises:
+        LusiferError: If tensors are missing, or have other shapes than the configuration says.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise LusiferError(f"the {what} {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
+    if other := sorted(found["mismatched_keys"]):
+        raise LusiferError(f"the {what} {name!r} has other shapes than its configuration for {other[0][0]}")
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_backbones(
+    config: LusiferConfig,
+    encoder_dtype: torch.dtype | str,
+    llm_dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    quantization: str | None = None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Loads the encoder and the LLM a configuration names; ``quantization`` is for the LLM.
+
+    Raises:
+        LusiferError: If it names none, one cannot be read, or the LLM cannot be quantised.
+    """
+    if config.encoder is None or config.llm is None:
+        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    encoder = load_encoder(
+        config.encoder,
+        config.encoder_config,
+        dtype=encoder_dtype,
+        revision=config.encoder_revision or "main",
+        **attention,
+        **hub,
+    )
+    llm = load_llm(
+        config.llm,
+        config.llm_config,
+        dtype=llm_dtype,
+        adapters=config.llm_base_adapters,
+        revision=config.llm_revision or "main",
+        **quantized(quantization, llm_dtype),
+        **attention,
+        **hub,
+    )
+    return encoder, llm
+
+
+def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a frozen LLM in 8 or 4 bits (QLoRA, arXiv 2305.14314).
+
+    Args:
+        kind: ``8bit``, ``4bit`` (NF4, constants quantised again) or None.
+        dtype: Data type the LLM computes in.
+
+    Raises:
+        LusiferError: If bitsandbytes is missing, or 4 bits are asked for where there is no accelerator.
+    """
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LusiferError(f"quantization: {kind} needs bitsandbytes; run `pip install 'lusifer[quantization]'`")
+    if kind == "4bit" and not torch.accelerator.is_available():
+        # bitsandbytes 0.50 repacks 4-bit weights when it first evaluates on a CPU; without its extra kernels results
+        # are wrong from then on, and adapters get no gradient.
+        raise LusiferError("quantization: 4bit needs a GPU; on a CPU use 8bit, or none and llm_dtype: bfloat16")
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+    )
+    return {"quantization_config": config}
+
+
+def _no_sliding_window(config: PretrainedConfig) -> None:
+    # Families with layer_types (Gemma 3, Qwen) choose the window layer by layer and handle
+    # is_causal=False there; only a window for all layers has to go.
+    if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
+        config.sliding_window = None
+
+
+def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    """An encoder with random weights, for loading a state dict into."""
+    options = {} if config.is_encoder_decoder else _encoder_options(config)
+    return _encoder_class(config).from_config(config, **options)
+
+
+def build_llm(config: PretrainedConfig) -> PreTrainedModel:
+    """A decoder LLM with random weights and no LM head."""
+    _no_sliding_window(config)
+    return AutoModel.from_config(config)
+
+
+def load_tokenizer(what: str, name: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+    """Loads a backbone's tokenizer.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    return load_part(f"{what} tokenizer", name, AutoTokenizer.from_pretrained, revision=revision or "main", **hub)

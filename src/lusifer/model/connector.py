@@ -1,0 +1,101 @@
+"""The connector: turns encoder states into soft tokens of the LLM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lusifer.model.configuration import LusiferConfig
+
+
+class FeedForwardConnector(nn.Module):
+    """Two linear layers per token, and learned tokens appended to each text.
+
+    The paper's connector (arXiv 2501.00874, section 3.1), with an optional linear shortcut beside
+    the two layers: stage 0 puts its ridge solution there, so that the layers start as a zero correction to it.
+
+    Args:
+        encoder_dim: Width of the encoder states.
+        hidden_dim: Width between the two layers.
+        llm_dim: Width of the LLM's input embeddings.
+        num_added_tokens: How many learned tokens follow a text.
+        shortcut: Whether to add the linear shortcut.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        hidden_dim: int,
+        llm_dim: int,
+        num_added_tokens: int = 1,
+        shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(encoder_dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, llm_dim)
+        self.shortcut = nn.Linear(encoder_dim, llm_dim) if shortcut else None
+        self.added_tokens = nn.Parameter(torch.zeros(num_added_tokens, llm_dim))
+
+    @torch.no_grad()
+    def scale_to(self, mean: Tensor, std: float, encoder_std: float = 1.0) -> None:
+        """Random start whose soft tokens match the LLM's input embeddings in mean and spread.
+
+        An LLM's embeddings are far smaller than the outputs of a default initialisation
+        (SmolLM2: standard deviation 0.1), and soft tokens ten times too large drown its attention.
+
+        Args:
+            mean: (llm_dim,) mean of the LLM's input embeddings.
+            std: Their standard deviation per component.
+            encoder_std: Standard deviation of the encoder states per component.
+        """
+        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5 / encoder_std)
+        nn.init.zeros_(self.up.bias)
+        # A ReLU of a unit normal has second moment 1/2.
+        nn.init.normal_(self.down.weight, std=std * (self.down.in_features / 2) ** -0.5)
+        self.down.bias.copy_(mean)
+        if self.shortcut is not None:
+            nn.init.zeros_(self.shortcut.weight)
+            nn.init.zeros_(self.shortcut.bias)
+        self.added_tokens.copy_(mean + std * torch.randn_like(self.added_tokens))
+
+    @torch.no_grad()
+    def start_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Makes the connector exactly ``states @ weight.T + bias``, every layer still trainable.
+
+        Args:
+            weight: (llm_dim, encoder_dim) float32.
+            bias: (llm_dim,) float32.
+
+        Raises:
+            ValueError: If the connector has no shortcut.
+        """
+        if self.shortcut is None:
+            raise ValueError("a linear start needs a connector with shortcut=True")
+        self.shortcut.weight.copy_(weight)
+        self.shortcut.bias.copy_(bias)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps encoder states to soft tokens.
+
+        Args:
+            states: (batch, seq, encoder_dim).
+
+        Returns:
+            (batch, seq, llm_dim) soft tokens; the added tokens are placed by the model, which knows
+            where each text ends.
+        """
+        soft = self.down(torch.relu(self.up(states)))
+        if self.shortcut is not None:
+            soft = soft + self.shortcut(states)
+        return soft
+
+
+def connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a connector's main tensors, as a checkpoint names them."""
+    encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+    inner = config.connector_dim or llm_dim
+    shapes = {"up.weight": (inner, encoder_dim), "down.weight": (llm_dim, inner)}
+    shapes["added_tokens"] = (config.num_added_tokens, llm_dim)
+    return {f"connector.{name}": shape for name, shape in shapes.items()}

@@ -1,0 +1,407 @@
+"""LusiferModel: a multilingual encoder in front of a decoder LLM, joined by a connector.
+
+One model serves both training stages and inference; they differ in the direction of the LLM's attention:
+
+1. The encoder reads the text; the connector turns each token state into a soft token.
+2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding
+   depends on the padding its batch mates cause.
+3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the
+   target too, causally, to predict it (LUSIFER, arXiv 2501.00874, section 3).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch import distributed as dist
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lusifer.errors import LusiferError
+from lusifer.model.adapters import add_lora, fold_adapters, linear_names, merge_adapters
+from lusifer.model.backbones import (
+    HUB_KEYS,
+    build_encoder,
+    build_llm,
+    commit_of,
+    keep_layers,
+    load_backbones,
+    load_config,
+)
+from lusifer.model.checkpoint import check_header, check_loaded, load_stored, stored_state
+from lusifer.model.configuration import LusiferConfig
+from lusifer.model.connector import FeedForwardConnector, connector_shapes
+from lusifer.model.packing import pack_left, run_llm
+from lusifer.model.pooling import pool
+from lusifer.model.safe_files import SAFE, check_files
+from lusifer.model.token_batches import PASS_TOKENS, micro_batches, trim
+from lusifer.storage import without_paths
+
+# Padded by real tokens, above which a batch is cut into groups: below it, the groups' own overhead is as much.
+WORTH_SPLITTING = 1.15
+
+
+class LusiferModel(PreTrainedModel):
+    """Encoder, connector, decoder LLM, pooling and optional MLP head.
+
+    Args:
+        config: The model's configuration; both sub-configurations must be set.
+        encoder: A loaded encoder; built with random weights when None.
+        llm: A loaded LLM without LM head; built with random weights when None.
+    """
+
+    config_class = LusiferConfig
+    base_model_prefix = "lusifer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: LusiferConfig,
+        encoder: PreTrainedModel | None = None,
+        llm: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
+        self.llm = llm if llm is not None else build_llm(config.llm_config)
+        encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+        self.connector = FeedForwardConnector(
+            encoder_dim,
+            config.connector_dim or llm_dim,
+            llm_dim,
+            config.num_added_tokens,
+            config.connector_shortcut,
+        )
+        self.head: nn.Module | None = None
+        if config.head_dim is not None:
+            self.head = nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leaves connector and head as their constructors made them; backbones initialise themselves."""
+
+    @classmethod
+    def from_backbones(
+        cls,
+        encoder: str,
+        llm: str,
+        *,
+        llm_layers: int | None = None,
+        encoder_dtype: torch.dtype | str = torch.float32,
+        llm_dtype: torch.dtype | str = torch.float32,
+        attn_implementation: str | None = None,
+        quantization: str | None = None,
+        **config: Any,
+    ) -> LusiferModel:
+        """Builds an untrained model from two pretrained backbones.
+
+        Args:
+            encoder: Hub id, local folder or starter name of a bidirectional encoder or encoder-decoder.
+            llm: The same of a decoder LLM.
+            llm_layers: Use only the LLM's first layers; all when None.
+            encoder_dtype: Data type of the encoder's weights.
+            llm_dtype: Data type of the LLM's weights.
+            attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice when None.
+            quantization: ``8bit`` or ``4bit`` loads the LLM's linear layers so; they stay frozen.
+            **config: Further fields of `LusiferConfig`.
+
+        Raises:
+            LusiferError: If a backbone cannot be loaded or is of the wrong kind.
+        """
+        encoder_config = load_config("encoder", encoder, revision=config.get("encoder_revision"))
+        llm_config = load_config("llm", llm, revision=config.get("llm_revision"))
+        if llm_layers is not None:
+            keep_layers(llm_config, llm_layers)
+        built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
+        for part, name in (("encoder", encoder), ("llm", llm)):
+            # A hub's branch moves on; the checkpoint is to mean what it was trained with.
+            setattr(built, f"{part}_revision", commit_of(name, config.get(f"{part}_revision")))
+        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
+        model = cls(built, *parts)
+        embeddings = model.llm_embeddings().float()
+        model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LusiferModel:
+        """Loads a checkpoint folder or hub id.
+
+        A standalone checkpoint goes through transformers' own loader. A small one (the default)
+        loads its backbones by name, then puts connector, head and adapters on top.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: For transformers' loader.
+            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones'
+                data types, which otherwise are those of the checkpoint's configuration;
+                ``quantization`` is as for `from_backbones`.
+
+        Raises:
+            LusiferError: If the checkpoint cannot be read, or a backbone is missing.
+        """
+        config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
+        hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
+        if not isinstance(config, LusiferConfig):
+            config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        check_files(repr(str(pretrained_model_name_or_path)), str(pretrained_model_name_or_path), **hub)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if config.standalone:
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
+            kwargs["dtype"] = "auto" if dtype is None else dtype
+            name = str(pretrained_model_name_or_path)
+            try:
+                model, found = super().from_pretrained(name, *args, config=config, **kwargs)
+            except SafetensorError as error:
+                raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
+            check_loaded(name, model, found)
+            return model
+        check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
+        chosen = None if dtype in (None, "auto") else dtype
+        encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
+        llm_dtype = chosen or config.llm_config.dtype or torch.float32
+        shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
+        parts = load_backbones(
+            config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
+        )
+        model = cls(config, *parts)
+        for part in ("encoder", "llm"):
+            if getattr(config, f"{part}_adapter"):
+                add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
+        load_stored(model, pretrained_model_name_or_path, **hub)
+        if (device := kwargs.get("device_map")) is not None and device != "auto":
+            model.to(device if not isinstance(device, dict) else next(iter(device.values())))
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes configuration and weights: what was trained, or everything if ``config.standalone``.
+
+        Args:
+            save_directory: Folder to write to.
+            **kwargs: As for ``PreTrainedModel.save_pretrained``.
+        """
+        kwargs["state_dict"] = stored_state(self, kwargs.get("state_dict") or self.state_dict())
+        super().save_pretrained(save_directory, **kwargs)
+
+    def merge(self) -> LusiferModel:
+        """Folds the adapters into the backbones, in place, and makes checkpoints of it standalone."""
+        for part in (self.encoder, self.llm):
+            merge_adapters(part)
+        self.config.encoder_adapter = self.config.llm_adapter = None
+        self.config.standalone = True
+        # From here on the names only tell where the weights came from.
+        for part, sub in (("encoder", self.config.encoder_config), ("llm", self.config.llm_config)):
+            name = without_paths(getattr(self.config, part))
+            setattr(self.config, part, name)
+            sub._name_or_path = name or ""
+        self.config.llm_base_adapters = without_paths(self.config.llm_base_adapters)
+        return self
+
+    def fold_adapters(self) -> LusiferModel:
+        """Adds the adapters to the weights they belong to, for speed, until the model learns again; see `train`."""
+        for part in (self.encoder, self.llm):
+            fold_adapters(part, folded=True)
+        return self
+
+    def train(self, mode: bool = True) -> LusiferModel:
+        """As for any module; folded adapters come out again, which restores the weights up to their rounding."""
+        if mode:
+            for part in (self.encoder, self.llm):
+                fold_adapters(part, folded=False)
+        return super().train(mode)
+
+    def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
+        """Puts a LoRA adapter on the encoder or the LLM.
+
+        Args:
+            part: ``encoder`` or ``llm``.
+            adapter: Fields of ``peft.LoraConfig``; ``target_modules`` defaults to every linear layer.
+
+        Raises:
+            LusiferError: If the part has an adapter already or PEFT refuses the configuration.
+        """
+        if part not in ("encoder", "llm"):
+            raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
+        if getattr(self.config, f"{part}_adapter"):
+            raise LusiferError(f"the {part} has an adapter already")
+        fields = {"target_modules": linear_names(getattr(self, part)), **adapter}
+        add_lora(getattr(self, part), fields)
+        setattr(self.config, f"{part}_adapter", fields)
+
+    def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
+        """Chooses what learns: a stage is nothing but this choice and a loss.
+
+        Args:
+            encoder: ``frozen``, ``lora`` (its adapter only) or ``full``.
+            connector: Whether connector and head learn.
+            llm: Whether the LLM's adapter learns; its own weights never do.
+
+        Raises:
+            LusiferError: If an adapter is asked for that does not exist.
+        """
+        if encoder == "lora" and not self.config.encoder_adapter:
+            raise LusiferError("the encoder has no adapter to train; add one or choose frozen or full")
+        if llm and not self.config.llm_adapter:
+            raise LusiferError("the LLM has no adapter to train; add one")
+        self.requires_grad_(False)
+        self.connector.requires_grad_(connector)
+        if self.head is not None:
+            self.head.requires_grad_(connector)
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(encoder == "full" or (encoder == "lora" and "lora_" in name))
+        for name, parameter in self.llm.named_parameters():
+            parameter.requires_grad_(llm and "lora_" in name)
+        if encoder == "full":
+            self.config.encoder_stored = True
+
+    def llm_embeddings(self) -> Tensor:
+        """The LLM's input embedding matrix, (vocab, llm_dim), as the LLM itself feeds it to its layers."""
+        table: Any = self.llm.get_input_embeddings()
+        scale = float(getattr(table, "scalar_embed_scale", 1.0))
+        return table.weight.detach() * scale
+
+    def bos_embedding(self) -> Tensor | None:
+        """(llm_dim,) float32 embedding that stands before the soft tokens; None where the model has none."""
+        found = self.config.llm_config.bos_token_id
+        bos_id = found[0] if isinstance(found, list) else found
+        if not self.config.use_bos or bos_id is None:
+            return None
+        table: Any = self.llm.get_input_embeddings()
+        return table(torch.tensor(bos_id, device=table.weight.device)).float()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's token embeddings: the first thing an input meets."""
+        return self.encoder.get_input_embeddings()
+
+    def soft_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs encoder and connector.
+
+        Args:
+            input_ids: (batch, seq) int64, encoder token ids, padded on either side.
+            attention_mask: (batch, seq), non-zero at real tokens.
+
+        Returns:
+            ``[bos] soft tokens [added tokens]`` of shape (batch, length, llm_dim), float32; its mask;
+            and the mask of positions to pool (all but BOS), both (batch, length) bool.
+        """
+        # Encoders with absolute positions (BERT) count padding on the left too.
+        packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
+        seen = real.clone()
+        # A row with nothing in it: attention over nothing is not a number, nor is anything it touches.
+        seen[:, 0] |= ~real.any(dim=1)
+        states = self.encoder(
+            input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)
+        ).last_hidden_state
+        soft = self.connector(states.to(self.connector.up.weight.dtype)).float()
+        batch = soft.shape[0]
+        added = self.connector.added_tokens.float().expand(batch, -1, -1)
+        ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
+        parts, masks, pooled = [soft, added], [real, ones], [real, ones]
+        bos = self.bos_embedding()
+        if bos is not None:
+            one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
+            parts.insert(0, bos.expand(batch, 1, -1))
+            masks.insert(0, one)
+            pooled.insert(0, torch.zeros_like(one))
+        mask = torch.cat(masks, dim=1)
+        packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
+        # Without BOS and added tokens an empty text leaves nothing to attend to: it gets a zero vector.
+        packed_mask[:, 0] |= ~packed_mask.any(dim=1)
+        pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
+        return packed, packed_mask, pool_mask
+
+    def _run_llm(self, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
+        return run_llm(self.llm, embeds.to(self.llm.dtype), mask, is_causal=is_causal)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        target_ids: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        target_hidden: Tensor | None = None,
+        mask_embedding: Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Embeds texts or, given targets, reads them causally after the texts' soft tokens (stage 1).
+
+        Args:
+            input_ids: (batch, seq) int64, encoder token ids, padded on either side.
+            attention_mask: (batch, seq), non-zero at real tokens; all real when None.
+            return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
+            target_ids: (batch, target_seq) int64, LLM token ids of the targets, padded on the right.
+            target_mask: (batch, target_seq), non-zero at real target tokens; all real when None.
+            target_hidden: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
+                target's input embedding; nowhere when None.
+            mask_embedding: (llm_dim,), needed with ``target_hidden``.
+
+        Returns:
+            ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
+            ``pooler_output`` (batch, dim) float32, not normalised. With targets, ``last_hidden_state``
+            alone: (supervised, llm_dim) states that predict the real target tokens, row by row in order.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if target_ids is None and (groups := self._groups(attention_mask)):
+            return self._in_groups(input_ids, attention_mask, groups)
+        embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
+        if target_ids is not None:
+            table: Any = self.llm.get_input_embeddings()
+            target = table(target_ids).float()
+            if target_hidden is not None:
+                assert mask_embedding is not None
+                target = torch.where(target_hidden.unsqueeze(-1), mask_embedding.float(), target)
+            target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
+            return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
+        hidden = self._run_llm(embeds, mask, is_causal=False)
+        # A row without tokens has nothing to pool if there are no added tokens either.
+        pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
+        vector = pool(hidden, pooled, self.config.pooling)
+        if self.head is not None:
+            vector = self.head(vector)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
+
+    def _groups(self, attention_mask: Tensor) -> list[Tensor]:
+        """Rows of similar length, where a batch on a CPU is mostly padding and nothing learns; else none.
+
+        Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
+        """
+        if torch.is_grad_enabled() or self.training or attention_mask.device.type != "cpu" or dist.is_initialized():
+            return []
+        lengths = attention_mask.bool().sum(dim=1)
+        if attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
+            return []
+        groups = micro_batches(lengths, PASS_TOKENS)
+        return groups if len(groups) > 1 else []
+
+    def _in_groups(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Tensor]) -> BaseModelOutputWithPooling:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        parts = [self(**trim(batch, rows)) for rows in groups]
+        width = max(part.last_hidden_state.shape[1] for part in parts)
+        hidden = [
+            nn.functional.pad(p.last_hidden_state, (0, 0, 0, width - p.last_hidden_state.shape[1])) for p in parts
+        ]
+        back = torch.argsort(torch.cat(groups))
+        pooled = torch.cat([part.pooler_output for part in parts])[back]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(hidden)[back], pooler_output=pooled)
+
+    def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
+        """The states before each real target token, so that no position has seen what it predicts."""
+        mask = torch.cat([prefix_mask, target_mask], dim=1)
+        packed, packed_mask = pack_left(torch.cat([prefix, target], dim=1), mask)
+        hidden = self._run_llm(packed, packed_mask, is_causal=True)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        start = prefix_mask.sum(dim=1, keepdim=True) - 1
+        return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]
+
+
+AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)
+AutoModel.register(LusiferConfig, LusiferModel, exist_ok=True)

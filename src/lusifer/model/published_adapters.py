@@ -1,0 +1,133 @@
+"""Adapters that belong to an LLM as it is published: folded into its weights while it loads.
+
+Many LLM embedders are a base LLM and one or two LoRA adapters of PEFT on top (LLM2Vec, arXiv 2404.05961: one for
+masked next token prediction, then one for contrastive training). To us they are the LLM, which nothing trains further:
+
+1. Read the adapter's configuration and the names of its tensors. Names depend on the model it was trained on, with
+   LM head (``base_model.model.model.layers...``) or without (``base_model.model.layers...``); ours has none.
+2. Put PEFT's own LoRA layers at just these places, with the ranks the tensors have, and copy the tensors in.
+3. Let PEFT add the products to the weights, and go on with the next adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from lusifer.errors import LusiferError
+from lusifer.model.adapters import merge_adapters
+
+WEIGHTS = "adapter_model.safetensors"
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration and tensors.
+
+    Args:
+        name: Folder or hub id of a LoRA adapter of PEFT; ``ID@REVISION`` pins a hub id.
+        **hub: ``token``, ``cache_dir``, ...
+
+    Returns:
+        The configuration, and tensors by the layer's name in an LLM without head and ``A`` or ``B``.
+
+    Raises:
+        LusiferError: If it cannot be read, has no safetensors, or holds more than LoRA matrices of inner layers.
+    """
+    where, _, revision = name.partition("@")
+    options = {"revision": revision or "main", **hub}
+    try:
+        config: Any = PeftConfig.from_pretrained(where, **options)
+        path = cached_file(where, WEIGHTS, _raise_exceptions_for_missing_entries=False, **options)
+        tensors = None if path is None else load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(f"cannot read the adapter {name!r}: {reason}") from error
+    if tensors is None:
+        raise LusiferError(f"the adapter {name!r} has no {WEIGHTS}; other formats may run code: save it as safetensors")
+    _check_kind(name, config)
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if (match := _TENSOR.fullmatch(key)) is None:
+            raise LusiferError(f"the adapter {name!r} holds {key}, no LoRA matrix of a layer; merge it by hand")
+        found[f"{match['layer']} {match['side']}"] = tensor
+    return config, found
+
+
+def _check_kind(name: str, config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise LusiferError(f"the adapter {name!r} is {config.peft_type!s}, not LoRA; merge it into its LLM by hand")
+    refused = {
+        "use_dora": config.use_dora,
+        "modules_to_save": config.modules_to_save,
+        "lora_bias": config.lora_bias,
+        "bias": config.bias not in (None, "none"),
+        "layer_replication": config.layer_replication,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    if told := [field for field, value in refused.items() if value]:
+        raise LusiferError(f"the adapter {name!r} uses {', '.join(told)}; merge it into its LLM by hand")
+
+
+def fold_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
+    """Adds an adapter to the LLM it was trained on, in place; nothing of it remains to be trained.
+
+    Sums are made in float32 and rounded once to the weights' data type.
+
+    Args:
+        llm: An LLM without LM head, perhaps shortened to its first layers.
+        name: As in `read_base_adapter`.
+        depth: Layers of the LLM as published; what belongs to a layer left out of ours is left out too.
+        **hub: As in `read_base_adapter`.
+
+    Raises:
+        LusiferError: If the adapter cannot be read or does not fit the LLM.
+    """
+    config, tensors = read_base_adapter(name, **hub)
+    adapted = sorted({key.rpartition(" ")[0] for key in tensors})
+    model: Any = llm
+    kept = int(model.config.num_hidden_layers)
+    layers = [layer for layer in adapted if not kept <= _number(layer) < depth]
+    there = {path for path, _ in llm.named_modules()}
+    if not adapted or (strange := [layer for layer in layers if layer not in there]):
+        what = strange[0] if adapted else "layer for it"
+        raise LusiferError(f"the adapter {name!r} does not fit the LLM, which has no {what}")
+    ranks = {layer: tensors[f"{layer} A"].shape[0] for layer in layers if f"{layer} A" in tensors}
+    fields = {
+        **{key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "fan_in_fan_out")},
+        "target_modules": layers,
+        "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items() if rank != config.r},
+        "alpha_pattern": {key.removeprefix("model."): value for key, value in (config.alpha_pattern or {}).items()},
+    }
+    if not layers:
+        return
+    try:
+        inject_adapter_in_model(LoraConfig(**fields), llm)
+    except (TypeError, ValueError) as error:
+        raise LusiferError(f"cannot add the adapter {name!r}: {error}") from error
+    _copy(llm, name, layers, tensors)
+    merge_adapters(llm)
+    del model.peft_config  # PEFT would warn of a second adapter when ours comes.
+
+
+def _number(layer: str) -> int:
+    found = re.search(r"\.(\d+)\.", f".{layer}")
+    return int(found[1]) if found else -1
+
+
+def _copy(llm: nn.Module, name: str, layers: list[str], tensors: dict[str, Tensor]) -> None:
+    for layer in layers:
+        for side in "AB":
+            place: Any = llm.get_submodule(f"{layer}.lora_{side}.default")
+            tensor = tensors.get(f"{layer} {side}")
+            if tensor is None or tensor.shape != place.weight.shape:
+                told = "lacks" if tensor is None else f"has shape {tuple(tensor.shape)} for"
+                raise LusiferError(f"the adapter {name!r} {told} {layer}.lora_{side}; it does not fit the LLM")
+            place.weight.data = tensor.to(place.weight.device).float()

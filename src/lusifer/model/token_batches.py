@@ -1,0 +1,92 @@
+"""token_batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Features = dict[str, Tensor]
+
+
+# Tokens of a pass on a CPU: enough rows for matrix products at full speed, few enough to stay in its cache.
+PASS_TOKENS = 1024
+
+
+def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[Tensor]:
+    """Groups rows of similar length.
+
+    Args:
+        lengths: (rows,) tokens per row.
+        max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
+        at_least: Least number of groups, at most ``rows``; groups are halved until there are so many.
+
+    Returns:
+        Row indices of each group, longest rows first.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups = []
+    while len(order):
+        size = max(1, max_tokens // max(int(lengths[order[0]]), 1))
+        groups.append(order[:size])
+        order = order[size:]
+    while len(groups) < at_least:
+        widest = max(range(len(groups)), key=lambda g: len(groups[g]))
+        half = (len(groups[widest]) + 1) // 2
+        groups[widest : widest + 1] = [groups[widest][:half], groups[widest][half:]]
+    return groups
+
+
+def exact_batches(lengths: Tensor, max_tokens: int, enough: int = 256) -> list[Tensor]:
+    """Groups rows of equal length, and of nearly equal length only where a group would be small.
+
+    Without padding an attention mask is not needed, and attention without one is faster. Matrix products on a CPU are
+    at full speed from some 256 rows on, so a group of that many tokens need not be filled up with shorter texts.
+
+    Args:
+        lengths: (rows,) tokens per row.
+        max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
+        enough: Tokens from which on a group takes no row of another length.
+
+    Returns:
+        Row indices of each group, longest rows first.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    ordered = lengths[order].tolist()
+    groups, begin = [], 0
+    while begin < len(ordered):
+        longest, end = max(ordered[begin], 1), begin + 1
+        while (
+            end < len(ordered)
+            and (end - begin + 1) * longest <= max_tokens
+            and (ordered[end] == ordered[begin] or (end - begin) * longest < enough)
+        ):
+            end += 1
+        groups.append(order[begin:end])
+        begin = end
+    return groups
+
+
+def padded_tokens(lengths: Tensor, groups: list[Tensor]) -> list[int]:
+    """Tokens each group holds, padding included."""
+    return [len(rows) * int(lengths[rows].max()) for rows in groups]
+
+
+def trim(features: Features, rows: Tensor) -> Features:
+    """Selects rows of padded token features and drops the columns that are padding in all of them.
+
+    Args:
+        features: Tensors (rows, seq), among them ``attention_mask``.
+        rows: Indices of the rows to keep.
+    """
+    rows = rows.to(features["attention_mask"].device)
+    columns = features["attention_mask"][rows].bool().any(dim=0)
+    columns[0] |= ~columns.any()
+    return {name: tensor[rows][:, columns] for name, tensor in features.items()}
+
+
+def token_features(batch: dict[str, Any]) -> Features:
+    """The entries of a batch that have one value per token: tensors of the shape of ``input_ids``."""
+    shape = batch["input_ids"].shape
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}

@@ -1,0 +1,130 @@
+"""The quickstart: train on English text, score three systems zero-shot, write a report.
+
+Every step leaves its result in the output folder, so an interrupted run goes on where it was and a
+finished one does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from lusifer.errors import LusiferError
+from lusifer.evaluation.everyday import Scores, embedder, score
+from lusifer.loading import load_checkpoint
+from lusifer.model.backbone_alone import Embed, encoder_alone
+from lusifer.quickstart.report import write_report
+from lusifer.recipes.files import load_recipe
+from lusifer.recipes.schema import Recipe
+from lusifer.starter.fetch import fetch
+from lusifer.starter.use_encoder import LANGUAGES
+from lusifer.training.llm_baseline import train_llm_alone
+from lusifer.training.run import STAGES, fingerprint, train
+
+logger = logging.getLogger(__name__)
+
+
+def quickstart_recipe(output: Path, overrides: list[str] | None = None) -> Recipe:
+    """The bundled recipe, writing to ``output``."""
+    bundled = files("lusifer") / "resources" / "quickstart.yaml"
+    return load_recipe(str(bundled), [*(overrides or []), "--output", str(output)])
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def _write_json(path: Path, value: Any) -> None:
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+class _Run:
+    """Results so far, their cost, and the file they are kept in.
+
+    Args:
+        folder: Existing folder of the run.
+        recipe: Hash of the recipe; scores of another one must not be taken for this one's.
+
+    Raises:
+        LusiferError: If the folder holds another recipe's run.
+    """
+
+    def __init__(self, folder: Path, recipe: str) -> None:
+        self.path = folder / "progress.json"
+        try:
+            self.state: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            self.state = {"recipe": recipe, "systems": {}, "seconds": 0.0, "peak_rss_mb": 0.0}
+        if self.state.get("recipe") != recipe:
+            raise LusiferError(f"{str(folder)!r} holds a run of another recipe; choose another --output, or remove it")
+        self.since = time.monotonic()
+
+    def save(self) -> None:
+        now = time.monotonic()
+        self.state["seconds"] = round(self.state["seconds"] + now - self.since, 1)
+        self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_rss_mb()), 1)
+        self.since = now
+        _write_json(self.path, self.state)
+
+    def system(self, name: str, make: Callable[[], Embed], progress: bool) -> None:
+        if name in self.state["systems"]:
+            logger.info("%s is scored already", name)
+            return
+        try:
+            scores: Scores = score(make(), progress=progress)
+            self.state["systems"][name] = scores
+        finally:
+            self.save()
+
+
+def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bool = True) -> dict[str, Any]:
+    """Runs the quickstart, or what is left of it.
+
+    Args:
+        output: Folder to write to.
+        overrides: Recipe overrides, ``--section.field value``.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        LusiferError: If something cannot be fetched, read or written.
+    """
+    recipe = quickstart_recipe(output, overrides)
+    output.mkdir(parents=True, exist_ok=True)
+    run = _Run(output, fingerprint(recipe, STAGES[-1]))
+    fetch()
+    run.system("encoder", lambda: encoder_alone(recipe.model.encoder)[0], progress)
+    run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
+    run.system("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
+    stages = {}
+    for name in STAGES:
+        path = output / name / "stage.json"
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            stages[name] = {key: value for key, value in facts.items() if key != "history"}
+    results = {
+        "systems": {name: run.state["systems"][name] for name in ("encoder", "llm", "lusifer")},
+        "seen_languages": list(LANGUAGES),
+        "seconds": run.state["seconds"],
+        "peak_rss_mb": run.state["peak_rss_mb"],
+        "stages": stages,
+    }
+    _write_json(output / "results.json", results)
+    write_report(results, output)
+    return results

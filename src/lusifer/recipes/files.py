@@ -1,0 +1,108 @@
+"""Recipes as YAML files, and overrides from the command line; every mistake becomes one line with the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lusifer.errors import LusiferError
+from lusifer.recipes.schema import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies command-line overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: Alternating ``--section.field`` and value, or ``--section.field=value``.
+
+    Raises:
+        LusiferError: If the file cannot be read, a key is unknown, or a value is not valid.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LusiferError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LusiferError(f"the recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise LusiferError(f"the recipe {str(path)!r} must be a mapping of sections, see recipes/quickstart.yaml")
+    for name, value in parse_overrides(overrides):
+        _set(tree, name, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise LusiferError(f"recipe {str(path)!r}: {explain(error, Recipe)}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Splits ``--a.b value`` and ``--a.b=value`` into names and YAML values.
+
+    Raises:
+        LusiferError: If an argument is no option or lacks its value.
+    """
+    pairs, rest = [], list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise LusiferError(f"unexpected argument {option!r}; overrides look like --align.steps 100")
+        name, equals, text = option[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise LusiferError(f"the override {option!r} lacks a value")
+            text = rest.pop(0)
+        try:
+            pairs.append((name.replace("-", "_"), yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise LusiferError(f"the value of {option!r} is not valid YAML: {text!r}") from error
+    return pairs
+
+
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, field = name.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node[_index(node, section, name)] if isinstance(node, list) else node.setdefault(section, {})
+        if not isinstance(node, dict | list):
+            raise LusiferError(f"cannot override {name!r}: {section!r} is not a section")
+    node[_index(node, field, name) if isinstance(node, list) else field] = value
+
+
+def _index(items: list[Any], text: str, name: str) -> int:
+    if not text.isdecimal() or int(text) >= len(items):
+        raise LusiferError(f"cannot override {name!r}: the list has {len(items)} items, counted from 0, not {text!r}")
+    return int(text)
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line that says what is wrong with the first bad field, where, and how to mend it."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        owner = _section(root, location[:-1])
+        known = sorted(owner.model_fields) if owner else []
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is required"
+    if first["type"] == "value_error":
+        return ": ".join(part for part in (where, str(first["ctx"]["error"])) if part)
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+
+
+def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = root
+    for part in path:
+        if part.isdecimal():  # An item of a list; the class of the items is the owner already.
+            continue
+        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        owner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return owner

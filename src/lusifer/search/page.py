@@ -1,0 +1,133 @@
+"""A search page over an index: type in any language, see texts of all languages, and the corpus as a map."""
+
+# Annotations are evaluated here: FastAPI reads those of the routes, and their names exist in one function only.
+import base64
+import hashlib
+import re
+import threading
+import time
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lusifer.data.prompts import with_instruction
+from lusifer.errors import LusiferError
+from lusifer.search.corpus_map import CorpusMap
+from lusifer.search.filters import OneOf
+from lusifer.search.indexing import Encoder
+from lusifer.search.store import Hit, Store
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+MOST_RESULTS = 100
+_LONGEST_QUERY = 2000
+
+
+def find(
+    store: Store,
+    encoder: Encoder,
+    query: str,
+    *,
+    k: int = 10,
+    where: Any = None,
+    exact: bool = False,
+    hybrid: bool = False,
+    instruction: str | None = None,
+) -> list[Hit]:
+    """Searches an index for a query in words.
+
+    Args:
+        store: The index.
+        encoder: Its model.
+        query: The query, in any language.
+        k: Texts wanted.
+        where: Only texts this filter keeps.
+        exact: Compare with every vector.
+        hybrid: Join with BM25.
+        instruction: Task instruction for the model, in front of the query; BM25 does not see it.
+
+    Raises:
+        LusiferError: If the query is empty, the filter wrong, or the index unreadable.
+    """
+    if not query.strip():
+        raise LusiferError("the query is empty")
+    vector = encoder.encode([with_instruction(instruction, query)])[0]
+    if hybrid:
+        return store.hybrid(vector, query, k=k, where=where, exact=exact)
+    return store.search(vector, k=k, where=where, exact=exact)
+
+
+def make_router(store: Store, encoder: Encoder, *, instruction: str | None = None) -> "APIRouter":
+    """The page and what it asks for, to be included in any FastAPI app.
+
+    ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&hybrid=false`` finds texts; ``lang`` may be given several
+    times. ``GET /map`` has ``status``, ``count``, ``languages``, ``model`` and, once computed, the points.
+
+    Args:
+        store: The index; `Store.check_model` has been called.
+        encoder: Its model; one query at a time goes through it.
+        instruction: Task instruction in front of every query.
+
+    Raises:
+        LusiferError: If the encoder's vectors have another length, or FastAPI is not installed.
+    """
+    try:
+        from fastapi import APIRouter, HTTPException, Query
+        from fastapi.responses import HTMLResponse
+    except ImportError as error:
+        raise LusiferError("the search page needs FastAPI: pip install 'lusifer[search]'") from error
+    if encoder.dimension != store.facts.dimension:
+        raise LusiferError(
+            f"the index {store.location!r} holds vectors of {store.facts.dimension} dimensions, the model makes "
+            f"{encoder.dimension}; use {store.facts.model!r}"
+        )
+    router = APIRouter()
+    corpus_map = CorpusMap(store)
+    one_at_a_time = threading.Lock()
+    html, policy = _page()
+
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(html, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+    @router.get("/search")
+    def search(
+        q: Annotated[str, Query(max_length=_LONGEST_QUERY)],
+        k: Annotated[int, Query(ge=1, le=MOST_RESULTS)] = 10,
+        lang: Annotated[list[str] | None, Query()] = None,
+        hybrid: bool = False,
+    ) -> dict[str, Any]:
+        """Texts nearest to a query in any language."""
+        begin = time.perf_counter()
+        where = OneOf("lang", tuple(lang)) if lang else None
+        try:
+            with one_at_a_time:
+                hits = find(store, encoder, q, k=k, where=where, hybrid=hybrid, instruction=instruction)
+        except LusiferError as error:
+            raise HTTPException(400, str(error)) from error
+        took = round(1000 * (time.perf_counter() - begin), 1)
+        return {"query": q, "hits": [hit.to_dict() for hit in hits], "milliseconds": took}
+
+    @router.get("/map")
+    def the_map() -> dict[str, Any]:
+        """The corpus in two dimensions; ask again while it is computed."""
+        try:
+            languages = store.languages()
+            facts = {"count": sum(languages.values()), "languages": languages, "model": store.facts.model}
+            return {**facts, **corpus_map.get()}
+        except LusiferError as error:
+            raise HTTPException(400, str(error)) from error
+
+    return router
+
+
+def _page() -> tuple[str, str]:
+    """The page, and a policy that lets nothing run but its own script."""
+    html = (files("lusifer") / "resources" / "search.html").read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode("utf-8")).digest()).decode()
+    return html, (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'self'"
+    )

@@ -1,0 +1,284 @@
+"""An index kept by Qdrant, a server: for several machines, or more texts than one folder should hold.
+
+Vectors and BM25 weights stand side by side in one collection. The weight of a word is the part of BM25 that its text
+alone decides; the server, which knows all texts, multiplies the inverse document frequency.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from lusifer.errors import LusiferError
+from lusifer.search.filters import Both, Compare, Either, Filter, Not, OneOf
+from lusifer.search.lexical import words
+from lusifer.search.store import Entry, Facts, Hit, Store
+
+SCHEME = "qdrant+"
+_NAMESPACE = uuid.UUID("8d0a1c1e-6d5c-4f0e-9f5e-2f4f1c6f7a10")
+_SIGNS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
+# BM25's usual constants. The mean length is fixed: it would change with every text added.
+_K1, _B, _MEAN_WORDS = 1.2, 0.75, 64
+_UPLOAD = 256
+
+
+def connect(location: str) -> tuple[Any, str]:
+    """A client and the name of a collection.
+
+    Args:
+        location: ``qdrant+http://host:6333/collection`` or ``qdrant+https://...``; a key in ``$QDRANT_API_KEY`` is
+            sent along.
+
+    Raises:
+        LusiferError: If the location is not one, or the client is not installed.
+    """
+    parts = urlsplit(location.removeprefix(SCHEME))
+    collection = parts.path.strip("/")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not collection or "/" in collection:
+        raise LusiferError(f"{location!r} is not an index; write it like qdrant+http://localhost:6333/texts")
+    client = _qdrant().QdrantClient(
+        url=f"{parts.scheme}://{parts.netloc}",
+        api_key=os.environ.get("QDRANT_API_KEY"),
+        timeout=60,
+        check_compatibility=False,
+    )
+    return client, collection
+
+
+class QdrantStore(Store):
+    """See `Store`; use `create` or `open`.
+
+    Args:
+        client: A QdrantClient; a local one works too.
+        collection: Name of the collection.
+        facts: The model and the columns.
+    """
+
+    def __init__(self, client: Any, collection: str, facts: Facts) -> None:
+        self.client, self.collection, self.facts = client, collection, facts
+        self.location = collection
+        self._models = _qdrant().models
+
+    @classmethod
+    def create(cls, client: Any, collection: str, facts: Facts) -> QdrantStore:
+        """Makes an empty collection.
+
+        Raises:
+            LusiferError: If it exists, or the server cannot be reached.
+        """
+        models = _qdrant().models
+        with _one_line(collection):
+            if client.collection_exists(collection):
+                raise LusiferError(f"there is a collection {collection!r} already; choose another name")
+            client.create_collection(
+                collection,
+                vectors_config={"text": models.VectorParams(size=facts.dimension, distance=models.Distance.COSINE)},
+                sparse_vectors_config={"words": models.SparseVectorParams(modifier=models.Modifier.IDF)},
+                metadata={"lusifer": facts.to_dict()},
+            )
+            # The server filters and counts quickly only by what it has indexed.
+            kinds = {"string": "keyword", "int": "integer", "float": "float", "bool": "bool"}
+            for name, kind in {"id": "string", "lang": "string", **facts.columns}.items():
+                client.create_payload_index(collection, _path(name), field_schema=kinds[kind])
+        return cls(client, collection, facts)
+
+    @staticmethod
+    def exists(client: Any, collection: str) -> bool:
+        """Whether there is such a collection."""
+        with _one_line(collection):
+            return bool(client.collection_exists(collection))
+
+    @classmethod
+    def open(cls, client: Any, collection: str) -> QdrantStore:
+        """Opens a collection that `create` made.
+
+        Raises:
+            LusiferError: If there is none, it is another's, or the server cannot be reached.
+        """
+        with _one_line(collection):
+            if not client.collection_exists(collection):
+                raise LusiferError(f"there is no collection {collection!r}; make it with `lusifer index add`")
+            told = (client.get_collection(collection).config.metadata or {}).get("lusifer")
+        if told is None:
+            raise LusiferError(f"the collection {collection!r} was not made by lusifer; choose another name")
+        return cls(client, collection, Facts.from_dict(told, collection))
+
+    def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        """See `Store.upsert`."""
+        points = [
+            self._models.PointStruct(
+                id=_point(entry.id),
+                vector={"text": vector.tolist(), "words": self._weights(entry.text)},
+                payload={
+                    "id": entry.id,
+                    "text": entry.text,
+                    "lang": entry.lang,
+                    "metadata": {name: entry.metadata.get(name) for name in self.facts.columns},
+                },
+            )
+            for entry, vector in zip(entries, self.checked(entries, vectors), strict=True)
+        ]
+        with _one_line(self.collection):
+            for begin in range(0, len(points), _UPLOAD):
+                self.client.upsert(self.collection, points[begin : begin + _UPLOAD])
+
+    def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
+        """See `Store.fetch`."""
+        with _one_line(self.collection):
+            found = self.client.retrieve(self.collection, [_point(id) for id in ids], with_vectors=["text"])
+        pairs = [(self._entry(point), np.array(point.vector["text"], dtype=np.float32)) for point in found]
+        return {entry.id: (entry, vector) for entry, vector in pairs}
+
+    def sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
+        """See `Store.sample`; another one each time."""
+        drawn = self._models.SampleQuery(sample=self._models.Sample.RANDOM)
+        with _one_line(self.collection):
+            found = self.client.query_points(self.collection, query=drawn, limit=count, with_vectors=["text"]).points
+        vectors = np.array([point.vector["text"] for point in found], dtype=np.float32)
+        return [self._entry(point) for point in found], vectors.reshape(-1, self.facts.dimension)
+
+    def count(self, where: Filter | str | None = None) -> int:
+        """See `Store.count`."""
+        condition = self._condition(where)
+        with _one_line(self.collection):
+            return self.client.count(self.collection, count_filter=condition).count
+
+    def languages(self) -> dict[str, int]:
+        """See `Store.languages`; the thousand most frequent."""
+        with _one_line(self.collection):
+            found = self.client.facet(self.collection, "lang", limit=1000, exact=True).hits
+        return {str(hit.value): hit.count for hit in found}
+
+    def search(
+        self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """See `Store.search`."""
+        # A local client compares with every vector anyway and warns of the parameter.
+        how = {"search_params": self._models.SearchParams(exact=True)} if exact else {}
+        return self._query(np.asarray(vector, dtype=np.float32).tolist(), "text", k, where, **how)
+
+    def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
+        """See `Store.bm25`."""
+        terms = {_term(word): 1.0 for word in words(query)}
+        if not terms:
+            return []
+        asked = self._models.SparseVector(indices=list(terms), values=list(terms.values()))
+        return self._query(asked, "words", k, where)
+
+    def build(self) -> None:
+        """See `Store.build`; the server makes its graph by itself, so this only asks it to begin now."""
+        with _one_line(self.collection):
+            self.client.update_collection(
+                self.collection, optimizers_config=self._models.OptimizersConfigDiff(indexing_threshold=1)
+            )
+
+    def tidy(self) -> None:
+        """See `Store.tidy`; the server does it by itself."""
+
+    def approximate(self) -> bool:
+        """See `Store.approximate`."""
+        with _one_line(self.collection):
+            return bool(self.client.get_collection(self.collection).indexed_vectors_count)
+
+    def version(self) -> str:
+        """See `Store.version`; the server tells no more than the number of texts."""
+        return str(self.count())
+
+    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
+        if ids is not None:
+            chosen: Any = self._models.PointIdsList(points=[_point(id) for id in ids])
+        else:
+            chosen = self._models.FilterSelector(filter=self._condition(where))
+        with _one_line(self.collection):
+            self.client.delete(self.collection, points_selector=chosen)
+
+    def _query(self, query: Any, using: str, k: int, where: Filter | str | None, **how: Any) -> list[Hit]:
+        condition = self._condition(where)
+        with _one_line(self.collection):
+            found = self.client.query_points(
+                self.collection, query=query, using=using, limit=k, query_filter=condition, **how
+            ).points
+        return [Hit(self._entry(point), float(point.score)) for point in found]
+
+    def _entry(self, point: Any) -> Entry:
+        payload = point.payload
+        return Entry(payload["id"], payload["text"], payload["lang"], payload["metadata"])
+
+    def _weights(self, text: str) -> Any:
+        """How much each word of a text counts in BM25, before the inverse document frequency."""
+        counts = Counter(_term(word) for word in words(text))
+        norm = _K1 * (1 - _B + _B * sum(counts.values()) / _MEAN_WORDS)
+        values = [count * (_K1 + 1) / (count + norm) for count in counts.values()]
+        return self._models.SparseVector(indices=list(counts), values=values)
+
+    def _condition(self, where: Filter | str | None) -> Any:
+        condition = self.parsed(where)
+        return None if condition is None else self._models.Filter(must=[self._clause(condition)])
+
+    def _clause(self, condition: Filter) -> Any:
+        """The condition in Qdrant's words."""
+        models = self._models
+        match condition:
+            case OneOf(column, values):
+                numbers = any(isinstance(value, float) for value in values) or self.facts.columns.get(column) == "float"
+                if numbers or any(isinstance(value, bool) for value in values):
+                    return models.Filter(should=[self._equal(column, value) for value in values])
+                return models.FieldCondition(key=_path(column), match=models.MatchAny(any=list(values)))
+            case Compare(column, sign, value):
+                bounds: Any = {_SIGNS[sign]: value}
+                return models.FieldCondition(key=_path(column), range=models.Range(**bounds))
+            case Not(inner):
+                return models.Filter(must_not=[self._clause(inner)])
+            case Both(parts):
+                return models.Filter(must=[self._clause(part) for part in parts])
+            case Either(parts):
+                return models.Filter(should=[self._clause(part) for part in parts])
+
+    def _equal(self, column: str, value: Any) -> Any:
+        models = self._models
+        if isinstance(value, bool):
+            return models.FieldCondition(key=_path(column), match=models.MatchValue(value=value))
+        return models.FieldCondition(key=_path(column), range=models.Range(gte=value, lte=value))
+
+
+def _qdrant() -> Any:
+    try:
+        import qdrant_client
+    except ImportError as error:
+        raise LusiferError("an index on a Qdrant server needs its client: pip install qdrant-client") from error
+    return qdrant_client
+
+
+def _path(column: str) -> str:
+    """Where a column stands in a point."""
+    return column if column in ("id", "lang") else f"metadata.{column}"
+
+
+def _point(id: str) -> str:
+    """Qdrant names points by UUIDs only."""
+    return str(uuid.uuid5(_NAMESPACE, id))
+
+
+def _term(word: str) -> int:
+    """A word as the index of a sparse vector: 32 bits."""
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=4).digest(), "big")
+
+
+@contextmanager
+def _one_line(collection: str) -> Iterator[None]:
+    """What the server or the way to it refuses becomes one line."""
+    from qdrant_client.http.exceptions import ApiException
+
+    try:
+        yield
+    except (ApiException, ValueError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LusiferError(f"Qdrant, collection {collection!r}: {reason[:200]}") from error

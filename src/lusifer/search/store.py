@@ -1,0 +1,302 @@
+"""What every store of texts and vectors can do, whatever keeps them."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lusifer.errors import LusiferError
+from lusifer.search.filters import COLUMN_TYPES, Filter, Value, parse_filter
+
+FORMAT = 1
+RRF_CONSTANT = 60  # Cormack et al. 2009, section 2.
+RESERVED = ("id", "text", "lang", "vector", "words")
+_NAME = re.compile(r"[^\W\d]\w*\Z")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an index keeps about itself.
+
+    Attributes:
+        model: Name of the model that made the vectors, as it was loaded.
+        model_hash: Hash of its weights; see `lusifer.search.indexing.weights_hash`.
+        dimension: Length of a vector.
+        columns: Metadata columns and their types: ``string``, ``int``, ``float`` or ``bool``.
+    """
+
+    model: str
+    model_hash: str
+    dimension: int
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in self.columns.items():
+            if kind not in COLUMN_TYPES:
+                raise LusiferError(f"metadata column {name!r} has type {kind!r}; known are {', '.join(COLUMN_TYPES)}")
+            if name in RESERVED or not _NAME.match(name):
+                raise LusiferError(
+                    f"metadata column {name!r} cannot be kept: names are letters, digits and _, "
+                    f"and none of {', '.join(RESERVED)}; rename it in the input"
+                )
+
+    @classmethod
+    def from_dict(cls, found: Any, where: str) -> Facts:
+        """Reads what `to_dict` made.
+
+        Args:
+            found: The dictionary.
+            where: The index, for the message.
+
+        Raises:
+            LusiferError: If it is something else, or of a newer format.
+        """
+        try:
+            if found["format"] > FORMAT:
+                raise LusiferError(f"the index {where!r} was made by a newer lusifer; update it")
+            facts = cls(found["model"], found["model_hash"], found["dimension"], found["columns"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise LusiferError(f"the index {where!r} is damaged: its facts cannot be read; build it anew") from error
+        return facts
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A text of the index.
+
+    Attributes:
+        id: Its name, unique in the index.
+        text: The text.
+        lang: Language code, or the name of its script where nobody told the language.
+        metadata: Value by column of `Facts.columns`; what is missing is None.
+    """
+
+    id: str
+    text: str
+    lang: str
+    metadata: dict[str, Value | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A text found.
+
+    Attributes:
+        entry: The text.
+        score: Cosine similarity, BM25 score, or the sum of reciprocal ranks, by the kind of search.
+        ranks: In hybrid search, its rank from 1 on in each list that has it: ``vector``, ``bm25``.
+    """
+
+    entry: Entry
+    score: float
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat dictionary for JSON."""
+        found = {**asdict(self.entry), "score": round(self.score, 4)}
+        return {**found, "ranks": self.ranks} if self.ranks else found
+
+
+class Store(ABC):
+    """Texts, their unit vectors and metadata, searchable by meaning, by words and by both.
+
+    Filters are those of `lusifer.search.filters`, as text or parsed. All methods raise LusiferError where a filter is wrong
+    or what keeps the index cannot be reached or read.
+
+    Attributes:
+        facts: What the index keeps about its model and columns.
+        location: Folder or URL.
+    """
+
+    facts: Facts
+    location: str
+
+    @abstractmethod
+    def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        """Adds texts, or replaces those of the same id.
+
+        Args:
+            entries: Texts, every id once.
+            vectors: (n, dim) float32 unit vectors.
+
+        Raises:
+            LusiferError: If the vectors do not fit the index.
+        """
+
+    @abstractmethod
+    def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
+        """Texts and (dim,) float32 vectors by id; ids that are not there are left out."""
+
+    @abstractmethod
+    def sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
+        """At most so many texts, drawn evenly, and their (n, dim) float32 vectors."""
+
+    @abstractmethod
+    def count(self, where: Filter | str | None = None) -> int:
+        """Number of texts that a filter keeps; all when None."""
+
+    @abstractmethod
+    def languages(self) -> dict[str, int]:
+        """Number of texts by language tag, most first."""
+
+    @abstractmethod
+    def build(self) -> None:
+        """Makes or renews the index for approximate search."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Takes new texts into the indexes and frees what old versions hold; to be called after adding."""
+
+    @abstractmethod
+    def approximate(self) -> bool:
+        """Whether there is an index for approximate search."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """A text that changes when the content does."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder for what is derived from the index; None if it is not a folder."""
+        return None
+
+    @abstractmethod
+    def search(
+        self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """The nearest texts.
+
+        Args:
+            vector: (dim,) unit vector.
+            k: Texts wanted.
+            where: Only texts this filter keeps; it is applied before the search, so k texts are found if there are.
+            exact: Compare with every vector, even if there is an approximate index.
+
+        Returns:
+            At most k hits, the highest cosine similarity first.
+        """
+
+    @abstractmethod
+    def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
+        """The texts that share the rarest words with a query (Robertson and Zaragoza 2009), best first."""
+
+    def hybrid(
+        self,
+        vector: np.ndarray,
+        query: str,
+        *,
+        k: int = 10,
+        where: Filter | str | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """Nearest texts and BM25, joined by reciprocal rank fusion (Cormack et al. 2009).
+
+        Args:
+            vector: (dim,) unit vector of the query.
+            query: The query in words.
+            k: Texts wanted.
+            where: Only texts this filter keeps.
+            exact: Compare with every vector.
+        """
+        depth = max(5 * k, 50)
+        lists = {
+            "vector": self.search(vector, k=depth, where=where, exact=exact),
+            "bm25": self.bm25(query, k=depth, where=where),
+        }
+        return reciprocal_rank_fusion(lists)[:k]
+
+    def delete(self, *, ids: Sequence[str] | None = None, where: Filter | str | None = None) -> int:
+        """Deletes texts by id or by filter.
+
+        Args:
+            ids: Names of texts.
+            where: A filter.
+
+        Returns:
+            How many were deleted.
+
+        Raises:
+            LusiferError: If neither or both are given.
+        """
+        if (ids is None) == (where is None):
+            raise LusiferError("say what to delete: either ids or a filter")
+        if ids is not None and not ids:
+            return 0
+        before = self.count()
+        self._delete(ids, self.parsed(where))
+        return before - self.count()
+
+    @abstractmethod
+    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
+        """Deletes by ids, at least one, or by filter."""
+
+    def parsed(self, where: Filter | str | None) -> Filter | None:
+        """A filter, checked against the columns of the index."""
+        if isinstance(where, str):
+            return parse_filter(where, {"id": "string", "lang": "string", **self.facts.columns})
+        return where
+
+    def check_model(self, name: str, model_hash: str, dimension: int) -> None:
+        """Refuses a model other than the one that made the vectors.
+
+        Raises:
+            LusiferError: If the hash or the dimension differs.
+        """
+        if (model_hash, dimension) != (self.facts.model_hash, self.facts.dimension):
+            raise LusiferError(
+                f"the index {self.location!r} holds vectors of {self.facts.model!r} (hash {self.facts.model_hash}, "
+                f"{self.facts.dimension} dimensions), which cannot be compared with those of {name!r} (hash "
+                f"{model_hash}, {dimension} dimensions); use that model, or make a new index"
+            )
+
+    def checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
+        """Vectors as float32, refused where the store could not answer for them.
+
+        Raises:
+            LusiferError: If number, length or values are wrong, or an id is there twice.
+        """
+        found = np.ascontiguousarray(vectors, dtype=np.float32)
+        if found.shape != (len(entries), self.facts.dimension):
+            raise LusiferError(
+                f"{len(entries)} texts need vectors of shape ({len(entries)}, {self.facts.dimension}), "
+                f"not {found.shape}"
+            )
+        lengths = np.linalg.norm(found, axis=1)
+        if not np.allclose(lengths, 1, atol=1e-2):
+            raise LusiferError("vectors must have length 1 and no NaN; normalise them")
+        if len({entry.id for entry in entries}) < len(entries):
+            raise LusiferError("an id stands twice among the texts to add")
+        return found
+
+
+def reciprocal_rank_fusion(lists: dict[str, list[Hit]]) -> list[Hit]:
+    """Joins ranked lists: a text scores the sum of 1 / (60 + rank) (Cormack et al. 2009, section 2).
+
+    Args:
+        lists: Hits by name of the list, best first.
+
+    Returns:
+        Every text once, best first.
+    """
+    entries: dict[str, Entry] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for name, hits in lists.items():
+        for rank, hit in enumerate(hits, start=1):
+            entries[hit.entry.id] = hit.entry
+            ranks.setdefault(hit.entry.id, {})[name] = rank
+    scores = {id: _fused(found.values()) for id, found in ranks.items()}
+    return [Hit(entries[id], scores[id], ranks[id]) for id in sorted(scores, key=lambda id: (-scores[id], id))]
+
+
+def _fused(ranks: Iterable[int]) -> float:
+    return sum(1 / (RRF_CONSTANT + rank) for rank in ranks)

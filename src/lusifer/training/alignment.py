@@ -1,0 +1,289 @@
+"""Stage 1: the frozen LLM reads soft tokens and must write the target (LUSIFER, arXiv 2501.00874, section 3.1).
+
+1. The batch is cut into length-sorted groups (`lusifer.training.gradient_cache`); each runs forward and backward
+   on its own, so that one group's activations are alive at a time.
+2. Causal: the state before each target token predicts it, and only target tokens are supervised. The
+   LM head sees those states alone.
+3. Slice by slice of the states, logits become a loss and a gradient with respect to the states at
+   once; they are never kept.
+
+Each input embedding of the target is replaced, with some probability, by a mask embedding, so that
+the LLM has to look at the soft tokens rather than at its own prefix.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lusifer.errors import LusiferError
+from lusifer.model.lm_head import LMHead
+from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
+from lusifer.training.distributed import gather
+from lusifer.training.gradient_cache import Backward, NoSync, groups_within
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy behind a frozen LM head; the gradient is made beside the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, wanted: Tensor, head: LMHead, chunk: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for begin in range(0, len(states), chunk):
+            rows = slice(begin, begin + chunk)
+            logits = head(states[rows])
+            if head.softcap is not None and gradient is not None:
+                slope = 1 - (logits / head.softcap) ** 2
+            labels = (torch.arange(len(logits), device=logits.device), wanted[rows])
+            logarithms = torch.log_softmax(logits, dim=1)
+            total -= logarithms[labels].sum()
+            if gradient is None:
+                continue
+            probabilities = logarithms.exp_()
+            probabilities[labels] -= 1
+            if head.softcap is not None:
+                probabilities.mul_(slope)
+            if head.scale != 1:
+                probabilities.mul_(head.scale)
+            gradient[rows] = (probabilities.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[0].to(gradient.dtype), None, None, None
+
+
+def token_cross_entropy(states: Tensor, wanted: Tensor, head: LMHead, chunk: int = 256) -> Tensor:
+    """Summed cross-entropy of tokens, without ever holding more than a slice of their logits.
+
+    On a GPU a fused kernel of liger-kernel computes it if that is installed and the head is a plain
+    projection, capped or not; elsewhere slices of ``chunk`` states.
+
+    Args:
+        states: (tokens, llm_dim).
+        wanted: (tokens,) int64.
+        head: The LLM's head; it gets no gradient.
+        chunk: States per slice.
+
+    Returns:
+        Scalar float32; differentiable once.
+    """
+    # The head computes in its own precision, whatever autocast would choose for it.
+    with torch.autocast(states.device.type, enabled=False):
+        if states.is_cuda and head.scale == 1 and importlib.util.find_spec("liger_kernel") is not None:
+            return _fused(states, wanted, head)
+        return _CrossEntropy.apply(states, wanted, head, chunk)
+
+
+def _fused(states: Tensor, wanted: Tensor, head: LMHead) -> Tensor:
+    liger = importlib.import_module("liger_kernel.transformers")
+    kernel = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=head.softcap)
+    return kernel(head.weight, states.to(head.weight.dtype), wanted, head.bias).float()
+
+
+class AlignmentLoss(nn.Module):
+    """Mean next-token cross-entropy over the target tokens of the global batch.
+
+    Args:
+        lm_head: The LLM's head; it lives here and is never saved with the model.
+        mask_embedding: (llm_dim,), what replaces a hidden input of the target (the mean embedding).
+        mask_probability: How likely a target input is hidden, between 0 and 1, or a pair of values it
+            moves between, linearly, over the stage; in training mode only.
+        max_tokens: Most padded tokens (source plus target) in one forward pass.
+        chunk: Supervised positions per slice of the LM head, which bounds the memory of the logits.
+        seed: Seed of the hidden positions; they depend on it, on a row's position in the mixture and
+            on nothing else.
+    """
+
+    def __init__(
+        self,
+        lm_head: LMHead,
+        mask_embedding: Tensor,
+        *,
+        mask_probability: float | tuple[float, float] = 0.5,
+        max_tokens: int = 8192,
+        chunk: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.mask_probability = mask_probability
+        self.max_tokens = max_tokens
+        self.chunk = chunk
+        self.seed = seed
+        self.register_buffer("mask_embedding", mask_embedding.detach().float(), persistent=False)
+
+    def probability(self, progress: float) -> float:
+        """How likely a target input is hidden at this share of the stage."""
+        if isinstance(self.mask_probability, (int, float)):
+            return float(self.mask_probability)
+        begin, end = self.mask_probability
+        return begin + (end - begin) * progress
+
+    def hidden(self, target_mask: Tensor, positions: Tensor, progress: float) -> Tensor:
+        """Chooses the target inputs to hide.
+
+        Args:
+            target_mask: (rows, target_seq), non-zero at real tokens, padded on the right.
+            positions: (rows,) int64, each row's position in the mixture.
+            progress: Share of the stage done, in [0, 1].
+
+        Returns:
+            (rows, target_seq) bool.
+        """
+        probability = self.probability(progress)
+        chosen = np.zeros(target_mask.shape, dtype=bool)
+        lengths = target_mask.long().sum(dim=1).tolist()
+        for row, (position, length) in enumerate(zip(positions.tolist(), lengths, strict=True)):
+            chosen[row, :length] = np.random.default_rng((self.seed, position)).random(length) < probability
+        return torch.from_numpy(chosen).to(target_mask.device)
+
+    def states(self, model: nn.Module, source: Features, target: Features, hidden: Tensor | None) -> Tensor:
+        """(supervised, llm_dim) states that predict the real target tokens, row by row in order."""
+        return model(
+            source["input_ids"],
+            source["attention_mask"],
+            target_ids=target["input_ids"],
+            target_mask=target["attention_mask"],
+            target_hidden=hidden,
+            mask_embedding=None if hidden is None else self.mask_embedding,
+        ).last_hidden_state
+
+    def _group_loss(self, model: nn.Module, batch: dict[str, Any], rows: Tensor, progress: float) -> Tensor:
+        """Summed cross-entropy of some rows."""
+        source, target = (trim(token_features(batch[part]), rows) for part in ("source", "target"))
+        hidden = None
+        if self.training and self.probability(progress) > 0:
+            positions = batch["positions"].cpu()[rows]
+            hidden = self.hidden(target["attention_mask"], positions, progress)
+        states = self.states(model, source, target, hidden)
+        wanted = target["input_ids"][target["attention_mask"].bool()]
+        return token_cross_entropy(states, wanted, self.lm_head, self.chunk)
+
+    def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
+        """The loss of this process's rows alone, in one graph: for evaluation and tests.
+
+        Args:
+            model: A `LusiferModel` or its distributed wrapper.
+            batch: ``source`` and ``target``, each ``input_ids`` and ``attention_mask`` (rows, seq), of the
+                encoder's and the LLM's tokenizer, targets padded on the right; ``positions`` (rows,).
+            progress: Share of the stage done, in [0, 1].
+
+        Returns:
+            Scalar float32.
+        """
+        groups = micro_batches(_lengths(batch).cpu(), self.max_tokens)
+        losses = [self._group_loss(model, batch, rows, progress) for rows in groups]
+        return torch.stack(losses).sum() / batch["target"]["attention_mask"].sum().clamp(min=1)
+
+    def step(
+        self, model: nn.Module, batch: dict[str, Any], *, backward: Backward, no_sync: NoSync, progress: float = 0.0
+    ) -> dict[str, float]:
+        """Adds the gradient of the global batch's loss to the model's parameters, group by group.
+
+        Args:
+            model: A `LusiferModel` or its distributed wrapper.
+            batch: This rank's rows, as for `forward`; the same number on every rank.
+            backward: Back-propagates a scalar.
+            no_sync: Context in which gradients are not reduced over the ranks.
+            progress: Share of the stage done, in [0, 1].
+
+        Returns:
+            ``loss`` of the global batch; of this rank's rows the number of real ``tokens`` and the share
+            of ``padding`` in what was computed; ``mask_probability``.
+
+        Raises:
+            LusiferError: If the ranks' batches differ in their number of rows.
+        """
+        lengths = _lengths(batch)
+        counts = gather(torch.stack([batch["target"]["attention_mask"].sum(), lengths.new_tensor(len(lengths))]))
+        if bool((counts[:, 1] != len(lengths)).any()):
+            raise LusiferError(f"ranks hold different numbers of rows ({counts[:, 1].tolist()}); give each as many")
+        # Wrappers average gradients over the ranks; the loss is one mean over the tokens of all of them.
+        scale = len(counts) / max(int(counts[:, 0].sum()), 1)
+        groups, _ = groups_within(lengths, self.max_tokens, 0)
+        total = torch.zeros((), device=lengths.device)
+        for index, rows in enumerate(groups):
+            with nullcontext() if index == len(groups) - 1 else no_sync():
+                loss = self._group_loss(model, batch, rows, progress) * scale
+                backward(loss)
+            total += loss.detach()
+        padded = sum(padded_tokens(lengths.cpu(), groups))
+        return {
+            "loss": float(gather(total).mean()),
+            "tokens": float(lengths.sum()),
+            "padding": 1 - float(lengths.sum()) / max(padded, 1),
+            "mask_probability": self.probability(progress),
+        }
+
+
+def _lengths(batch: dict[str, Any]) -> Tensor:
+    return batch["source"]["attention_mask"].sum(dim=1) + batch["target"]["attention_mask"].sum(dim=1)
+
+
+@torch.no_grad()
+def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+    """How much the LLM reads out of the soft tokens.
+
+    Every target is predicted after its ``own`` soft tokens, after those of ``other`` text (the next
+    row's) and after ``none``: with every source token taken away, what is left of the prefix is BOS and
+    the added tokens, which are the same for all texts. Each is done with target inputs ``visible``, as
+    in ordinary language modelling, and all ``hidden``, where only the soft tokens can tell.
+
+    Args:
+        loss: The loss of the stage.
+        model: A `LusiferModel` or its distributed wrapper; left in the mode it was in.
+        batch: As for `AlignmentLoss.forward`, of at least two rows.
+
+    Returns:
+        ``{inputs}_{soft tokens}_{metric}``, for example ``hidden_own_accuracy``: token ``accuracy`` and
+        mean ``cross_entropy``, in nats.
+
+    Raises:
+        LusiferError: If the batch has a single row.
+    """
+    source, target = (token_features(batch[part]) for part in ("source", "target"))
+    if len(source["input_ids"]) < 2:
+        raise LusiferError("held-out metrics compare with another text's soft tokens: give at least two rows")
+    sources = {
+        "own": source,
+        "other": {name: tensor.roll(1, dims=0) for name, tensor in source.items()},
+        "none": {**source, "attention_mask": torch.zeros_like(source["attention_mask"])},
+    }
+    everything = target["attention_mask"].bool()
+    found = {}
+    was_training = model.training
+    model.eval()
+    for inputs, hidden in (("visible", None), ("hidden", everything)):
+        for name, features in sources.items():
+            accuracy, entropy = _scores(loss, model, features, target, hidden)
+            found[f"{inputs}_{name}_accuracy"], found[f"{inputs}_{name}_cross_entropy"] = accuracy, entropy
+    model.train(was_training)
+    return found
+
+
+def _scores(
+    loss: AlignmentLoss, model: nn.Module, source: Features, target: Features, hidden: Tensor | None
+) -> tuple[float, float]:
+    """Token accuracy and mean cross-entropy of a batch."""
+    lengths = source["attention_mask"].sum(dim=1) + target["attention_mask"].sum(dim=1)
+    hits, entropy, count = 0, 0.0, 0
+    for rows in micro_batches(lengths.cpu(), loss.max_tokens):
+        few = trim(target, rows)
+        masked = None if hidden is None else few["attention_mask"].bool()
+        states = loss.states(model, trim(source, rows), few, masked)
+        wanted = few["input_ids"][few["attention_mask"].bool()]
+        for part, tokens in zip(states.split(loss.chunk), wanted.split(loss.chunk), strict=True):
+            hits += int((loss.lm_head(part).argmax(dim=1) == tokens).sum())
+        entropy += float(token_cross_entropy(states, wanted, loss.lm_head, loss.chunk))
+        count += len(wanted)
+    return hits / max(count, 1), entropy / max(count, 1)

@@ -1,0 +1,90 @@
+"""The English baseline: the LLM alone, bidirectional and mean pooled, trained on the same pairs, without an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lusifer.model.adapters import add_lora, merge_adapters
+from lusifer.model.backbone_alone import mean_pooled_llm
+from lusifer.model.sentence_transformer import save_atomically
+from lusifer.recipes.schema import Recipe
+from lusifer.training.run import contrast
+
+
+class LLMAlone(nn.Module):
+    """An LLM with the interface the contrastive loss expects of a model.
+
+    Args:
+        llm: A decoder of transformers, without LM head.
+    """
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
+        """Embeds texts.
+
+        Args:
+            input_ids: (batch, seq) int64, ids of the LLM's tokenizer.
+            attention_mask: (batch, seq), non-zero at real tokens.
+
+        Returns:
+            ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
+        """
+        states = self.llm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).float()
+        mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean)
+
+
+def llm_alone(recipe: Recipe) -> SentenceTransformer:
+    """The untrained baseline: as many layers and the same adapter as in stage 2 of the recipe.
+
+    Raises:
+        LusiferError: If the LLM cannot be loaded.
+    """
+    model = mean_pooled_llm(
+        recipe.model.llm,
+        layers=recipe.contrast.llm_layers or recipe.model.llm_layers,
+        dtype=recipe.model.llm_dtype,
+        max_seq_length=recipe.model.max_seq_length,
+        revision=recipe.model.llm_revision,
+        adapters=recipe.model.llm_base_adapters,
+    )
+    if recipe.model.llm_lora is not None:
+        model[0].auto_model.requires_grad_(False)
+        add_lora(model[0].auto_model, recipe.model.llm_lora.fields())
+    return model
+
+
+def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
+    """Trains the baseline as stage 2 of the recipe trains LUSIFER: same data, steps, batch and loss.
+
+    Args:
+        recipe: The recipe.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``OUTPUT/llm_alone/model``, adapters merged, which Sentence Transformers opens without us.
+
+    Raises:
+        LusiferError: If the LLM or the data cannot be read, or training has to stop.
+    """
+    set_seed(recipe.seed)
+    if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
+        alone = {"guide": None, "guide_margin": None, "distill": 0.0}
+        recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=alone)})
+    model = llm_alone(recipe)
+    folder = Path(recipe.output) / "llm_alone"
+    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
+    llm = model[0].auto_model
+    contrast(recipe, LLMAlone(llm), model.tokenizer, limit, folder / "checkpoints", progress)
+    merge_adapters(llm)
+    save_atomically(model.eval(), folder / "model")
+    return folder / "model"

@@ -1,0 +1,303 @@
+"""One gradient stage: a trainer whose checkpoints are small, whole or not there, and can be gone on from.
+
+1. The mixture is read in order; each rank takes its block of the global batch, so that the batches are the same
+   on any number of ranks, and a resumed run skips what was trained on without reading it.
+2. The loss itself runs forward and backward passes (`lusifer.training.contrastive`, `lusifer.training.alignment`).
+3. A gradient or loss that is no number, or a loss that explodes, stops the run before the weights change, with the
+   batch saved for inspection.
+4. A checkpoint holds only what learns, and the optimizer's state by parameter name: any number of ranks, plain or
+   sharded, can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import SequentialSampler
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from lusifer.errors import LusiferError
+
+LEARNING = "learning.safetensors"
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: of the device if it is an accelerator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+class Bar(ProgressCallback):
+    """The progress bar, with the latest figures beside it instead of lines of them."""
+
+    _SHOWN = {"loss": "loss", "tokens_per_second": "tok/s", "padding": "padding"}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Shows loss, speed and padding."""
+        if self.training_bar is not None and logs:
+            shown = {name: f"{logs[key]:.3g}" for key, name in self._SHOWN.items() if key in logs}
+            self.training_bar.set_postfix(shown)
+
+
+class SaveOnSignal(TrainerCallback):
+    """Saves a checkpoint at the end of the running step and stops when told to end (SIGTERM: preemption)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens while a block runs; only a main thread can."""
+        try:
+            before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Asks for a checkpoint and the end."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class AtomicTrainer(Trainer):
+    """A trainer of a `LusiferModel` (or a baseline of the same interface) with one of our losses.
+
+    Args:
+        step_loss: `ContrastiveLoss` or `AlignmentLoss`.
+        connector_learning_rate: Learning rate of connector and head; the common one when None.
+        max_loss: A loss above it stops training.
+        evaluator: Returns metrics of held-out rows, for `eval_steps` and the best checkpoint.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Attributes:
+        loss_sum: Sum of the losses of all steps, also of those before an interruption.
+    """
+
+    def __init__(
+        self,
+        *,
+        step_loss: nn.Module,
+        connector_learning_rate: float | None = None,
+        max_loss: float | None = None,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.optimizer: Any
+        self.step_loss: Any = step_loss.to(self.args.device)
+        self.connector_learning_rate = connector_learning_rate
+        self.max_loss = max_loss
+        self.evaluator = evaluator
+        self.loss_sum = 0.0
+        self._batch: dict[str, Any] = {}
+        self._since, self._tokens, self._padding = time.monotonic(), 0.0, 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over what learns, connector and head at their own rate."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            own = [p for n, p in named if "connector." in n or n.startswith("head.") or ".head." in n]
+            chosen = {id(p) for p in own}
+            groups = [{"params": [p for _, p in named if id(p) not in chosen], "lr": self.args.learning_rate}]
+            groups.append({"params": own, "lr": self.connector_learning_rate or self.args.learning_rate})
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One step of the loss, its figures counted.
+
+        Raises:
+            LusiferError: If the loss is no number or above ``max_loss``.
+        """
+        model.train()
+        self.step_loss.train()
+        self._batch = inputs
+        metrics = self.step_loss.step(
+            model,
+            self._prepare_inputs(inputs),
+            backward=self.accelerator.backward,
+            no_sync=lambda: self.accelerator.no_sync(model),
+            progress=self.state.global_step / self.state.max_steps,
+        )
+        loss = metrics["loss"]
+        if not math.isfinite(loss) or (self.max_loss is not None and loss > self.max_loss):
+            self._stop(f"the loss is {loss:g}")
+        self.loss_sum += loss
+        self._tokens += metrics.get("tokens", 0.0)
+        self._padding += metrics.get("padding", 0.0)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            self._stop(f"the gradient norm is {float(norm):g}")
+        return norm
+
+    def _stop(self, reason: str) -> None:
+        """Saves the batch and stops; the weights are still those of the step before."""
+        path = Path(str(self.args.output_dir)).parent / f"bad-batch-{self.args.process_index}.json"
+        parameters = dict(self.model.named_parameters())
+        wrong = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        facts = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": wrong}
+        _write_json(path, {**facts, "batch": _plain(self._batch)})
+        raise LusiferError(
+            f"step {self.state.global_step + 1}: {reason}; stopped before the weights changed. The batch is in {path}; "
+            "look for broken records there, lower learning_rate or max_grad_norm, then run the same command again"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second (all ranks), the share of padding and memory to what is logged."""
+        if "loss" in logs:
+            now, steps = time.monotonic(), max(1, self.state.global_step - getattr(self, "_logged_at", 0))
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(now - self._since, 1e-9), 1)
+            logs["padding"] = round(self._padding / steps, 4)
+            logs["memory_mb"] = round(memory_mb(self.args.device), 1)
+            self._since, self._tokens, self._padding, self._logged_at = now, 0.0, 0.0, self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Metrics of the held-out rows, each named ``eval_...``."""
+        assert self.evaluator is not None
+        metrics = {f"eval_{name}": value for name, value in self.evaluator(self.model_wrapped).items()}
+        self.log(dict(metrics))
+        return metrics
+
+    def learned(self) -> dict[str, Tensor]:
+        """What learns, by name, gathered on the CPU of every rank."""
+        named = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
+        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous() for n, p in named}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what learns: every rank gathers, the first one writes."""
+        state = self.learned()
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / LEARNING, metadata={"loss_sum": repr(self.loss_sum)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / LEARNING
+        try:
+            with safe_open(path, "pt") as file:
+                self.loss_sum = float(file.metadata()["loss_sum"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise LusiferError(f"cannot read the checkpoint {resume_from_checkpoint!r}: {error}; remove it") from error
+        load_learning(self.model, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, _OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, _SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = torch.load(os.path.join(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True)
+        options = _SPREAD if self.args.world_size > 1 else _FULL
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        schedule = torch.load(os.path.join(checkpoint, _SCHEDULER), map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = str(self.args.output_dir)
+        folder = f"checkpoint-{self.state.global_step}"
+        # The same name on every rank: each writes the state of its own random generators there.
+        staging = os.path.join(output, f".saving-{self.state.global_step}")
+        try:
+            os.makedirs(staging, exist_ok=True)
+            self.args.output_dir = staging
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                os.replace(os.path.join(staging, folder), os.path.join(output, folder))
+                os.rmdir(staging)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk.
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            shutil.rmtree(staging, ignore_errors=True)
+            raise LusiferError(f"cannot write a checkpoint into {output!r}: {reason}") from error
+        finally:
+            self.args.output_dir = output
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = os.path.join(output, folder)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=output,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(file.name, path)
+
+
+def load_learning(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies learned tensors into a model, sharded or not.
+
+    Raises:
+        LusiferError: If the tensors are not those that learn here.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != state.keys():
+        odd = sorted(parameters.keys() ^ state.keys())
+        raise LusiferError(f"the checkpoint does not fit the model: {len(odd)} tensors differ, {odd[0]} first")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = state[name].to(parameter.device, parameter.dtype)
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh is not None:
+                from torch.distributed.tensor import distribute_tensor
+
+                shared: Any = parameter
+                value = distribute_tensor(value, mesh, shared.placements)
+            parameter.copy_(value)

@@ -1,0 +1,251 @@
+"""Stage 0: a closed-form start of the connector, our own addition to the paper.
+
+1. Cut English texts into words and find each word's tokens in both tokenizers.
+2. Average the encoder states of a word (in context), and the LLM's input embeddings of the same word.
+3. Solve one ridge regression from the first to the second.
+4. Flatten the map's spectrum, and start the connector with it: plain ridge follows the directions in
+   which English words vary most and shrinks the others, where the encoder keeps its languages together.
+
+It needs no labels, no gradient and no other language: what a word means to the encoder is
+translated into the LLM's own vocabulary, and the encoder's other languages come along.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lusifer.errors import LusiferError
+from lusifer.model.modeling import LusiferModel
+
+_WORD = re.compile(r"\w+|[^\w\s]+")
+_SPACED = re.compile(r"\S+")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What stage 0 found.
+
+    Attributes:
+        weight: (llm_dim, encoder_dim) float32.
+        bias: (llm_dim,) float32.
+        explained: Share of the variance of held-out words' LLM embeddings that the map explains.
+        words: Number of word occurrences fitted.
+        held_out_words: Number of word occurrences held out; they come from texts not fitted.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    explained: float
+    words: int
+    held_out_words: int
+
+
+def _has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def _token_words(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    *,
+    special: bool,
+    limit: int,
+) -> tuple[list[int], list[int]] | None:
+    """Token ids of a text, and for each token the word it belongs to (-1: none)."""
+    options = {"add_special_tokens": special, "truncation": True, "max_length": limit}
+    if _has_offsets(tokenizer):
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        words, word = [], 0
+        for start, end in encoded["offset_mapping"]:
+            # Byte-level tokenizers count the space before a word into its token.
+            while start < end and text[start].isspace():
+                start += 1
+            while word < len(spans) and spans[word][1] <= start:
+                word += 1
+            inside = word < len(spans) and start < end and spans[word][0] <= start
+            words.append(word if inside else -1)
+        return list(encoded["input_ids"]), words
+    ids = list(tokenizer(text, **options)["input_ids"])
+    return _sentencepiece_words(tokenizer, ids, len(spans))
+
+
+def _sentencepiece_words(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], num_words: int
+) -> tuple[list[int], list[int]] | None:
+    """Words of SentencePiece tokens without offsets: each piece that opens with a meta symbol opens a word."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    special, words, word = set(tokenizer.all_special_ids), [], -1
+    for token_id, piece in zip(ids, pieces, strict=True):
+        if token_id in special:
+            words.append(-1)
+            continue
+        word += piece.startswith("\u2581") or word < 0
+        words.append(word)
+    # A different count means that the tokenizer normalised spaces in a way we cannot follow.
+    return (ids, words) if word + 1 == num_words else None
+
+
+def _average(states: Tensor, words: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """Averages token rows by word: (num_words, dim) float32 and which words have any token."""
+    inside = words >= 0
+    sums = torch.zeros(num_words, states.shape[1]).index_add_(0, words[inside], states[inside])
+    counts = torch.zeros(num_words).index_add_(0, words[inside], torch.ones(int(inside.sum())))
+    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+
+
+@torch.inference_mode()
+def aligned_words(
+    model: LusiferModel,
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    llm_tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, batch by batch of texts, the two views of every English word.
+
+    Args:
+        model: Its encoder and its LLM's input embeddings are used.
+        encoder_tokenizer: The encoder's tokenizer.
+        llm_tokenizer: The LLM's tokenizer.
+        texts: English texts.
+        batch_size: Texts per encoder batch.
+
+    Yields:
+        (words, encoder_dim) mean encoder states and (words, llm_dim) mean LLM input embeddings, float32.
+    """
+    table = model.llm_embeddings()
+    device = model.connector.added_tokens.device
+    pattern = _WORD if _has_offsets(encoder_tokenizer) and _has_offsets(llm_tokenizer) else _SPACED
+    limit = model.config.max_seq_length
+    for begin in range(0, len(texts), batch_size):
+        rows = []
+        for text in texts[begin : begin + batch_size]:
+            spans = [match.span() for match in pattern.finditer(text)]
+            source = _token_words(encoder_tokenizer, text, spans, special=True, limit=limit)
+            target = _token_words(llm_tokenizer, text, spans, special=False, limit=limit)
+            if spans and source is not None and target is not None:
+                rows.append((len(spans), source, target))
+        if not rows:
+            continue
+        longest = max(len(source[0]) for _, source, _ in rows)
+        ids = torch.full((len(rows), longest), encoder_tokenizer.pad_token_id or 0)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, (_, source, _) in enumerate(rows):
+            ids[row, : len(source[0])] = torch.tensor(source[0])
+            mask[row, : len(source[0])] = 1
+        states = model.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+        inputs, outputs = [], []
+        for row, (num_words, source, target) in enumerate(rows):
+            x, has_x = _average(states[row, : len(source[1])], torch.tensor(source[1]), num_words)
+            embedded = table[torch.tensor(target[0], device=table.device)].float().cpu()
+            y, has_y = _average(embedded, torch.tensor(target[1]), num_words)
+            both = has_x & has_y
+            inputs.append(x[both])
+            outputs.append(y[both])
+        yield torch.cat(inputs), torch.cat(outputs)
+
+
+class _Moments:
+    """Running sums of a regression with intercept: memory does not grow with the number of words."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.xx: Tensor | float = 0.0
+        self.xy: Tensor | float = 0.0
+        self.x: Tensor | float = 0.0
+        self.y: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        # Products of one batch are exact enough in float32; their long sum is not.
+        self.xx = self.xx + (x.T @ x).double()
+        self.xy = self.xy + (x.T @ y).double()
+        self.x = self.x + x.sum(dim=0).double()
+        self.y = self.y + y.sum(dim=0).double()
+        self.count += len(x)
+
+    def solve(self, ridge: float, spectrum: float) -> tuple[Tensor, Tensor]:
+        """Weight (llm_dim, encoder_dim) and bias (llm_dim,), float32."""
+        n, mean_x, mean_y = self.count, torch.as_tensor(self.x) / self.count, torch.as_tensor(self.y) / self.count
+        xx = torch.as_tensor(self.xx) - n * torch.outer(mean_x, mean_x)
+        xy = torch.as_tensor(self.xy) - n * torch.outer(mean_x, mean_y)
+        linear = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype), xy)
+        if spectrum != 1.0:
+            left, values, right = torch.linalg.svd(linear, full_matrices=False)
+            linear = left @ torch.diag(values**spectrum) @ right
+            linear = linear * (linear * xy).sum() / (linear * (xx @ linear)).sum()
+        return linear.T.float().contiguous(), (mean_y - mean_x @ linear).float()
+
+
+def fit(
+    model: LusiferModel,
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    llm_tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    ridge: float = 1000.0,
+    spectrum: float = 0.5,
+    held_out: float = 0.1,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> WarmStart:
+    """Solves the ridge regression from encoder states to LLM input embeddings.
+
+    Only the normal equations are kept, so memory does not grow with the number of texts.
+
+    Args:
+        model: An untrained model; not changed.
+        encoder_tokenizer: The encoder's tokenizer.
+        llm_tokenizer: The LLM's tokenizer.
+        texts: English texts; the last share ``held_out`` measures the fit and is not fitted.
+        ridge: Penalty lambda on the squared weights (the intercept is free).
+        spectrum: Exponent on the map's singular values, before one least-squares factor restores its
+            size: 1 is the ridge map itself, 0 keeps angles as an isometry does.
+        held_out: Share of the texts held out, between 0 and 1.
+        batch_size: Texts per encoder batch.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        LusiferError: If no word could be aligned (too few texts, or tokenizers that cannot be followed).
+    """
+    cut = max(1, round(len(texts) * (1 - held_out)))
+    sums = _Moments()
+    batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:cut], batch_size=batch_size)
+    total = -(-cut // batch_size)
+    for x, y in tqdm(batches, total=total, desc="stage 0: aligning words", disable=not progress, leave=False):
+        sums.add(x, y)
+    if sums.count < 2:
+        raise LusiferError(
+            f"stage 0 could align no words in {len(texts)} texts; give it English text, or switch it off"
+        )
+    weight, bias = sums.solve(ridge, spectrum)
+    count = sums.count
+    pairs = list(aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[cut:], batch_size=batch_size))
+    if not pairs:
+        return WarmStart(weight, bias, float("nan"), count, 0)
+    x, y = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    residual = (y - x @ weight.T - bias).square().sum()
+    explained = 1.0 - float(residual / (y - y.mean(dim=0)).square().sum())
+    return WarmStart(weight, bias, explained, count, len(x))
+
+
+def apply(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
+    """Starts the model's connector as the fitted map.
+
+    Args:
+        model: Its connector is changed in place.
+        start: What `fit` found.
+        scale: Factor on the soft tokens. The LLM normalises its input in every layer, so a louder
+            soft token looks the same to its first layer but weighs more in the residual stream
+            against what the layers add: a knob between the LLM's own representation (1) and the
+            encoder's, which is the multilingual one (measured in docs/LOG.md).
+    """
+    model.connector.start_linear(scale * start.weight, scale * start.bias)

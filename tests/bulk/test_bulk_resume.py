@@ -1,0 +1,158 @@
+"""Bulk encoding interrupted: kills, Ctrl-C and several processes, and still the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from lusifer.bulk import local_engine as bulk_local
+from lusifer.bulk.job import Settings
+from lusifer.bulk.run import encode
+from lusifer.model.sentence_transformer import save_atomically
+from support.texts import content, refused, some_texts
+
+KILLS = int(os.environ.get("LUSIFER_KILLS", "5"))
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lusifer.bulk.local_engine", "lusifer.bulk.run"])
+    first = context.Process(target=os.getpid)
+    first.start()
+    first.join()
+    return context
+
+
+@pytest.fixture(scope="module")
+def finished(forks, tmp_path_factory, tiny_encoder, tiny_llm):
+    """A model, an input and what an undisturbed run makes of it, with the seconds it takes."""
+    from lusifer import LusiferModel
+    from lusifer.model.backbones import load_tokenizer
+    from lusifer.model.sentence_transformer import to_sentence_transformer
+
+    folder = tmp_path_factory.mktemp("bulk")
+    torch.manual_seed(0)
+    inner = LusiferModel.from_backbones(tiny_encoder, tiny_llm, max_seq_length=64)
+    save_atomically(to_sentence_transformer(inner, load_tokenizer("encoder", tiny_encoder)), folder / "model")
+    rows = [{"text": text, "key": f"k{number}"} for number, text in enumerate(some_texts(10_000, seed=1))]
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(precision="float32", shard_rows=300, id_column="key", output_dtype="int8")
+    common = (str(folder / "model"), str(folder / "in.jsonl"))
+    begin = time.perf_counter()
+    process = forks.Process(target=encode, args=(*common, str(folder / "out"), settings), kwargs={"threads": 1})
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return common, settings, content(folder / "out"), time.perf_counter() - begin
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_the_same_bytes_come_out(forks, finished, tmp_path, processes):
+    common, settings, expected, seconds = finished
+    rng, out = random.Random(processes), tmp_path / "out"
+    options = {"threads": 1, "processes": processes}
+    counts = []
+    for kill in range(-(-KILLS // processes)):
+        process = forks.Process(target=encode, args=(*common, str(out), settings), kwargs=options)
+        process.start()
+        if kill % 2:  # Anywhere, also before the first shard of this process.
+            process.join(rng.uniform(0, 0.3) * seconds)
+        else:
+            wanted = len(shards(out)) + rng.randint(1, 5)
+            while process.is_alive() and len(shards(out)) < min(wanted, len(expected) - 2):
+                time.sleep(0.001)
+            process.join(rng.uniform(0, 0.05) * seconds)
+        children = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
+        process.kill()
+        process.join()
+        # Processes whose command is gone stop by themselves.
+        assert not psutil.wait_procs(children, timeout=60)[1]
+        assert all(expected[name] == found for name, found in shards(out).items())
+        counts.append(len(shards(out)))
+    assert 0 < counts[0] < len(expected) - 1, "no kill fell into the work"
+    encode(*common, str(out), settings, **options)
+    assert content(out) == expected
+
+
+def test_two_processes_make_the_bytes_of_one(finished, tmp_path):
+    common, settings, expected, _ = finished
+    facts = encode(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
+    assert facts["texts"] == 10_000 and content(tmp_path / "out") == expected
+
+
+def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, monkeypatch):
+    common, settings, expected, _ = finished
+    real = bulk_local.Processes._receive
+    received = []
+
+    def receive(self, pipe, work):
+        found = real(self, pipe, work)
+        received.append(found)
+        if sum(not isinstance(one, int) for one in received) == 4:
+            for process in self._running.values():
+                os.kill(process.pid, signal.SIGKILL)
+        return found
+
+    monkeypatch.setattr(bulk_local.Processes, "_receive", receive)
+    message = refused(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
+    assert "died (exit code -9" in message and "the same command goes on" in message
+    monkeypatch.undo()
+    there = {name for name in content(tmp_path / "out") if name.startswith("part")}
+    assert 3 <= len(there) < len(expected) - 1
+    encode(*common, str(tmp_path / "out"), settings, threads=1)
+    assert content(tmp_path / "out") == expected
+
+
+def test_mistakes_of_a_process_are_told_here(finished, tmp_path):
+    common, settings, _, _ = finished
+    message = refused(*common, str(tmp_path / "out"), replace(settings, dim=1000), processes=2)
+    assert message == "cannot cut embeddings to 1000 dimensions: the model has 48"
+
+
+def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path):
+    common, settings, expected, _ = finished
+    process = forks.Process(target=encode, args=(*common, str(tmp_path / "out"), settings), kwargs={"threads": 1})
+    process.start()
+    while not list((tmp_path).glob("out/part-*")):
+        time.sleep(0.01)
+        assert process.is_alive()
+    assert "another command is writing into" in refused(*common, str(tmp_path / "out"), settings, threads=1)
+    process.join()
+    assert process.exitcode == 0 and content(tmp_path / "out") == expected
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(finished, tmp_path):
+    common, settings, expected, _ = finished
+    command = [sys.executable, "-m", "lusifer", "encode", *common, str(tmp_path / "out"), "-q", "--processes", "2"]
+    command += ["--precision", "float32", "--shard-rows", "300", "--id-column", "key", "--output-dtype", "int8"]
+    command += ["--threads", "1"]
+    # A group of its own: Ctrl-C in a terminal reaches all processes of the group.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("out/part-*")):
+        time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "lusifer: interrupted; the same command goes on from here"
+    assert 0 < len(list(tmp_path.glob("out/part-*"))) < len(expected) - 1
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"10000 texts, 48 dimensions -> {tmp_path / 'out'}\n"
+    assert content(tmp_path / "out") == expected

@@ -1,0 +1,436 @@
+"""mteb tasks from a folder: scores, resume, failures, the cache of embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from lusifer import LusiferError
+from lusifer.data.everyday_set import load_everyday
+from lusifer.evaluation import benchmarks as suite
+from lusifer.evaluation.cache import EmbeddingCache
+from lusifer.evaluation.systems import Embedder, load_embedder
+from lusifer.model.sentence_transformer import save_atomically
+
+mteb = pytest.importorskip("mteb")
+evaluation = pytest.importorskip("lusifer.evaluation.run")
+
+from lusifer.evaluation.tasks import choose, mteb_task  # noqa: E402
+
+EVAL_DATA = Path(__file__).parents[3] / "shared" / "eval-data"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small tasks in the layout of an offline folder."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "klue").mkdir()
+    rows = [
+        {
+            "guid": str(i),
+            "sentence1": f"text {i}",
+            "sentence2": f"text {i // 2} and {i}",
+            "labels": {"label": i / 4, "real-label": i / 4, "binary-label": int(i > 8)},
+        }
+        for i in range(16)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "klue" / "validation.parquet")
+    # mteb asks for this configuration by name.
+    card = (
+        "---\nconfigs:\n- config_name: sts\n  data_files:\n  - split: validation\n    path: validation.parquet\n---\n"
+    )
+    (folder / "klue" / "README.md").write_text(card)
+    (folder / "farstail").mkdir()
+    rows = [{"sentence1": f"one {i}", "sentence2": f"two {i}", "labels": i % 2} for i in range(16)]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "farstail" / "test.parquet")
+    entries = [
+        {"name": "KLUE-STS", "dir": "klue", "eval_splits": ["validation"], "subsets": {"default": "ko"}},
+        {"name": "FarsTail", "dir": "farstail", "eval_splits": ["test"], "subsets": {"default": "fa"}},
+    ]
+    (folder / "tasks.json").write_text(json.dumps(entries))
+    return folder
+
+
+def counting(monkeypatch):
+    """Hashed bags of letters in place of a model; returns the texts it was given."""
+    seen = []
+
+    def embed(texts):
+        seen.extend(texts)
+        return np.stack([np.bincount([ord(c) % 32 for c in text + "."], minlength=32) for text in texts]).astype("f4")
+
+    monkeypatch.setattr(evaluation, "load_embedder", lambda model, **kwargs: Embedder(embed, 64))
+    return seen
+
+
+@pytest.fixture
+def cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", suite.BENCHMARKS)
+def test_mteb_knows_the_benchmarks_and_every_task_resolves(name):
+    found = {task.metadata.name: task for task in mteb.get_benchmark(name).tasks}
+    for task in suite.tasks(name):
+        made = found[task.name]
+        assert set(made.hf_subsets) == set(task.subsets), task.name
+        assert set(made.eval_splits) == set(task.splits), task.name
+        assert made.metadata.type == task.type
+
+
+def test_what_is_done_is_not_embedded_again(data, tmp_path, monkeypatch, cache_dir):
+    seen = counting(monkeypatch)
+    tasks, missing = choose(None, data)
+    assert not missing and {task.name for task in tasks} == {"KLUE-STS", "FarsTail"}
+    first = evaluation.run("some-model", tasks[:1], tmp_path / "out", data=data, progress=False)
+    name = tasks[0].name
+    assert first[name]["status"] == "done" and seen
+    for fact in ("model_hash", "versions", "max_seq_length", "prefixes", "seed", "seconds", "revision"):
+        assert fact in first[name]
+    count = len(seen)
+    again = evaluation.run("some-model", tasks, tmp_path / "out", data=data, progress=False)
+    assert again[name] == first[name] and len(again) == 2
+    new = set(seen[count:])
+    assert new and not new & set(seen[:count])
+    count = len(seen)
+    # In another folder everything is scored anew, and nothing embedded.
+    third = evaluation.run("some-model", tasks, tmp_path / "other", data=data, progress=False)
+    assert len(seen) == count and third[name]["embedded"] == 0
+    assert evaluation.main_scores(third) == evaluation.main_scores(again)
+
+
+def test_scores_are_mtebs_own(data, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    tasks, _ = choose(None, data)
+    found = evaluation.main_scores(evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False))
+    embed = evaluation.load_embedder("m").embed
+
+    class Plain(mteb.models.abs_encoder.AbsEncoder):
+        mteb_model_meta = mteb.models.ModelMeta.create_empty(overwrites={"name": "local/plain", "revision": "x"})
+
+        def encode(self, inputs, **kwargs):
+            return embed([text for batch in inputs for text in batch["text"]])
+
+    for task in tasks:
+        result = mteb.evaluate(Plain(), mteb_task(task, data), cache=None, co2_tracker=False, show_progress_bar=False)
+        ((row,),) = result.task_results[0].scores.values()
+        assert found[task.name]["default"] == pytest.approx(row["main_score"], abs=1e-6)
+
+
+def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monkeypatch, cache_dir):
+    seen = counting(monkeypatch)
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    prompts = evaluation.load_prompts()
+    records = evaluation.run("m", tasks, tmp_path / "out", data=data, prompts=prompts, progress=False)
+    own = {text for texts in load_everyday().sentences.values() for text in texts}  # Of the profile of languages.
+    assert all(text.startswith(f"Instruct: {prompts['STS']}\nQuery: ") for text in set(seen) - own)
+    told = f"Instruct: {prompts['STS']}\nQuery: "
+    assert records["KLUE-STS"]["prefixes"] == {"query": told, "document": "", "symmetric": told}
+    with pytest.raises(LusiferError, match="holds results of another run \\(prompts"):
+        evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+
+
+def test_a_failing_task_is_recorded_and_tried_again(data, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    tasks, _ = choose(None, data)
+    real, broken, calls = evaluation.mteb_task, [True], []
+
+    def make(task, folder):
+        calls.append(task.name)
+        if broken[0] and task.name == "FarsTail":
+            raise ConnectionError("the hub is away")
+        return real(task, folder)
+
+    monkeypatch.setattr(evaluation, "mteb_task", make)
+    records = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+    assert records["FarsTail"]["status"] == "failed" and calls.count("FarsTail") == 2
+    assert "the hub is away" in records["FarsTail"]["error"]
+    assert records["KLUE-STS"]["status"] == "done"
+    broken[0] = False
+    records = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+    assert records["FarsTail"]["status"] == "done" and calls.count("KLUE-STS") == 1
+
+
+def test_a_damaged_result_is_scored_again(data, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    first = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+    (tmp_path / "out" / "KLUE-STS.json").write_text('{"task": "KLUE-')
+    again = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+    assert evaluation.main_scores(again) == evaluation.main_scores(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "LUSIFR", "data": None}, "there is no benchmark 'LUSIFR'"),
+        ({"name": None, "data": None}, "say which --benchmark"),
+        ({"name": None, "languages": ["xx"]}, "no language 'xx' here; there are fa, ko"),
+        ({"name": None, "types": ["Poetry"]}, "no type 'Poetry'"),
+        ({"name": None, "names": ["KLUE"]}, "no task 'KLUE'"),
+        ({"name": None, "types": ["STS"], "languages": ["fa"]}, "no task is left"),
+    ],
+)
+def test_wrong_choices_are_one_clear_line(data, arguments, message):
+    with pytest.raises(LusiferError, match=message):
+        choose(**{"data": data, **arguments})
+
+
+def test_a_folder_holds_part_of_a_benchmark(data):
+    tasks, missing = choose(suite.MAIN, data)
+    assert {task.name for task in tasks} == {"KLUE-STS", "FarsTail"} and len(missing) == 121
+    with pytest.raises(LusiferError, match="is no list of tasks"):
+        choose(None, data / "klue")
+
+
+def test_the_command_says_what_failed_and_exits_with_1(data, tmp_path, tiny_encoder):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "farstail" / "test.parquet").write_bytes(b"no parquet")
+    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "-q"]
+    command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "failed: FarsTail" in done.stderr and "Traceback" not in done.stderr
+    told = json.loads(done.stdout)
+    assert set(told["scores"]) == {"KLUE-STS"} and set(told["failed"]) == {"FarsTail"}
+
+
+def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
+    data, tmp_path, cache_dir, tiny_encoder, tiny_llm, tiny_st
+):
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    encoder, llm, ours = str(tiny_encoder), str(tiny_llm), str(tmp_path / "model")
+    save_atomically(tiny_st, tmp_path / "model")
+    parts = {f"encoder:{encoder}": ["encoder"], f"llm:{llm}": ["llm"], ours: ["encoder", "llm"]}
+    hashes = set()
+    for number, (model, tokenizers) in enumerate({**parts, f"llm-causal:{llm}": ["llm"]}.items()):
+        out = tmp_path / str(number)
+        record = evaluation.run(model, tasks, out, data=data, progress=False)["KLUE-STS"]
+        assert record["status"] == "done", record
+        hashes.add(record["model_hash"])
+        profile = json.loads((out / "languages.json").read_text())
+        assert list(profile["tokens"]) == tokenizers
+        assert all(count > 5 for row in profile["tokens"].values() for count in row.values())
+        assert set(profile["bias"]["te"]) == {"same_language", "alone", "mixed"} and "en" not in profile["bias"]
+    assert len(hashes) == 4
+    both, causal = (
+        load_embedder(f"{kind}:{llm}").embed(["the cat sat", "on the mat"]) for kind in ("llm", "llm-causal")
+    )
+    assert np.abs(both - causal).max() > 1e-3
+    with pytest.raises(LusiferError, match="is not a decoder LLM"):
+        load_embedder(f"llm:{encoder}")
+
+
+def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder):
+    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "--device", "cpu,cpu"]
+    command += ["--data", str(data), "--out", str(tmp_path / "out"), "--json", "-q"]
+    environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["scores"]) == {"KLUE-STS", "FarsTail"}
+    # Once each, by one of the workers; the command itself found them done.
+    dates = [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+    assert dates == [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
+
+
+def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
+    given = []
+
+    def embed(texts):
+        given.extend(texts)
+        return np.array([[len(text), ord(text[0])] for text in texts])
+
+    cache = EmbeddingCache(tmp_path / "c.sqlite", embed)
+    texts = ["bb", "a", "bb", "ccc"]
+    expected = [[2, 98], [1, 97], [2, 98], [3, 99]]
+    assert cache(texts).tolist() == expected
+    assert sorted(given) == ["a", "bb", "ccc"]
+    other = EmbeddingCache(tmp_path / "c.sqlite", embed)
+    assert other([*texts, "d"]).tolist() == [*expected, [1, 100]]
+    assert given[3:] == ["d"] and other.computed == 1 and other.reused == 4
+    assert cache([]).shape[0] == 0
+
+
+@pytest.mark.skipif(not EVAL_DATA.is_dir(), reason="needs the evaluation data beside the repository")
+def test_every_task_of_the_real_folder_is_known():
+    tasks, missing = choose(None, EVAL_DATA)
+    assert len(tasks) == 12 and not missing
+
+
+@pytest.fixture
+def e5_like(tiny_st, tmp_path):
+    """A function that saves a Sentence Transformers model with prompts or another similarity."""
+
+    def save(**facts):
+        tiny_st.prompts = facts.get("prompts", {})
+        tiny_st.default_prompt_name = facts.get("default")
+        tiny_st.similarity_fn_name = facts.get("similarity", "cosine")
+        save_atomically(tiny_st, tmp_path / "e5")
+        return str(tmp_path / "e5")
+
+    return save
+
+
+PAIR = {"query": "the cat ", "document": "rain fell on the roof "}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"prompts": PAIR},
+        {"prompts": PAIR, "default": "query"},
+        {"prompts": {"STS": "milk "}},
+        {"similarity": "dot"},
+    ],
+    ids=str,
+)
+def test_a_model_with_prompts_is_scored_as_by_mteb(data, e5_like, tmp_path, cache_dir, facts):
+    from sentence_transformers import SentenceTransformer
+
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    path = e5_like(**facts)
+    record = evaluation.run(path, tasks, tmp_path / "out", data=data, progress=False)["KLUE-STS"]
+    made = mteb_task(tasks[0], data)
+    result = mteb.evaluate(SentenceTransformer(path), made, cache=None, co2_tracker=False, show_progress_bar=False)
+    (row,) = result.task_results[0].scores["validation"]
+    for key in ("main_score", "cosine_spearman", "spearman"):
+        assert record["scores"]["validation"][0][key] == pytest.approx(row[key], abs=1e-6)
+    symmetric = {"query": PAIR["query"]}.get(facts.get("default", ""), facts.get("prompts", {}).get("STS", ""))
+    assert record["prefixes"]["symmetric"] == symmetric
+    if facts.get("prompts") is PAIR:
+        assert record["prefixes"]["query"] == PAIR["query"] and record["prefixes"]["document"] == PAIR["document"]
+
+
+@pytest.fixture
+def sib(tmp_path):
+    """SIB-200 in two languages."""
+    rows = [{"index_id": i, "category": "abc"[i % 3], "text": f"{'xyz'[i % 3]} {i}"} for i in range(60)]
+    lines = ["---", "configs:"]
+    for config in ("kor_Hang", "tel_Telu"):
+        (tmp_path / "sib" / "sib" / config).mkdir(parents=True)
+        lines += [f'- config_name: "{config}"', "  data_files:"]
+        for split in ("train", "validation", "test"):
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / "sib" / "sib" / config / f"{split}.parquet")
+            lines += [f'  - split: "{split}"', f'    path: "{config}/{split}.parquet"']
+    (tmp_path / "sib" / "sib" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    subsets = {"kor_Hang": "ko", "tel_Telu": "te"}
+    entry = {"name": "SIB200Classification", "dir": "sib", "eval_splits": ["test"], "subsets": subsets}
+    (tmp_path / "sib" / "tasks.json").write_text(json.dumps([entry]))
+    return tmp_path / "sib"
+
+
+def test_another_language_joins_what_is_scored(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    for code in ("te", "ko"):
+        tasks, _ = choose(None, sib, languages=[code])
+        evaluation.run("m", tasks, out, data=sib, progress=False)
+    record = json.loads((out / f"{name}.json").read_text())
+    assert set(record["main_scores"]["test"]) == set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
+    assert {row["hf_subset"] for row in record["scores"]["test"]} == {"kor_Hang", "tel_Telu"}
+    plan = json.loads((out / "run.json").read_text())["plan"]
+    assert plan == {name: {"splits": ["test"], "subsets": {"tel_Telu": ["te"], "kor_Hang": ["ko"]}}}
+
+
+def test_a_failure_takes_nothing_away(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    tasks, _ = choose(None, sib, languages=["te"])
+    before = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    real = evaluation.mteb_task
+    monkeypatch.setattr(evaluation, "mteb_task", lambda *a: (_ for _ in ()).throw(RuntimeError("no such luck")))
+    after = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
+    assert after["status"] == "failed" and "no such luck" in after["error"]
+    assert after["main_scores"] == before["main_scores"] and evaluation.main_scores({name: after})[name]
+    monkeypatch.setattr(evaluation, "mteb_task", real)
+    mended = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
+    assert mended["status"] == "done" and "error" not in mended and len(mended["main_scores"]["test"]) == 2
+
+
+def test_changed_data_are_scored_again(sib, tmp_path, monkeypatch, cache_dir):
+    counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    tasks, _ = choose(None, sib, languages=["te"])
+    before = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    rows = [{"index_id": i, "category": "abc"[i % 3], "text": "one and the same"} for i in range(60)]
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows).to_parquet(sib / "sib" / "tel_Telu" / f"{split}.parquet")
+    after = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    assert after["fingerprint"] != before["fingerprint"]
+    assert after["main_scores"]["test"]["tel_Telu"] < before["main_scores"]["test"]["tel_Telu"]
+
+
+def test_a_score_that_is_no_number_is_a_failure(data, tmp_path, monkeypatch, cache_dir):
+    monkeypatch.setattr(
+        evaluation, "load_embedder", lambda m, **k: Embedder(lambda texts: np.ones((len(texts), 4), "f4"))
+    )
+    tasks, _ = choose(None, data, names=["KLUE-STS"])
+    record = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)["KLUE-STS"]
+    assert record["status"] == "failed" and "is no number" in record["error"]
+    assert "NaN" not in (tmp_path / "out" / "KLUE-STS.json").read_text().replace(record["traceback"], "")
+
+
+def test_what_a_benchmark_asks_for_and_a_folder_lacks_is_named(data, tmp_path, monkeypatch, cache_dir, capsys):
+    tasks, lost = choose(suite.MAIN, data, languages=["ko"], names=["KLUE-STS", "SIB200Classification"])
+    assert [task.name for task in tasks] == ["KLUE-STS"]
+    assert [(task.name, set(task.subsets)) for task in lost] == [("SIB200Classification", {"kor_Hang"})]
+
+
+def test_pairs_of_two_languages_count_for_neither(tmp_path):
+    entry = {"name": "Tatoeba", "dir": "t", "eval_splits": ["test"], "subsets": {"spa-eng": "es"}}
+    (tmp_path / "tasks.json").write_text(json.dumps([entry]))
+    (task,), _ = choose(None, tmp_path, languages=["es"])
+    assert task.subsets == {"spa-eng": ("es", "en")}
+    scores = {"Tatoeba": {"spa-eng": 0.5}}
+    assert not suite.language_means(scores, [task])
+    assert suite.pair_means(scores, [task])["Tatoeba"] == suite.Mean(0.5, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([1], "entry 0 is no object"),
+        ([{}], "entry 0 needs a 'name'"),
+        ({"name": "x"}, "is no list of tasks"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": "test", "subsets": {"default": "ko"}}], "'eval_splits'"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": []}], "'subsets' that is a dict"),
+        ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": {"default": 3}}], "needs a language"),
+    ],
+)
+def test_a_list_of_tasks_that_is_none_is_one_clear_line(tmp_path, entries, words):
+    (tmp_path / "tasks.json").write_text(json.dumps(entries))
+    with pytest.raises(LusiferError, match=words) as caught:
+        choose(None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_cache_is_set_aside(tmp_path):
+    (tmp_path / "c.sqlite").write_bytes(b"not a database at all" * 100)
+    cache = EmbeddingCache(tmp_path / "c.sqlite", lambda texts: np.ones((len(texts), 2), "f4"))
+    assert cache(["a"]).shape == (1, 2) and (tmp_path / "c.damaged").is_file()
+
+
+@pytest.mark.parametrize("content", ["STTS: Find it\n", "STS: {both: x}\n", "STS: {}\n"])
+def test_prompts_that_match_nothing_are_refused(tmp_path, content):
+    (tmp_path / "p.yaml").write_text(content)
+    with pytest.raises(LusiferError, match="no task or type 'STTS'; STS|must map"):
+        evaluation.load_prompts(tmp_path / "p.yaml")
+
+
+def test_long_texts_are_cut_to_what_an_encoder_reads(tiny_encoder):
+    loaded = load_embedder(f"encoder:{tiny_encoder}", device="cpu")
+    assert loaded.max_seq_length == 128 and loaded.embed(["the cat " * 500]).shape == (1, 32)
+    with pytest.raises(LusiferError, match="no device 'nonsense'"):
+        load_embedder(f"encoder:{tiny_encoder}", device="nonsense")

@@ -1,0 +1,251 @@
+"""The page of results: right means, and whatever is wrong with the files said on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lusifer import LusiferError
+from lusifer.evaluation.report.html import page, write
+from lusifer.evaluation.report.markdown import markdown
+from lusifer.evaluation.report.results import read
+
+
+def record(task, kind, scores, languages, **changed):
+    return {
+        "task": task, "type": kind, "status": "done", "main_scores": {"test": scores}, "languages": languages, **changed
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two systems: the second lacks a subset, has a failed and a damaged task and one of another version."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    spoken = {"a": ["es"], "b": ["te"]}
+    for folder, shift in ((ours, 0.2), (theirs, 0.0)):
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"model": folder.name, "model_hash": "abc"}))
+        sts = record("T1", "STS", {"a": 0.5 + shift, "b": 0.3 + shift}, spoken)
+        (folder / "T1.json").write_text(json.dumps(sts))
+        retrieval = record("T2", "Retrieval", {"a": 0.1 + shift, "b": 0.4}, spoken)
+        if folder == theirs:
+            del retrieval["main_scores"]["test"]["b"]
+        (folder / "T2.json").write_text(json.dumps(retrieval))
+    pairs = record("T3", "STS", {"x": 0.25, "y": 0.75}, {"x": ["en", "te"], "y": ["te", "en"]})
+    for folder in (ours, theirs):
+        (folder / "T3.json").write_text(json.dumps(pairs))
+    (theirs / "T4.json").write_text(json.dumps({"task": "T4", "status": "failed", "error": "<b>no</b> network"}))
+    (theirs / "T5.json").write_text('{"task": "T5", "sta')
+    (theirs / "T6.json").write_text(json.dumps({"task": "T6", "status": "done", "results": []}))
+    return ours, theirs
+
+
+def test_only_what_all_have_is_compared(folders):
+    text = markdown(read(folders), "theirs")
+    # es: mean of T1 and T2; te: T1 alone, since T2's is missing in one.
+    assert "| es | 50.0 | 30.0 |" in text
+    assert "| te | 50.0 | 30.0 |" in text
+    assert "| **mean** | 50.0 | 30.0 |" in text
+    assert "- ours: te +20.0, es +20.0" in text
+
+
+def test_what_is_wrong_is_said_and_the_rest_is_shown(folders):
+    for text in (markdown(read(folders)), page(read(folders))):
+        assert "T4 failed" in text
+        assert "T5.json: damaged" in text
+        assert "T6.json: not in this version" in text
+        assert "T2: 1 scores missing" in text
+    assert "<b>no</b> network" not in page(read(folders))
+
+
+def test_the_page_loads_nothing_and_has_matrix_and_heat_map(folders):
+    text = page(read(folders), "theirs")
+    assert "http" not in text and "<script" not in text and "url(" not in text
+    assert "Query language and document language: ours" in text and "25.0" in text
+    assert "Gain against theirs" in text and "+20.0" in text
+    assert "prefers-color-scheme:dark" in text and "viewport" in text
+
+
+def test_empty_and_missing_folders(tmp_path, folders):
+    (tmp_path / "empty").mkdir()
+    text = markdown(read([folders[0], tmp_path / "empty"]))
+    assert "empty: no finished task in this folder" in text and "| es | 50.0 |  |" in text
+    with pytest.raises(LusiferError, match="no results at"):
+        read([tmp_path / "nowhere"])
+    with pytest.raises(LusiferError, match="no system 'x' to compare with; there are ours, theirs"):
+        write(read(folders), tmp_path / "out", "x")
+
+
+def test_intervals_are_shown_where_every_score_has_one(folders):
+    path = folders[0] / "T1.json"
+    known = {**json.loads(path.read_text()), "standard_errors": {"test": {"a": 0.03, "b": 0.04}}}
+    path.write_text(json.dumps(known))
+    text = markdown(read(folders))
+    # te is T1 alone: 1.96 * 4 points. es also has T2, whose standard error is not known.
+    assert "| te | 50.0 ±7.8 | 30.0 |" in text and "| es | 50.0 | 30.0 |" in text
+    path = folders[0] / "T2.json"
+    known = {**json.loads(path.read_text()), "standard_errors": {"test": {"a": 0.04}}}
+    path.write_text(json.dumps(known))
+    # es is the mean of two: 1.96 * sqrt(3^2 + 4^2) / 2.
+    assert "| es | 50.0 ±4.9 | 30.0 |" in markdown(read(folders))
+    assert '<s style="left:45.10%;width:9.80%"></s>' in page(read(folders))
+
+
+def put(folder, task, kind, scores, languages, **changed):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{task}.json").write_text(json.dumps(record(task, kind, scores, languages, **changed)))
+
+
+def test_clustering_counts_as_fixed_and_alone_has_no_interval(tmp_path):
+    known = {"standard_errors": {"test": {"a": 0.03}}}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5}, {"a": ["es"]}, **known)
+    put(tmp_path / "x", "T2", "Clustering", {"a": 0.3, "b": 0.3}, {"a": ["es"], "b": ["te"]}, **known)
+    text = markdown(read([tmp_path / "x"]))
+    # Half of T1's 1.96 * 3 points, whatever an older version recorded for clustering.
+    assert "| es | 40.0 ±2.9 |" in text and "| te | 30.0 |" in text
+    assert "count as fixed" in text and "count as fixed" in page(read([tmp_path / "x"]))
+    put(tmp_path / "x", "T3", "STS", {"a": 0.5}, {"a": ["es"]})
+    assert "| es | 43.3 |" in markdown(read([tmp_path / "x"]))
+
+
+def test_pairs_have_means_by_task_and_over_tasks_of_what_all_share(tmp_path):
+    spoken = {"x": ["en", "te"], "y": ["te", "en"], "z": ["es", "en"]}
+    for name, shift in (("a", 0.1), ("b", 0.0)):
+        put(tmp_path / name, "P1", "STS", {"x": 0.2 + shift, "y": 0.4 + shift}, spoken)
+        put(tmp_path / name, "P2", "Retrieval", {"x": 0.7 + shift}, spoken)
+    put(tmp_path / "a", "P1", "STS", {"x": 0.3, "y": 0.5, "z": 0.99}, spoken)
+    systems = read([tmp_path / "a", tmp_path / "b"])
+    text, html = markdown(systems), page(systems)
+    assert "| P1 | 40.0 | 30.0 |" in text and "| P2 | 80.0 | 70.0 |" in text
+    assert "| **mean over tasks** | 60.0 | 50.0 |" in text
+    assert "<td>P1</td><td>40.0</td><td>30.0</td>" in html and "mean over pairs</th>" in html
+    # No language has a score of its own: no empty tables.
+    assert "**mean** |" not in text and "mean over languages" not in html and "By language" not in html
+    assert "99.0" not in text + html
+    assert "Gain" not in markdown(systems, "a") + page(systems, "a")
+    assert "## Query language and document language: a" in text and "| te | 50.0 |  |" in text
+
+
+def test_the_text_has_the_tables_of_the_page(folders):
+    row = {"same_language": 0.25, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row}, "tokens": {"encoder": {"te": 20.0, "en": 10.0}}}
+    (folders[0] / "languages.json").write_text(json.dumps(profile))
+    text = markdown(read(folders), published=True)
+    assert "| language | Retrieval | STS |" in text and "| es | 30.0 | 70.0 |" in text
+    assert "| te | 25 | 75 | 50 |" in text and "| te | 20.0 |" in text
+    for shown in (text, page(read(folders), published=True)):
+        assert "IndicCrosslingualSTS" in shown and "57.89" in shown and "68.05" not in shown.split("Published")[0]
+    assert "Published" not in markdown(read(folders))
+
+
+def test_what_was_set_differently_is_said(tmp_path):
+    for name, mteb, tokens, data in (("a", "2.1", 512, "r1"), ("b", "2.2", None, "r2")):
+        facts = {"versions": {"mteb": mteb, "torch": "2.0"}, "max_seq_length": tokens, "revision": data}
+        put(tmp_path / name, "T1", "STS", {"a": 0.5}, {"a": ["es"]}, **facts)
+        settings = {"model": name, "prompts": f"hash-{name}", "data": {"T1": data}}
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
+    text = markdown(read([tmp_path / "a", tmp_path / "b"]))
+    for line in (
+        "- not the same: version of mteb: 2.1 (a); 2.2 (b)\n",
+        "- not the same: prompts: hash-a (a); hash-b (b)\n",
+        "- not the same: most tokens of a text: 512 (a); none (b)\n",
+        "- not the same: data of T1\n",
+        "- not the same: data revision of T1\n",
+    ):
+        assert line in text
+    assert "torch" not in text and "not the same" not in markdown(read([tmp_path / "a"]))
+    assert "set differently" in page(read([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_what_was_asked_for_and_is_not_there_is_named(tmp_path):
+    plan = {f"T{i}": {"splits": ["test"], "subsets": {"a": ["es"], "b": ["te"]}} for i in range(1, 6)}
+    spoken = {"a": ["es"], "b": ["te"]}
+    for name in ("done", "killed", "nothing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"model": name, "plan": plan}))
+    for task in plan:
+        put(tmp_path / "done", task, "STS", {"a": 0.5, "b": 0.5}, spoken)
+    put(tmp_path / "killed", "T1", "STS", {"a": 0.5, "b": 0.5}, spoken)
+    # Its first subset was finished before it failed.
+    put(tmp_path / "killed", "T2", "STS", {"a": 0.9}, spoken, status="failed", error="out of\nmemory")
+    (tmp_path / "nothing" / "T1.json").write_text("{")
+    systems = read([tmp_path / name for name in ("done", "killed", "nothing")])
+    text = markdown(systems)
+    assert "- killed: asked for, not scored: T3, T4, T5\n" in text
+    assert "- killed: T2 failed: out of memory; the 1 scores it had before count\n" in text
+    assert "- killed: T2: asked for, not scored: b\n" in text
+    assert "- killed: has no score of tasks that another system has; left out for all: T3, T4, T5\n" in text
+    assert "| es | 50.0 | 70.0 |" in text
+    # A system without scores takes nothing away, and does not say so.
+    assert "- nothing: asked for, not scored: T1, T2, T3, T4, T5\n" in text
+    assert not [line for line in text.splitlines() if line.startswith("- nothing") and "left out" in line]
+
+
+def test_a_failed_task_with_a_split_missing_has_no_mean_over_splits(tmp_path):
+    plan = {"T1": {"splits": ["dev", "test"], "subsets": {"a": ["es"]}}}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5}, {"a": ["es"]}, status="failed", error="no")
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"plan": plan}))
+    assert "| es |" not in markdown(read([tmp_path / "x"]))
+
+
+def test_what_is_no_number_is_ignored_and_named(tmp_path):
+    nan = float("nan")
+    spoken = {"a": ["es"], "b": ["te"]}
+    put(tmp_path / "x", "T1", "STS", {"a": 0.5, "b": nan}, spoken, standard_errors={"test": {"a": nan, "b": 0.1}})
+    put(tmp_path / "x", "T2", "STS", {"a": None}, spoken)
+    row = {"same_language": nan, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row}, "tokens": {"llm": {"te": nan, "en": 10.0}}}
+    (tmp_path / "x" / "languages.json").write_text(json.dumps(profile))
+    text, html = markdown(read([tmp_path / "x"])), page(read([tmp_path / "x"]))
+    assert "| es | 50.0 |" in text and "nan" not in (text + html).lower()
+    for line in ("T1: no number, ignored: b", "standard error of T1: no number, ignored: a", "T2: no number"):
+        assert f"- x: {line}" in text and line in html
+    assert "tokens of llm: no number, ignored: te" in text and "bias of te: no number" in text
+
+
+def test_narrow_screens_see_what_matters_first(folders, tmp_path):
+    html = page(read(folders), "theirs")
+    assert "<th>language</th><th>ours</th><th>resource level</th>" in html
+    assert "<th>system</th><th>mean over languages</th>" in html and "scroll sideways" in html
+    # A type whose scores are all of pairs has no column of its own.
+    put(folders[0], "P", "BitextMining", {"x": 0.5}, {"x": ["en", "te"]})
+    put(folders[1], "P", "BitextMining", {"x": 0.5}, {"x": ["en", "te"]})
+    assert "<th>BitextMining</th>" not in page(read(folders))
+
+
+def test_without_a_baseline_the_page_says_how_to_get_gains(folders):
+    for text in (markdown(read(folders)), page(read(folders))):
+        assert "name one of the systems with --baseline" in text
+    assert "--baseline" not in page(read(folders), "theirs") and "--baseline" not in page(read(folders[:1]))
+
+
+def test_the_folder_one_stands_in_has_a_name(folders, monkeypatch):
+    monkeypatch.chdir(folders[0])
+    assert [system.name for system in read([Path("."), Path("../theirs")])] == ["ours", "theirs"]
+
+
+def test_bias_tokens_and_published_rows_have_their_own_sections(folders):
+    row = {"same_language": 0.25, "alone": 0.75, "mixed": 0.5}
+    profile = {"bias": {"te": row, "es": row}, "tokens": {"encoder": {"te": 20.0, "en": 10.0}}}
+    (folders[0] / "languages.json").write_text(json.dumps(profile))
+    (folders[1] / "languages.json").write_text('{"bias": {"te": {}}}')
+    text = page(read(folders), published=True)
+    assert "Language bias" in text and "<td>75</td><td>50</td><td>-25</td>" in text
+    assert "ours: encoder" in text and "languages.json: not in this version" in text
+    assert "Published, not measured here" in text and "Multilingual-E5-large*" in text
+    assert "Published" not in page(read(folders))
+
+
+def test_the_command_writes_both_files_and_reading_needs_no_torch(folders, tmp_path):
+    command = [sys.executable, "-m", "lusifer", "report", *map(str, folders), "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["files"] == [str(tmp_path / "out" / name) for name in ("report.html", "report.md")]
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    code = "import sys; sys.argv[0] = 'bin/lusifer'\nfrom lusifer import cli\nfrom lusifer.evaluation.report.html import write\n"
+    code += "print([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,113 @@
+"""Model cards: metadata that the hub's own parser reads, facts from the run and its scores, no paths, no guesses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from lusifer.cli.app import app
+from lusifer.errors import LusiferError
+from lusifer.evaluation.report.results import read
+from lusifer.model.card import is_hub_id, make_card, write_card
+from lusifer.recipes.schema import Recipe
+from lusifer.storage import without_paths
+from lusifer.training.run import told
+
+RECIPE = {
+    "output": "/home/me/runs/x",
+    "model": {"encoder": "acme/encoder", "llm": "acme/llm"},
+    "warm_start": {"data": "/home/me/secret/english.jsonl"},
+    "contrast": {"data": [{"source": "acme/pairs"}, {"source": "/home/me/secret/pairs.jsonl"}], "steps": 70},
+}
+CONFIG = {
+    "model_type": "lusifer",
+    "encoder": "acme/encoder",
+    "encoder_revision": "f00",
+    "llm": "acme/llm",
+    "llm_base_adapters": ["acme/mntp@1"],
+    "encoder_config": {"languages": ["de", "en"]},
+    "llm_config": {"hidden_size": 48, "num_hidden_layers": 3},
+    "pooling": "mean",
+    "max_seq_length": 64,
+    "provenance": {
+        "recipe": told(Recipe.model_validate(RECIPE)),
+        "stages": {"contrast": {"loss": 0.5, "seconds": 3.0}, "warm_start": {"seconds": 1.0}},
+    },
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    record = {
+        "task": "STS17", "type": "STS", "status": "done", "main_scores": {"test": {"de-de": 0.5, "en-en": 0.7}},
+        "languages": {"de-de": ["de"], "en-en": ["en"]}, "versions": {"mteb": "2.26"},
+    }  # fmt: skip
+    (folder / "STS17.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_card_says_what_is_known(results, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    path = write_card(tmp_path, name="acme/small", licence="mit", results=read([results])[0])
+    card = ModelCard.load(path)
+    assert card.data.license == "mit" and card.data.language == ["de", "en"]
+    assert card.data.base_model == ["acme/encoder", "acme/llm"] and card.data.datasets == ["acme/pairs"]
+    assert {r.dataset_config: r.metric_value for r in card.data.eval_results} == {"de-de": 50.0, "en-en": 70.0}
+    text = card.text
+    for part in ("| de | 50.0 | 1 |", "**60.0**", "acme/mntp@1", "| encoder | `acme/encoder` | f00 |", "mteb 2.26"):
+        assert part in text, part
+    assert "| contrast | 70 | 0.500 | 3.0 |" in text
+    assert text.index("| warm_start |") < text.index("| contrast |")
+
+
+def test_the_recipe_in_it_is_one_and_holds_no_paths():
+    text = make_card(CONFIG)
+    assert "/home" not in text and "secret" not in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["contrast"]["data"][1]["source"] == "pairs.jsonl"
+    assert Recipe.model_validate({"output": "x", **recipe}).contrast.steps == 70
+
+
+def test_nothing_is_guessed():
+    text = make_card({"model_type": "lusifer"})
+    for part in ("Unknown: it depends", "Not measured", "`unknown`", "not pinned"):
+        assert part in text
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert not {"license", "language", "base_model", "datasets", "model-index"} & set(metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("acme/x", True), ("./x/y", False), ("/a/b", False), ("a", False), ("a/b/c", False), ("starter:x", False)],
+)
+def test_hub_ids(name, is_one):
+    assert is_hub_id(name) is is_one
+
+
+def test_paths_are_shortened_everywhere():
+    tree = {"a": ["/x/y.jsonl", "~/z.jsonl", "../up/w.jsonl", "C:\\data\\v.jsonl"], "b": {"c": "org/name", "d": 3}}
+    assert without_paths(tree) == {"a": ["y.jsonl", "z.jsonl", "w.jsonl", "v.jsonl"], "b": {"c": "org/name", "d": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read"), ("[]", "another model"), ('{"model_type": "llama"}', "another model")],
+)
+def test_other_folders_get_none(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LusiferError, match=message):
+        write_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_the_command_writes_it(tmp_path, results):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    done = CliRunner().invoke(app, ["card", str(tmp_path), "--license", "mit", "--results", str(results)])
+    assert done.exit_code == 0, done.output
+    assert "license: mit" in (tmp_path / "README.md").read_text()

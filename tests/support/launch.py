@@ -1,0 +1,47 @@
+"""Training in processes of its own, as torchrun starts it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+# Stops like a power cut, in the middle of a step behind the first checkpoint.
+CUT = """
+import os, sys
+import lusifer.training.run as t
+loss = getattr(t, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[sys.argv.pop(1)])
+real, calls = loss.step, [0]
+def step(self, *args, **kwargs):
+    calls[0] += 1
+    if calls[0] == 5:
+        os._exit(9)
+    return real(self, *args, **kwargs)
+loss.step = step
+from lusifer.cli.app import main
+main()
+"""
+
+
+def run(recipe, output, *, ranks=1, cut=None, overrides=()):
+    program = ["-m", "lusifer"]
+    if cut:
+        script = recipe.parent / "cut.py"
+        script.write_text(CUT)
+        program = [str(script), cut]
+    launcher = []
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)]
+    command = [sys.executable, *launcher, *program, "train", str(recipe), "-q", "--output", str(output), *overrides]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "LUSIFER_CACHE": str(recipe.parent / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)),
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

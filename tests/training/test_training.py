@@ -1,0 +1,440 @@
+"""Whole runs with tiny backbones: what they leave, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lusifer
+from lusifer import LusiferError, LusiferModel
+from lusifer.recipes.schema import Recipe
+from lusifer.training.run import train
+from lusifer.training.trainer import AtomicTrainer
+from support.texts import TEXTS
+
+STEPS = 8
+
+
+class Killed(BaseException):
+    """What a test uses in place of a power cut."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Data read by these tests is kept beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUSIFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def make(tiny_encoder, tiny_llm, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    (data / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    pairs = [{"query": text, "positive": text.upper(), "negative": [text[::-1], "no"]} for text in TEXTS]
+    (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def made(output, **changes):
+        shared = {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 3, "logging_steps": 3}
+        tree = {
+            "output": str(output),
+            "seed": 5,
+            "model": {
+                "encoder": tiny_encoder,
+                "llm": tiny_llm,
+                "llm_layers": 2,
+                "max_seq_length": 32,
+                "llm_lora": {"r": 2, "alpha": 4, "dropout": 0.2},
+                "encoder_lora": {"r": 2, "alpha": 4, "dropout": 0.2},
+            },
+            "warm_start": {"texts": 24, "ridge": 1.0},
+            "align": {
+                **shared,
+                "encoder": "lora",
+                "data": [
+                    {"source": str(data / "texts.jsonl"), "task": "reconstruct"},
+                    {"source": str(data / "pairs.jsonl"), "task": "complete", "reverse": 0.5, "start": 0.25},
+                ],
+                "target_max_seq_length": 12,
+            },
+            "contrast": {
+                **shared,
+                "data": [{"source": str(data / "pairs.jsonl"), "hard_negatives": 1}],
+                "warmup_steps": 2,
+            },
+        }
+        for name, value in changes.items():
+            tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
+        return Recipe.model_validate(tree)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(make, tmp_path_factory):
+    """An uninterrupted run, and every parameter of the model in memory after each stage."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    states = {}
+    with pytest.MonkeyPatch.context() as patch:
+        real = lusifer.training.run.save_atomically
+
+        def spy(model, folder, **kwargs):
+            states[folder.parent.name if folder.parent != output else "final"] = {
+                name: value.clone() for name, value in model[0].auto_model.state_dict().items()
+            }
+            real(model, folder, **kwargs)
+
+        patch.setattr("lusifer.training.run.save_atomically", spy)
+        assert train(make(output), progress=False) == output / "model"
+    return output, states
+
+
+def weights(folder):
+    return {str(path.relative_to(folder)): load_file(path) for path in sorted(Path(folder).rglob("model.safetensors"))}
+
+
+def assert_same(folder, other):
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys() and one
+    for name, tensors in one.items():
+        assert tensors.keys() == two[name].keys()
+        different = [key for key in tensors if not torch.equal(tensors[key], two[name][key])]
+        assert not different, different
+
+
+def kill_in(monkeypatch, stage, call):
+    """Makes the stage's loss raise at its call number ``call``, counted from 1."""
+    loss = getattr(lusifer.training.run, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
+    real, calls = loss.step, [0]
+
+    def step(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(loss, "step", step)
+
+
+def test_layout_of_a_finished_run(finished):
+    output, _ = finished
+    assert sorted(path.name for path in output.iterdir()) == ["align", "contrast", "model", "warm_start"]
+    for stage in ("warm_start", "align", "contrast"):
+        assert (output / stage / "stage.json").is_file() and (output / stage / "model" / "modules.json").is_file()
+    assert not [path for path in output.rglob("*") if path.name.startswith(".")]
+    assert (output / "model" / "llm_tokenizer" / "tokenizer.json").is_file()
+    assert_same(output / "contrast" / "model", output / "model")
+    vectors = lusifer.load(str(output / "model"), device="cpu").encode(["the cat", "the dog"])
+    assert vectors.shape == (2, 48)
+
+
+def test_what_each_stage_reports(finished):
+    output, _ = finished
+    reports = {name: json.loads((output / name / "stage.json").read_text()) for name in lusifer.training.run.STAGES}
+    for name, report in reports.items():
+        assert report["stage"] == name and len(report["fingerprint"]) == 64 and report["seconds"] > 0
+    assert len({report["fingerprint"] for report in reports.values()}) == 3
+    assert {"explained", "words", "held_out_words"} <= reports["warm_start"].keys()
+    assert reports["warm_start"]["words"] > 50
+    for name in ("align", "contrast"):
+        logged = [entry for entry in reports[name]["history"] if "loss" in entry]
+        assert [entry["step"] for entry in logged] == [3, 6] and reports[name]["loss"] > 0
+    for key in ("held_out", "held_out_before"):
+        found = reports["align"][key]
+        assert {"hidden_own_accuracy", "hidden_other_cross_entropy", "visible_none_accuracy"} <= found.keys()
+    # Learning rate 1e-2 on two dozen texts: it learns.
+    entropy = "hidden_own_cross_entropy"
+    assert reports["align"]["held_out"][entropy] < reports["align"]["held_out_before"][entropy]
+    assert reports["contrast"]["held_out"]["loss"] > 0
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "padding", "memory_mb"} <= logged[0].keys()
+    provenance = json.loads(next((output / "model").rglob("config.json")).read_text())["provenance"]
+    assert provenance["seed"] == 5 and set(provenance["stages"]) == set(lusifer.training.run.STAGES)
+    assert provenance["stages"]["align"]["held_out"] == reports["align"]["held_out"]
+    assert "history" not in provenance["stages"]["contrast"]
+
+
+def test_frozen_weights_never_move_and_trained_ones_do(finished, make):
+    _, states = finished
+    recipe = make("unused").model
+    fresh = LusiferModel.from_backbones(recipe.encoder, recipe.llm, llm_layers=2, max_seq_length=32).state_dict()
+    for stage, state in states.items():
+        plain = {name.replace(".base_layer", ""): value for name, value in state.items() if "lora_" not in name}
+        for name, value in fresh.items():
+            if name.startswith(("encoder.", "llm.")):
+                assert torch.equal(plain[name], value), (stage, name)
+
+    def moved(before, after):
+        kept = states[before].keys() & states[after].keys()
+        return {name for name in kept if not torch.equal(states[before][name], states[after][name])}
+
+    align, contrast = moved("warm_start", "align"), moved("align", "contrast")
+    assert any("encoder" in name and "lora_" in name for name in align)
+    assert {name for name in states["align"] if name.startswith("connector.")} <= align
+    assert not any(name.startswith("llm.") for name in align)
+    assert {name for name in contrast if name.startswith("encoder.")} == set()
+    assert any(name.startswith("connector.") for name in contrast)
+    # B starts at zero, so what differs from it has learned.
+    learned = [name for name, value in states["contrast"].items() if "llm" in name and "lora_B" in name]
+    assert learned and all(states["contrast"][name].abs().max() > 0 for name in learned)
+
+
+def test_a_finished_run_trains_no_more(finished, make, monkeypatch, tmp_path):
+    output, _ = finished
+    shutil.copytree(output, tmp_path / "copy")
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    for name in ("optimise", "run_warm_start", "run_align", "run_contrast"):
+        monkeypatch.setattr(lusifer.training.run, name, never)
+    before = (tmp_path / "copy" / "contrast" / "stage.json").read_bytes()
+    # Where it writes and how often it saves may change, and only that.
+    recipe = make(tmp_path / "copy", contrast={"save_steps": 5, "logging_steps": 1})
+    assert train(recipe, progress=False) == tmp_path / "copy" / "model"
+    assert (tmp_path / "copy" / "contrast" / "stage.json").read_bytes() == before
+    assert_same(tmp_path / "copy" / "model", output / "model")
+    shutil.rmtree(tmp_path / "copy" / "model")
+    train(recipe, progress=False)
+    assert_same(tmp_path / "copy" / "model", output / "model")
+
+
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [("align", 1), ("align", 5), ("align", 8), ("contrast", 1), ("contrast", 3), ("contrast", 7)],
+)
+def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(finished, make, monkeypatch, tmp_path, stage, call):
+    output, _ = finished
+    recipe = make(tmp_path / "run")
+    if stage == "contrast":  # Start from the finished stage 1 of the other run, to save time.
+        for name in ("warm_start", "align"):
+            shutil.copytree(output / name, tmp_path / "run" / name)
+    with monkeypatch.context() as patch:
+        kill_in(patch, stage, call)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    checkpoints = sorted((tmp_path / "run" / stage).glob("checkpoints/checkpoint-*"))
+    assert len(checkpoints) == (call - 1) // 3
+    assert not (tmp_path / "run" / stage / "stage.json").exists()
+    torch.manual_seed(999)
+    train(recipe, progress=False)
+    assert_same(tmp_path / "run" / stage / "model", output / stage / "model")
+    assert_same(tmp_path / "run" / "model", output / "model")
+
+
+def test_a_run_killed_after_its_last_step_does_not_take_another(finished, make, monkeypatch, tmp_path):
+    output, _ = finished
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "contrast" / "stage.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "contrast" / "model")
+    kill_in(monkeypatch, "contrast", 1)
+    train(make(tmp_path / "run"), progress=False)
+    assert_same(tmp_path / "run" / "model", output / "model")
+
+
+def test_a_resumed_run_reports_the_loss_of_all_its_steps(finished, make, monkeypatch, tmp_path):
+    output, _ = finished
+    shutil.copytree(output, tmp_path / "run", ignore=shutil.ignore_patterns("contrast"))
+    with monkeypatch.context() as patch:
+        kill_in(patch, "contrast", 6)
+        with pytest.raises(Killed):
+            train(make(tmp_path / "run"), progress=False)
+    train(make(tmp_path / "run"), progress=False)
+    resumed, whole = (json.loads((run / "contrast" / "stage.json").read_text()) for run in (tmp_path / "run", output))
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_checkpoints_hold_what_learns_and_no_pickled_arguments(finished):
+    output, states = finished
+    for stage in ("align", "contrast"):
+        checkpoints = sorted((output / stage / "checkpoints").iterdir())
+        assert [path.name for path in checkpoints] == ["checkpoint-6", "checkpoint-8"]
+        for checkpoint in checkpoints:
+            names = {path.name for path in checkpoint.iterdir()}
+            assert names == {
+                "learning.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+            }  # fmt: skip
+            learning = load_file(checkpoint / "learning.safetensors")
+            part = "encoder" if stage == "align" else "llm"
+            assert learning and all(name.startswith("connector.") or "lora_" in name for name in learning)
+            assert any("lora_" in name for name in learning)
+            assert all(name.startswith(f"{part}.") for name in learning if "lora_" in name)
+
+
+@pytest.mark.parametrize("broken", ["save_file", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_checkpoint_that_cannot_be_written_does_not_appear(make, monkeypatch, tmp_path, finished, broken):
+    def full(*args, **kwargs):
+        if broken == "save_file":  # Half a file is there already.
+            Path(args[1]).write_bytes(b"half")
+        if broken == "_save_rng_state":  # How torch.save reports it.
+            raise RuntimeError("PytorchStreamWriter failed: No space left\nmore")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shutil.copytree(finished[0] / "align", tmp_path / "run" / "align")
+    shutil.copytree(finished[0] / "warm_start", tmp_path / "run" / "warm_start")
+    with monkeypatch.context() as patch:
+        if broken == "save_file":
+            patch.setattr(lusifer.training.trainer, broken, full)
+        else:
+            patch.setattr(AtomicTrainer, broken, full)
+        with pytest.raises(LusiferError, match="cannot write a checkpoint.*No space left"):
+            train(make(tmp_path / "run"), progress=False)
+    assert list((tmp_path / "run" / "contrast" / "checkpoints").iterdir()) == []
+    train(make(tmp_path / "run"), progress=False)
+    assert_same(tmp_path / "run" / "model", finished[0] / "model")
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(make, monkeypatch, tmp_path, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "contrast" / "stage.json").unlink()
+    (tmp_path / "run" / "contrast" / "checkpoints" / "checkpoint-8" / "learning.safetensors").write_bytes(b"x")
+    with pytest.raises(LusiferError, match="checkpoint-8.*remove it"):
+        train(make(tmp_path / "run"), progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 6},
+        {"contrast": {"steps": STEPS + 1}},
+        {"align": {"mask_probability": 0.3}},
+        {"warm_start": {"ridge": 2.0}},
+        {"model": {"max_seq_length": 16}},
+        {"model": {"llm_layers": 3}},
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(finished, make, changes):
+    output, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+        train(make(output, **changes), progress=False)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_another_recipe_on_an_unfinished_stage_is_refused_too(finished, make, monkeypatch, tmp_path):
+    kill_in(monkeypatch, "align", 5)
+    with pytest.raises(Killed):
+        train(make(tmp_path / "run"), progress=False)
+    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+        train(make(tmp_path / "run", align={"learning_rate": 1e-3}), progress=False)
+
+
+def test_data_smaller_than_a_batch(make, tmp_path):
+    recipe = make(tmp_path / "run", contrast={"batch_size": 25}, align={"enabled": False})
+    with pytest.raises(LusiferError, match="24 rows, fewer than the batch of 25"):
+        train(recipe, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"encoder": "/nowhere/encoder"}}, "/nowhere/encoder"),
+        ({"model": {"llm": "/nowhere/llm"}}, "/nowhere/llm"),
+        ({"contrast": {"data": [{"source": "/nowhere/pairs.jsonl"}]}}, "no such file"),
+        ({"align": {"data": [{"source": "/nowhere/texts.jsonl", "task": "reconstruct"}]}}, "no such file"),
+        ({"warm_start": {"data": "/nowhere/texts.jsonl"}}, "no such file"),
+    ],
+)
+def test_missing_inputs_are_found_before_any_work(make, tmp_path, changes, words):
+    with pytest.raises(LusiferError, match=words):
+        train(make(tmp_path / "run", **changes), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_can_be_left_out(make, tmp_path):
+    off = {"enabled": False}
+    only = make(tmp_path / "two", warm_start=off, align=off, contrast={"steps": 2})
+    train(only, progress=False)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["contrast", "model"]
+    train(make(tmp_path / "zero", align=off, contrast=off), progress=False)
+    assert sorted(path.name for path in (tmp_path / "zero").iterdir()) == ["model", "warm_start"]
+
+
+def test_two_learning_rates(make, tmp_path, monkeypatch):
+    groups = []
+    real = AtomicTrainer.create_optimizer
+
+    def spy(self, *args, **kwargs):
+        made = real(self, *args, **kwargs)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        groups.extend((names[id(p)], group["lr"]) for group in made.param_groups for p in group["params"])
+        return made
+
+    monkeypatch.setattr(AtomicTrainer, "create_optimizer", spy)
+    off = {"enabled": False}
+    recipe = make(
+        tmp_path / "run",
+        warm_start=off,
+        align=off,
+        contrast={"steps": 1, "warmup_steps": 0, "connector_learning_rate": 3e-3, "learning_rate": 1e-4},
+    )
+    train(recipe, progress=False)
+    rates = {name: rate for name, rate in groups}
+    assert {rate for name, rate in rates.items() if name.startswith("connector.")} == {3e-3}
+    assert {rate for name, rate in rates.items() if "lora_" in name} == {1e-4}
+
+
+def test_an_encoder_trained_in_full_is_saved_and_loaded(make, tmp_path):
+    off = {"enabled": False}
+    recipe = make(
+        tmp_path / "run",
+        model={"encoder_lora": None},
+        warm_start=off,
+        align={"encoder": "full", "steps": 3},
+        contrast={"encoder": "full", "steps": 3},
+    )
+    train(recipe, progress=False)
+    fresh = LusiferModel.from_backbones(recipe.model.encoder, recipe.model.llm, llm_layers=2).state_dict()
+    trained = lusifer.load(str(tmp_path / "run" / "model"), device="cpu")[0].auto_model.state_dict()
+    name = "encoder.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(trained[name], fresh[name])
+    kept = [key for key in fresh if key.startswith("llm.")]
+    plain = {key.replace(".base_layer", ""): value for key, value in trained.items()}
+    assert kept and all(torch.equal(plain[key], fresh[key]) for key in kept)
+
+
+def test_stage_1_has_the_whole_llm_and_stage_2_its_first_layers(make, tmp_path):
+    recipe = make(tmp_path / "run", align={"steps": 1}, contrast={"steps": 1, "llm_layers": 1})
+    train(recipe, progress=False)
+    depths = []
+    for name in ("align/model", "contrast/model", "model"):
+        loaded = lusifer.load(str(tmp_path / "run" / name), device="cpu")
+        inner = loaded[0].auto_model
+        depths.append(len(inner.llm.layers))
+        assert inner.config.llm_config.num_hidden_layers == inner.llm.config.num_hidden_layers == depths[-1]
+    assert depths == [2, 1, 1]
+    assert loaded.encode(["the cat"]).shape == (1, 48)
+    with pytest.raises(LusiferError, match="llm_layers is 5, but the LLM has 2"):
+        train(make(tmp_path / "deep", contrast={"llm_layers": 5}), progress=False)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_resumed_run_keeps_the_chosen_attention(make, tmp_path, monkeypatch, attention):
+    found = []
+    real = lusifer.training.run.run_contrast
+
+    def spy(recipe, model, *args):
+        inner = model[0].auto_model
+        found.append((inner.encoder.config._attn_implementation, inner.llm.config._attn_implementation))
+        if len(found) == 1:
+            raise Killed
+        return real(recipe, model, *args)
+
+    monkeypatch.setattr(lusifer.training.run, "run_contrast", spy)
+    recipe = make(
+        tmp_path / "run",
+        model={"attn_implementation": attention},
+        warm_start={"enabled": False},
+        align={"steps": 1},
+        contrast={"steps": 1},
+    )
+    with pytest.raises(Killed):
+        train(recipe, progress=False)
+    train(recipe, progress=False)
+    assert found == [(attention, attention)] * 2
