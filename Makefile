@@ -19,8 +19,8 @@ $(READY): pyproject.toml tools/install.sh
 quickstart: $(READY)  ## fetch the starter backbones, train both stages on English, score three systems zero-shot
 	$(BIN)/lusifer quickstart
 
-test: $(READY)   ## run the tests, a file to a process
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(READY)   ## run the tests, a file to a process; PART=search runs those of one package
+	$(BIN)/python -m pytest tests/$(PART) --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format check and types
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
-"""The shape of the source: imports point one way, files stay short, importing is cheap."""
+"""The shape of the source: packages in an order, imports that point down, short files, cheap imports."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import statistics
 import subprocess
 import sys
 from functools import cache
@@ -13,108 +15,39 @@ import pytest
 import lusifer
 
 SOURCE = Path(lusifer.__file__).parent
-# A module imports only modules before it.
+TESTS = Path(__file__).parents[1]
+# Packages and modules beside them, bottom to top: each imports only what stands before it.
 ORDER = [
     "errors",
-    "console",
-    "configuration",
-    "scoreboard",
-    "modelcard",
-    "connector",
-    "use_encoder",
-    "starter_convert",
-    "starter",
-    "starter_text",
-    "released",
-    "adapters",
-    "base_adapters",
-    "checkpoint",
-    "backbones",
-    "packing",
-    "pooling",
-    "microbatches",
-    "modeling",
-    "varlen",
-    "warmstart",
-    "prompts",
-    "recipes",
-    "recipe_files",
-    "reading",
-    "canonical",
-    "data",
-    "mixture",
-    "collate",
-    "distillation",
-    "contrastive",
-    "alignment",
-    "textencoder",
-    "sentence",
-    "authors_format",
-    "authors",
-    "encoding",
-    "hub",
+    "publishing",
+    "quiet",
     "storage",
-    "bulk_job",
-    "bulk_input",
-    "bulk_shard",
-    "bulk_local",
-    "bulk_ray",
-    "bulk",
-    "trainer",
-    "optimise",
+    "hooks",
+    "recipes",
+    "starter",
+    "model",
+    "data",
+    "interop",
+    "loading",
     "training",
-    "dryrun",
-    "baselines",
-    "llm_embedder",
-    "init_recipe",
-    "suite",
-    "records",
-    "everyday",
-    "diagnosis",
-    "embedders",
-    "embedcache",
-    "evaltasks",
-    "intervals",
     "evaluation",
-    "evalexport",
-    "datacheck",
-    "mining",
-    "lexical",
-    "filters",
-    "vectorstore",
-    "lancestore",
-    "qdrantstore",
-    "store",
-    "indexing",
-    "corpusmap",
-    "searchpage",
-    "batching",
-    "httplimits",
-    "embedrequest",
-    "embedservice",
+    "bulk",
+    "search",
     "serving",
-    "httpserver",
-    "comparison",
-    "scoretext",
-    "webpage",
-    "convert_cli",
-    "data_cli",
-    "init_cli",
-    "hub_cli",
-    "eval_cli",
-    "search_cli",
-    "encode_cli",
-    "serve_cli",
-    "report",
     "quickstart",
     "cli",
     "__main__",
 ]
-
-
-@cache
-def modules():
-    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.glob("*.py")}
+# Parts that know nothing of one another: the command line joins them.
+STRANGERS = [
+    ("training", "evaluation"),
+    ("training", "bulk"),
+    ("evaluation", "training"),
+    ("evaluation", "bulk"),
+    ("bulk", "training"),
+    ("bulk", "evaluation"),
+    ("serving", "search"),
+]
 
 
 def is_type_checking(node):
@@ -122,46 +55,104 @@ def is_type_checking(node):
 
 
 def imported(node, names):
-    """Own modules imported anywhere below a node, also inside functions, imports for types alone aside."""
+    """Own modules imported anywhere below a node, also inside functions; imports for types alone do not count."""
     if is_type_checking(node):
         return
     if isinstance(node, ast.Import):
-        for alias in node.names:
-            if alias.name.startswith("lusifer."):
-                yield alias.name.split(".")[1]
+        yield from (alias.name.removeprefix("lusifer.") for alias in node.names if alias.name.startswith("lusifer."))
     elif isinstance(node, ast.ImportFrom) and node.module is not None:
         assert node.level == 0, "imports are absolute"
-        if node.module == "lusifer":
-            yield from (alias.name for alias in node.names if alias.name in names)
-        elif node.module.startswith("lusifer."):
-            yield node.module.split(".")[1]
+        if node.module.split(".")[0] == "lusifer":
+            base = node.module.removeprefix("lusifer").lstrip(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}".lstrip(".")
+                if full in names or base:
+                    yield full if full in names else base
     for child in ast.iter_child_nodes(node):
         yield from imported(child, names)
 
 
-def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(set(modules()) - {"__init__"})
+@cache
+def sources():
+    """Dotted name below `lusifer` to path; a package's ``__init__`` carries the package's name."""
+    paths = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+
+
+@cache
+def graph():
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in sources().items()}
+    return {name: set(imported(tree, trees)) - {name} for name, tree in trees.items()}
+
+
+def part(name):
+    return name.split(".")[0]
+
+
+def test_every_part_has_its_place():
+    assert sorted(ORDER) == sorted({part(name) for name in sources()})
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_point_downwards(name):
-    trees = modules()
-    for other in imported(trees[name], trees):
-        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+    for module, others in graph().items():
+        if part(module) == name:
+            for other in others:
+                assert ORDER.index(part(other)) <= ORDER.index(name), f"{module} imports {other}"
 
 
-def test_the_check_above_sees_an_upward_import():
-    tree = ast.parse(
-        "def f():\n    from lusifer.cli import app\nfrom lusifer import training\nimport lusifer.data.records"
-    )
-    assert sorted(imported(tree, modules())) == ["cli", "data", "training"]
+@pytest.mark.parametrize(("one", "other"), STRANGERS)
+def test_parts_that_must_not_know_each_other_do_not(one, other):
+    assert [(m, o) for m, others in graph().items() if part(m) == one for o in others if part(o) == other] == []
+
+
+def test_no_module_imports_itself_through_others():
+    # A package's table of contents names its modules, which is no dependency between these.
+    modules = {name: others for name, others in graph().items() if not sources()[name].name == "__init__.py"}
+    list(graphlib.TopologicalSorter(modules).static_order())
+
+
+def test_the_checks_above_see_an_upward_import():
+    code = "def f():\n    from lusifer.cli import app\nfrom lusifer import training\nimport lusifer.data.records"
+    assert sorted(imported(ast.parse(code), sources())) == ["cli.app", "data.records", "training"]
     hidden = ast.parse("if TYPE_CHECKING:\n    from lusifer.cli import app")
-    assert list(imported(hidden, modules())) == []
+    assert list(imported(hidden, sources())) == []
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", sorted(name for name, path in sources().items() if path.name == "__init__.py"))
+def test_every_package_explains_itself(name):
+    path = sources()[name]
+    assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 80
+    assert len(list(path.parent.glob("*.py"))) <= 17, "at most 16 modules and the table of contents"
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_functions_are_short():
+    lengths = [
+        node.end_lineno - node.lineno + 1
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert statistics.median(lengths) <= 10
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_import_no_other_test(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in names if name.startswith(("test_", "tests.")) or name == "conftest"]
+
+
+def test_tests_stand_where_the_source_does():
+    rooms = {path.name for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
+    packages = {part(name) for name, path in sources().items() if path.name == "__init__.py"}
+    assert rooms - {"support", "project"} == packages
 
 
 def test_importing_lusifer_loads_only_what_a_model_needs():

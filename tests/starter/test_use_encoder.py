@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from lusifer.starter.convert import convert_use
 from lusifer.starter.use_encoder import UseConfig, UseModel
 
-TEXTS: list[str] = json.loads((Path(__file__).parents[1] / "data" / "parity_texts.json").read_text(encoding="utf-8"))
+TEXTS: list[str] = json.loads((Path(__file__).parent / "parity_texts.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

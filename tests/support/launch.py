@@ -42,6 +42,6 @@ def run(recipe, output, *, ranks=1, cut=None, overrides=()):
         "OMP_NUM_THREADS": "1",
         "LUSIFER_CACHE": str(recipe.parent / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
