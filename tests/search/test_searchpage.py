@@ -21,7 +21,7 @@ from lusifer.search import corpus_map as corpusmap
 from lusifer.search.corpus_map import CorpusMap, plane
 from lusifer.search.lexical import words
 from lusifer.search.page import find, make_router
-from lusifer.search.store import Entry, Facts
+from lusifer.search.store import Entry, IndexInfo
 
 pytest.importorskip("lancedb")
 fastapi = pytest.importorskip("fastapi")
@@ -63,7 +63,7 @@ class Bags:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     made = LanceStore.create(
-        tmp_path_factory.mktemp("page") / "index", Facts("tiny", "0" * 16, DIM, {"topic": "string"})
+        tmp_path_factory.mktemp("page") / "index", IndexInfo("tiny", "0" * 16, DIM, {"topic": "string"})
     )
     entries = [Entry(f"t{i}", text, lang, {"topic": "travel"}) for i, (lang, text) in enumerate(TEXTS)]
     made.upsert(entries, Bags().encode([entry.text for entry in entries]))
@@ -183,7 +183,7 @@ def test_the_map_is_computed_once_and_kept(address, store, monkeypatch):
 
 
 def test_the_map_follows_the_texts_and_survives_damage(tmp_path):
-    made = LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM))
+    made = LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM))
     assert finished(CorpusMap(made))["points"] == []
     drawn = CorpusMap(made)
     vectors = Bags().encode(["one", "two", "three"])
@@ -194,7 +194,7 @@ def test_the_map_follows_the_texts_and_survives_damage(tmp_path):
 
 
 def test_a_map_that_fails_is_told_and_not_tried_again(store, tmp_path, monkeypatch):
-    made = LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM))
+    made = LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM))
     calls = []
 
     def fail(vectors):
@@ -350,7 +350,7 @@ def test_errors_and_no_results_are_told(page):
 
 
 def test_an_empty_index_says_so(browser, tmp_path):
-    told, server = serving(LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM)))
+    told, server = serving(LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM)))
     page = browser.new_page()
     page.goto(told)
     expect(page, "#state").to_contain_text("The index is empty")

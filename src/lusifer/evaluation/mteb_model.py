@@ -10,14 +10,12 @@ from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from sentence_transformers import SimilarityFunction
 from torch.utils.data import DataLoader
 
-from lusifer.data.prompts import with_instruction
+from lusifer.data.prompts import prompt_for, with_instruction
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.instructions import Prompts
 from lusifer.evaluation.systems import (
     Embedder,
 )
-
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # As Sentence Transformers looks for them.
 
 
 class CachedModel(AbsEncoder):
@@ -65,12 +63,7 @@ class CachedModel(AbsEncoder):
             if isinstance(told, dict):
                 return told.get(side or "query", "")
             return with_instruction(told, "") if told and side != "document" else ""
-        own = self.loaded.prompts
-        name = get_prompt_name(own, task, role)
-        if name is None:
-            asked = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(side or "", ())
-            name = next((key for key in asked if key in own), None)
-        return self.loaded.default_prompt if name is None else own[name]
+        return prompt_for(self.loaded, side, prompt_name=get_prompt_name(self.loaded.prompts, task, role))
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any) -> Any:
         """(n, dim) float32 of mteb's batches of texts."""

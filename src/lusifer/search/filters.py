@@ -8,18 +8,25 @@ given.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation
 
 from lusifer.errors import LusiferError
 
 Value = str | int | float | bool
-# The Python types a column of each type may be compared with.
+# The Python types of the values that a column of each type takes.
 COLUMN_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "int": (int, float),
     "float": (int, float),
     "bool": (bool,),
+}
+# The smallest and the largest number a column can hold.
+_RANGES = {
+    "int": (Decimal(-(2**63)), Decimal(2**63 - 1)),
+    "float": (Decimal(-sys.float_info.max), Decimal(sys.float_info.max)),
 }
 _TOKEN = re.compile(
     r"\s*(?:(?P<text>'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\")|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?!\w)"
@@ -29,7 +36,7 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class OneOf:
-    """The column has one of the values."""
+    """The column has one of the values; never, if there are none."""
 
     column: str
     values: tuple[Value, ...]
@@ -84,6 +91,8 @@ def parse_filter(text: str, columns: Mapping[str, str]) -> Filter:
 def to_sql(condition: Filter) -> str:
     """The condition in the SQL of DataFusion, which LanceDB reads."""
     match condition:
+        case OneOf(_, ()):
+            return "FALSE"
         case OneOf(column, values):
             return f"`{column}` IN ({', '.join(map(sql_value, values))})"
         case Compare(column, sign, value):
@@ -100,7 +109,55 @@ def sql_value(value: Value) -> str:
     """A value as an SQL literal."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
+    if isinstance(value, int) and value == -(2**63):  # DataFusion reads the digits first, and they alone are too large.
+        return f"CAST('{value}' AS BIGINT)"
     return str(value).lower()
+
+
+def equal(column: str, kind: str, values: Sequence[str | bool | Decimal]) -> OneOf:
+    """The column has one of the values; numbers that a column of this type cannot hold are left out.
+
+    Args:
+        column: Name of the column.
+        kind: Its type: ``string``, ``int``, ``float`` or ``bool``.
+        values: What stands in the filter, numbers exactly.
+    """
+    kept: list[Value] = []
+    for value in values:
+        if not isinstance(value, Decimal):
+            kept.append(value)
+        elif _RANGES[kind][0] <= value <= _RANGES[kind][1]:
+            if kind == "float":
+                kept.append(float(value))
+            elif value == value.to_integral_value():
+                kept.append(int(value))
+    return OneOf(column, tuple(kept))
+
+
+def ordered(column: str, kind: str, sign: str, value: Decimal) -> Compare:
+    """The same comparison with a number that a column of this type can hold.
+
+    Args:
+        column: Name of the column.
+        kind: Its type, ``int`` or ``float``.
+        sign: One of ``< <= > >=``.
+        value: The number in the filter, exactly; any size, with or without a fraction.
+    """
+    smallest, largest = _RANGES[kind]
+    if value > largest:
+        sign, value = "<=" if "<" in sign else ">", largest
+    elif value < smallest:
+        sign, value = ">=" if ">" in sign else "<", smallest
+    elif kind == "int" and value != (below := value.to_integral_value(ROUND_FLOOR)):
+        sign, value = "<=" if "<" in sign else ">", below
+    return Compare(column, sign, int(value) if kind == "int" else float(value))
+
+
+def _number(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # An exponent of nineteen digits.
+        return Decimal(float(text))
 
 
 class _Parser:
@@ -112,24 +169,24 @@ class _Parser:
         self.next = 0
 
     def parse(self) -> Filter:
-        found = self._either()
+        condition = self._either()
         if self.next < len(self.tokens):
             raise self._error("AND, OR or the end")
-        return found
+        return condition
 
-    def _split(self) -> list[tuple[str, str, int]]:
+    def _split(self) -> list[tuple[str, str]]:
         tokens, position = [], 0
         end = len(self.text.rstrip())
         while position < end:
-            found = _TOKEN.match(self.text, position)
-            if found is None:
+            token = _TOKEN.match(self.text, position)
+            if token is None:
                 raise LusiferError(
                     f"cannot read the filter {self.text!r} at character {position + 1}: "
                     f"write it like lang = 'te' AND year >= 2000"
                 )
-            kind = str(found.lastgroup)
-            tokens.append((kind, found[kind], found.start(kind)))
-            position = found.end()
+            kind = str(token.lastgroup)
+            tokens.append((kind, token[kind]))
+            position = token.end()
         return tokens
 
     def _error(self, wanted: str) -> LusiferError:
@@ -140,7 +197,7 @@ class _Parser:
     def _take(self, *wanted: str) -> str | None:
         """The next word or sign if it is one of these, in any letter case."""
         if self.next < len(self.tokens):
-            kind, text, _ = self.tokens[self.next]
+            kind, text = self.tokens[self.next]
             if kind in ("word", "sign") and text.upper() in wanted:
                 self.next += 1
                 return text.upper()
@@ -166,13 +223,14 @@ class _Parser:
         if self._take("NOT"):
             return Not(self._unary())
         if self._take("("):
-            found = self._either()
+            condition = self._either()
             self._need(")")
-            return found
+            return condition
         return self._comparison()
 
     def _comparison(self) -> Filter:
         column = self._column()
+        kind = self.columns[column]
         negated = self._take("NOT")
         if self._take("IN"):
             self._need("(")
@@ -180,19 +238,18 @@ class _Parser:
             while self._take(","):
                 values.append(self._value(column))
             self._need(")")
-            found = OneOf(column, tuple(values))
-            return Not(found) if negated else found
+            condition = equal(column, kind, values)
+            return Not(condition) if negated else condition
         sign = None if negated else self._take("=", "!=", "<>", "<", "<=", ">", ">=")
         if sign is None:
             raise self._error("IN" if negated else "one of = != < <= > >= IN")
         value = self._value(column)
-        if sign == "=":
-            return OneOf(column, (value,))
-        if sign in ("!=", "<>"):
-            return Not(OneOf(column, (value,)))
-        if isinstance(value, bool | str):
+        if sign in ("=", "!=", "<>"):
+            condition = equal(column, kind, [value])
+            return condition if sign == "=" else Not(condition)
+        if not isinstance(value, Decimal):
             raise LusiferError(f"in the filter {self.text!r}, {sign} compares numbers only, not {value!r}")
-        return Compare(column, sign, value)
+        return ordered(column, kind, sign, value)
 
     def _column(self) -> str:
         if self.next >= len(self.tokens) or self.tokens[self.next][0] != "word":
@@ -206,19 +263,18 @@ class _Parser:
         self.next += 1
         return name
 
-    def _value(self, column: str) -> Value:
-        kind, text, _ = self.tokens[self.next] if self.next < len(self.tokens) else ("", "", 0)
-        found: Value
+    def _value(self, column: str) -> str | bool | Decimal:
+        kind, text = self.tokens[self.next] if self.next < len(self.tokens) else ("", "")
+        value: str | bool | Decimal
         if kind == "text":
-            found = text[1:-1].replace(text[0] * 2, text[0])
+            value, types = text[1:-1].replace(text[0] * 2, text[0]), ["string"]
         elif kind == "number":
-            found = int(text) if text.lstrip("-").isdigit() else float(text)
+            value, types = _number(text), ["int", "float"]
         elif kind == "word" and text.lower() in ("true", "false"):
-            found = text.lower() == "true"
+            value, types = text.lower() == "true", ["bool"]
         else:
             raise self._error("a value ('text', 12, true)")
-        expected = self.columns[column]
-        if type(found) not in COLUMN_TYPES[expected]:
+        if (expected := self.columns[column]) not in types:
             raise LusiferError(f"in the filter {self.text!r}, {column!r} is of type {expected}, but {text} is not")
         self.next += 1
-        return found
+        return value

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lusifer.search.lance import LanceStore
 from lusifer.search.qdrant import SCHEME, QdrantStore, connect
-from lusifer.search.store import Entry, Facts, Hit, Store
+from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
-__all__ = ["Entry", "Facts", "Hit", "Store", "create_store", "open_store", "store_exists"]
+__all__ = ["Entry", "Hit", "IndexInfo", "Store", "create_store", "open_store", "store_exists"]
 
 
 def open_store(location: str) -> Store:
@@ -25,19 +25,19 @@ def open_store(location: str) -> Store:
     return LanceStore.open(Path(location))
 
 
-def create_store(location: str, facts: Facts) -> Store:
+def create_store(location: str, info: IndexInfo) -> Store:
     """Makes an empty index.
 
     Args:
         location: A new folder, or ``qdrant+http://host:6333/collection``.
-        facts: The model and the metadata columns.
+        info: The model and the metadata columns.
 
     Raises:
         LusiferError: If something is there already, or it cannot be made.
     """
     if location.startswith(SCHEME):
-        return QdrantStore.create(*connect(location), facts)
-    return LanceStore.create(Path(location), facts)
+        return QdrantStore.create(*connect(location), info)
+    return LanceStore.create(Path(location), info)
 
 
 def store_exists(location: str) -> bool:
