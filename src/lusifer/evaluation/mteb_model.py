@@ -26,11 +26,15 @@ class CachedModel(AbsEncoder):
         prompts: Instructions by task name or type; the model's own prompts hold where there are none.
         name: What results call it.
         model: The model.
+        prompt: A prompt that stands in front of every text, whatever the task.
     """
 
-    def __init__(self, cache: EmbeddingCache, prompts: Prompts, name: str, model: Embedder) -> None:
+    def __init__(
+        self, cache: EmbeddingCache, prompts: Prompts, name: str, model: Embedder, *, prompt: str | None = None
+    ) -> None:
         self.cache = cache
         self.prompts = prompts
+        self.prompt = prompt
         self.loaded = model
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": "local"})
 
@@ -57,6 +61,8 @@ class CachedModel(AbsEncoder):
             task: mteb's metadata of the task.
             role: mteb's prompt type; None on both sides of symmetric tasks.
         """
+        if self.prompt is not None:
+            return self.prompt
         side = getattr(role, "value", role)
         if self.prompts:
             told = self.prompts.get(task.name) or self.prompts.get(task.type) or ""
