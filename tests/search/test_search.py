@@ -7,6 +7,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,6 @@ import pytest
 from pyarrow import parquet
 
 from lusifer import LusiferError
-from lusifer.cli import app as cli
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.model.text_encoder import TextEncoder
@@ -22,7 +22,7 @@ from lusifer.search import indexing
 from lusifer.search.filters import parse_filter, to_sql
 from lusifer.search.indexing import add, check_columns, read_entries
 from lusifer.search.lexical import script, words
-from lusifer.search.locations import Entry, IndexInfo, Hit, create_store, open_store
+from lusifer.search.locations import Entry, Hit, IndexInfo, create_store, open_store
 from lusifer.search.store import reciprocal_rank_fusion
 
 pytest.importorskip("lancedb")
@@ -528,7 +528,7 @@ class Counting:
 
     def __init__(self, dimension, stop_after=None):
         self.dimension, self.seen, self.stop_after = dimension, [], stop_after
-        self.model = type("Model", (), {"device": type("Device", (), {"type": "cpu"})})
+        self.model = SimpleNamespace(device=SimpleNamespace(type="cpu"), prompts={}, default_prompt_name=None)
 
     def encode(self, texts):
         if self.stop_after is not None and len(self.seen) + len(texts) > self.stop_after:
@@ -558,23 +558,6 @@ def test_adding_goes_on_and_embeds_nothing_twice(store, monkeypatch):
 
 
 # The command line
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lusifer", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 from urllib.parse import urlencode
 from zlib import crc32
 
@@ -46,12 +47,14 @@ class Bags:
     """An encoder of bags of words: texts that share words are near."""
 
     dimension = DIM
+    model = SimpleNamespace(prompts={"query": "my query: "}, default_prompt_name=None)
 
     def __init__(self):
         self.seen = []
 
     def encode(self, texts):
         self.seen += texts
+        texts = [text.removeprefix("my query: ") for text in texts]
         sums = [sum((self._word(word) for word in words(text)), np.full(DIM, 1e-3)) for text in texts]
         found = np.array(sums, dtype=np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -142,10 +145,11 @@ def test_bad_questions_are_refused(address, parameters, status):
     assert code == status and json.loads(body)["detail"]
 
 
-def test_the_instruction_reaches_the_model_but_not_bm25(store):
+def test_the_prompt_reaches_the_model_but_not_bm25(store):
     encoder = Bags()
-    hits = find(store, encoder, "grandmother", hybrid=True, instruction="station")
-    assert encoder.seen == ["Instruct: station\nQuery: grandmother"]
+    hits = find(store, encoder, "grandmother", hybrid=True, prompt="station: ")
+    find(store, encoder, "grandmother")
+    assert encoder.seen == ["station: grandmother", "my query: grandmother"]
     assert [hit.entry.id for hit in hits if "bm25" in hit.ranks] == ["t2"]
 
 

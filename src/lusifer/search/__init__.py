@@ -1,9 +1,9 @@
 """Search by meaning: an index of texts and their vectors, in a folder or on a Qdrant server.
 
-`indexing` reads a file and brings its texts into an index behind the model's document prompt. An index is a `store.Store`,
-of which there are two, `lance.LanceStore` and `qdrant.QdrantStore`; `locations` opens either by its name. `filters` is
-the language of ``--where``, `lexical` makes the words of BM25 and names the script of a text, `page` is the search page
-and `corpus_map` its map.
+`indexing` reads a file and brings its texts into an index. An index is a `store.Store`, of which there are two,
+`lance.LanceStore` and `qdrant.QdrantStore`; `locations` opens either by its name. `filters` is the language of
+``--where``, `lexical` makes the words of BM25 and names the script of a text, `page` is the search page and `corpus_map`
+its map.
 """
 
 from importlib import import_module
