@@ -443,7 +443,8 @@ def test_a_task_has_the_models_prompts_unless_one_is_given(tiny_st, prompts, def
     embedder = Embedder(None, prompts=tiny_st.prompts, default_prompt_name=tiny_st.default_prompt_name)
     task = mteb.get_task("MLQARetrieval").metadata
     model = evaluation.CachedModel(None, {}, "local/some", embedder)
-    asked = {"query": tiny_st.encode_query, "document": tiny_st.encode_document, None: tiny_st.encode}
+    side = mteb.types.PromptType
+    asked = {side.query: tiny_st.encode_query, side.document: tiny_st.encode_document, None: tiny_st.encode}
     for role, encode in asked.items():
         prefix = model.prefix(task, role)
         np.testing.assert_allclose(tiny_st.encode([prefix + "the cat"], prompt=""), encode(["the cat"]), atol=1e-6)
