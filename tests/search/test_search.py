@@ -18,11 +18,10 @@ from lusifer import LusiferError
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.model.text_encoder import TextEncoder
-from lusifer.search import indexing
+from lusifer.search import Entry, Hit, IndexInfo, create_store, indexing, open_store
 from lusifer.search.filters import parse_filter, to_sql
 from lusifer.search.indexing import add, check_columns, read_entries
 from lusifer.search.lexical import script, words
-from lusifer.search.locations import Entry, Hit, IndexInfo, create_store, open_store
 from lusifer.search.store import reciprocal_rank_fusion
 
 pytest.importorskip("lancedb")

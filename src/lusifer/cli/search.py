@@ -26,7 +26,6 @@ Index = Annotated[
 Where = Annotated[
     str | None, typer.Option(help="Filter: \"lang = 'te' AND year >= 2000\"; also OR, NOT, IN (...), brackets.")
 ]
-
 PromptName = Annotated[str | None, typer.Option(help="Name of the model's prompt to use.")]
 
 
@@ -63,7 +62,8 @@ def add(
     from lusifer.model.fingerprint import weights_hash
     from lusifer.search.indexing import add as run
     from lusifer.search.indexing import check_columns, read_entries
-    from lusifer.search.locations import IndexInfo, create_store, open_store, store_exists
+    from lusifer.search.locations import create_store, open_store, store_exists
+    from lusifer.search.store import IndexInfo
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     store = open_store(index) if store_exists(index) else None

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from typing import TypeVar
 
 from lusifer.errors import LusiferError
 
 Value = str | int | float | bool
+_Part = TypeVar("_Part")
 # The Python types of the values that a column of each type takes.
 COLUMN_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -114,35 +116,18 @@ def sql_value(value: Value) -> str:
     return str(value).lower()
 
 
-def equal(column: str, kind: str, values: Sequence[str | bool | Decimal]) -> OneOf:
-    """The column has one of the values; numbers that a column of this type cannot hold are left out.
-
-    Args:
-        column: Name of the column.
-        kind: Its type: ``string``, ``int``, ``float`` or ``bool``.
-        values: What stands in the filter, numbers exactly.
-    """
-    kept: list[Value] = []
-    for value in values:
-        if not isinstance(value, Decimal):
-            kept.append(value)
-        elif _RANGES[kind][0] <= value <= _RANGES[kind][1]:
-            if kind == "float":
-                kept.append(float(value))
-            elif value == value.to_integral_value():
-                kept.append(int(value))
-    return OneOf(column, tuple(kept))
+def _equal(column: str, kind: str, values: Sequence[str | bool | Decimal]) -> OneOf:
+    """The column has one of the values; numbers that a column of this type cannot hold are left out."""
+    exact = [value for value in values if isinstance(value, Decimal) and _RANGES[kind][0] <= value <= _RANGES[kind][1]]
+    if kind == "float":
+        return OneOf(column, tuple(map(float, exact)))
+    if kind == "int":
+        return OneOf(column, tuple(int(value) for value in exact if value == value.to_integral_value()))
+    return OneOf(column, tuple(value for value in values if not isinstance(value, Decimal)))
 
 
-def ordered(column: str, kind: str, sign: str, value: Decimal) -> Compare:
-    """The same comparison with a number that a column of this type can hold.
-
-    Args:
-        column: Name of the column.
-        kind: Its type, ``int`` or ``float``.
-        sign: One of ``< <= > >=``.
-        value: The number in the filter, exactly; any size, with or without a fraction.
-    """
+def _ordered(column: str, kind: str, sign: str, value: Decimal) -> Compare:
+    """The same comparison with a number that a column of this type can hold."""
     smallest, largest = _RANGES[kind]
     if value > largest:
         sign, value = "<=" if "<" in sign else ">", largest
@@ -208,16 +193,19 @@ class _Parser:
             raise self._error(repr(sign))
 
     def _either(self) -> Filter:
-        parts = [self._both()]
-        while self._take("OR"):
-            parts.append(self._both())
-        return parts[0] if len(parts) == 1 else Either(tuple(parts))
+        parts = self._several(self._both, "OR")
+        return parts[0] if len(parts) == 1 else Either(parts)
 
     def _both(self) -> Filter:
-        parts = [self._unary()]
-        while self._take("AND"):
-            parts.append(self._unary())
-        return parts[0] if len(parts) == 1 else Both(tuple(parts))
+        parts = self._several(self._unary, "AND")
+        return parts[0] if len(parts) == 1 else Both(parts)
+
+    def _several(self, part: Callable[[], _Part], separator: str) -> tuple[_Part, ...]:
+        """One or more parts with a word or sign between them."""
+        parts = [part()]
+        while self._take(separator):
+            parts.append(part())
+        return tuple(parts)
 
     def _unary(self) -> Filter:
         if self._take("NOT"):
@@ -234,22 +222,20 @@ class _Parser:
         negated = self._take("NOT")
         if self._take("IN"):
             self._need("(")
-            values = [self._value(column)]
-            while self._take(","):
-                values.append(self._value(column))
+            values = self._several(lambda: self._value(column), ",")
             self._need(")")
-            condition = equal(column, kind, values)
+            condition = _equal(column, kind, values)
             return Not(condition) if negated else condition
         sign = None if negated else self._take("=", "!=", "<>", "<", "<=", ">", ">=")
         if sign is None:
             raise self._error("IN" if negated else "one of = != < <= > >= IN")
         value = self._value(column)
         if sign in ("=", "!=", "<>"):
-            condition = equal(column, kind, [value])
+            condition = _equal(column, kind, [value])
             return condition if sign == "=" else Not(condition)
         if not isinstance(value, Decimal):
             raise LusiferError(f"in the filter {self.text!r}, {sign} compares numbers only, not {value!r}")
-        return ordered(column, kind, sign, value)
+        return _ordered(column, kind, sign, value)
 
     def _column(self) -> str:
         if self.next >= len(self.tokens) or self.tokens[self.next][0] != "word":

@@ -73,6 +73,11 @@ class LanceStore(Store):
             raise LusiferError(f"cannot write the index {str(path)!r}: {first_line(error)}") from error
         return cls(path, info, table)
 
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether there is something that claims to be an index."""
+        return (path / "facts.json").exists()
+
     @classmethod
     def open(cls, path: Path) -> LanceStore:
         """Opens an index.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lusifer.search.lance import LanceStore
 from lusifer.search.qdrant import SCHEME, QdrantStore, connect
-from lusifer.search.store import Entry, Hit, IndexInfo, Store
-
-__all__ = ["Entry", "Hit", "IndexInfo", "Store", "create_store", "open_store", "store_exists"]
+from lusifer.search.store import IndexInfo, Store
 
 
 def open_store(location: str) -> Store:
@@ -20,9 +19,8 @@ def open_store(location: str) -> Store:
     Raises:
         LusiferError: If there is none, it is damaged, or its server cannot be reached.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.open(*connect(location))
-    return LanceStore.open(Path(location))
+    backend, where = _backend(location)
+    return backend.open(*where)
 
 
 def create_store(location: str, info: IndexInfo) -> Store:
@@ -35,9 +33,8 @@ def create_store(location: str, info: IndexInfo) -> Store:
     Raises:
         LusiferError: If something is there already, or it cannot be made.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.create(*connect(location), info)
-    return LanceStore.create(Path(location), info)
+    backend, where = _backend(location)
+    return backend.create(*where, info)
 
 
 def store_exists(location: str) -> bool:
@@ -46,6 +43,10 @@ def store_exists(location: str) -> bool:
     Raises:
         LusiferError: If its server cannot be reached.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.exists(*connect(location))
-    return (Path(location) / "facts.json").exists()
+    backend, where = _backend(location)
+    return backend.exists(*where)
+
+
+def _backend(location: str) -> tuple[Any, tuple[Any, ...]]:
+    """The class that keeps an index, and what its class methods find it by."""
+    return (QdrantStore, connect(location)) if location.startswith(SCHEME) else (LanceStore, (Path(location),))

@@ -137,7 +137,7 @@ class Store(ABC):
         Raises:
             LusiferError: If the vectors do not fit the index.
         """
-        rows = self.checked(entries, vectors)
+        rows = self._checked(entries, vectors)
         with self._errors():
             self._upsert(entries, rows)
 
@@ -224,13 +224,7 @@ class Store(ABC):
             return self._bm25(terms, k, condition) if terms else []
 
     def hybrid(
-        self,
-        vector: np.ndarray,
-        query: str,
-        *,
-        k: int = 10,
-        where: Filter | str | None = None,
-        exact: bool = False,
+        self, vector: np.ndarray, query: str, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
     ) -> list[Hit]:
         """Nearest texts and BM25, joined by reciprocal rank fusion (Cormack et al. 2009).
 
@@ -308,12 +302,8 @@ class Store(ABC):
             f"give --prompt {recorded or ''!r}, or make a new index"
         )
 
-    def checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
-        """Vectors as float32, refused where the index could not answer for them.
-
-        Raises:
-            LusiferError: If number, length or values are wrong, or an id is there twice.
-        """
+    def _checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
+        """Vectors as float32, if number, length and values are right and every id is there once."""
         rows = np.ascontiguousarray(vectors, dtype=np.float32)
         if rows.shape != (len(entries), self.info.dimension):
             raise LusiferError(
@@ -332,37 +322,26 @@ class Store(ABC):
 
     @abstractmethod
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None: ...
-
     @abstractmethod
     def _fetch(self, ids: Sequence[str]) -> tuple[list[Entry], np.ndarray]: ...
-
     @abstractmethod
     def _sample(self, count: int) -> tuple[list[Entry], np.ndarray]: ...
-
     @abstractmethod
     def _count(self, condition: Filter | None) -> int: ...
-
     @abstractmethod
     def _languages(self) -> dict[str, int]: ...
-
     @abstractmethod
     def _build(self) -> None: ...
-
     @abstractmethod
     def _tidy(self) -> None: ...
-
     @abstractmethod
     def _approximate(self) -> bool: ...
-
     @abstractmethod
     def _version(self) -> str: ...
-
     @abstractmethod
     def _nearest(self, vector: np.ndarray, k: int, condition: Filter | None, exact: bool) -> list[Hit]: ...
-
     @abstractmethod
     def _bm25(self, terms: list[str], k: int, condition: Filter | None) -> list[Hit]: ...
-
     @abstractmethod
     def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
         """Deletes by ids, at least one, or by filter."""
