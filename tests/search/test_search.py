@@ -584,6 +584,9 @@ def test_the_commands_end_to_end(call, checkpoint, jsonl, tmp_path, tiny_st):
     hits = json.loads(call("search", index, "cat book", "--json", "--where", "year > 1993", "--hybrid")[1])["hits"]
     assert {hit["id"]: "bm25" in hit["ranks"] for hit in hits} == {"4": False, "5": True}
     assert "the cat sat on the mat" in call("search", index, "cat")[1]
+    for where, years in (("year < 1991.5", [1990, 1991]), ("year = 99999999999999999999999", []), ("year = 1e400", [])):
+        hits = json.loads(call("search", index, "cat", "--json", "--where", where)[1])["hits"]
+        assert sorted(hit["metadata"]["year"] for hit in hits) == years
 
     facts = json.loads(call("index", "info", index, "--json")[1])
     assert (

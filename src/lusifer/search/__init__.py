@@ -2,8 +2,8 @@
 
 `indexing` reads a file and brings its texts into an index. An index is a `store.Store`, of which there are two,
 `lance.LanceStore` and `qdrant.QdrantStore`; `locations` opens either by its name. `filters` is the language of
-``--where``, `lexical` makes the words of BM25 and names the script of a text, `page` is the search page, and `corpus_map`
-is the map on it.
+``--where``, `lexical` makes the words of BM25 and names the script of a text, `page` is the search page with its
+map of the texts (`corpus_map`).
 """
 
 from importlib import import_module
