@@ -122,7 +122,9 @@ def embedder(model: SentenceTransformer, *, prompt: str | None = None) -> Embed:
     """
 
     def embed(texts: Sequence[str]) -> Tensor:
-        found: Any = model.encode(list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False, batch_size=64)
+        found: Any = model.encode(
+            list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False, batch_size=64
+        )
         return found.float().cpu()
 
     return embed
