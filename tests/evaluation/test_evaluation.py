@@ -434,3 +434,35 @@ def test_long_texts_are_cut_to_what_an_encoder_reads(tiny_encoder):
     assert loaded.max_seq_length == 128 and loaded.embed(["the cat " * 500]).shape == (1, 32)
     with pytest.raises(LusiferError, match="no device 'nonsense'"):
         load_embedder(f"encoder:{tiny_encoder}", device="nonsense")
+
+
+@pytest.mark.parametrize("prompts", [{"query": "q: ", "document": "d: "}, {"query": "q: ", "passage": "p: "}, {}])
+@pytest.mark.parametrize("default", [None, "query"])
+def test_a_task_has_the_models_prompts_unless_one_is_given(tiny_st, prompts, default):
+    tiny_st.prompts, tiny_st.default_prompt_name = dict(prompts), default if prompts else None
+    embedder = Embedder(None, prompts=tiny_st.prompts, default_prompt_name=tiny_st.default_prompt_name)
+    task = mteb.get_task("MLQARetrieval").metadata
+    model = evaluation.CachedModel(None, {}, "local/some", embedder)
+    side = mteb.types.PromptType
+    asked = {side.query: tiny_st.encode_query, side.document: tiny_st.encode_document, None: tiny_st.encode}
+    for role, encode in asked.items():
+        prefix = model.prefix(task, role)
+        np.testing.assert_allclose(tiny_st.encode([prefix + "the cat"], prompt=""), encode(["the cat"]), atol=1e-6)
+        assert evaluation.CachedModel(None, {}, "local/some", embedder, prompt="").prefix(task, role) == ""
+
+
+def test_a_prompt_for_every_text(data, tmp_path, monkeypatch, cache_dir):
+    seen = counting(monkeypatch)
+    tasks, _ = choose(None, data)
+    evaluation.run("some/model", tasks, tmp_path / "out", data=data, prompt="say: ", progress=False)
+    texts = [text for text in seen if "text" in text or "one" in text]
+    assert texts and all(text.startswith("say: ") for text in texts if not text.startswith(tuple(everyday_texts())))
+    with pytest.raises(LusiferError, match="prompts"):
+        evaluation.run("some/model", tasks, tmp_path / "out", data=data, progress=False)
+    with pytest.raises(LusiferError, match="no prompt 'odd'; there are none"):
+        evaluation.run("some/model", tasks, tmp_path / "new", data=data, prompt_name="odd", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def everyday_texts():
+    return [text for texts in load_everyday().sentences.values() for text in texts]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +15,13 @@ import pytest
 from pyarrow import parquet
 
 from lusifer import LusiferError
-from lusifer.cli import app as cli
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.model.text_encoder import TextEncoder
-from lusifer.search import indexing
+from lusifer.search import Entry, Hit, IndexInfo, create_store, indexing, open_store
 from lusifer.search.filters import parse_filter, to_sql
 from lusifer.search.indexing import add, check_columns, read_entries
 from lusifer.search.lexical import script, words
-from lusifer.search.locations import Entry, Facts, Hit, create_store, open_store
 from lusifer.search.store import reciprocal_rank_fusion
 
 pytest.importorskip("lancedb")
@@ -31,7 +32,7 @@ from lusifer.search.qdrant import QdrantStore  # noqa: E402
 
 DIM = 16
 COLUMNS = {"topic": "string", "year": "int", "weight": "float", "draft": "bool"}
-FACTS = Facts("some/model", "0123456789abcdef", DIM, COLUMNS)
+INFO = IndexInfo("some/model", "0123456789abcdef", DIM, COLUMNS)
 
 
 def unit(rows, seed=0):
@@ -55,8 +56,8 @@ def entries(count):
 @pytest.fixture(params=["lance", "qdrant"])
 def store(request, tmp_path):
     if request.param == "lance":
-        return LanceStore.create(tmp_path / "index", FACTS)
-    return QdrantStore.create(qdrant_client.QdrantClient(":memory:"), "texts", FACTS)
+        return LanceStore.create(tmp_path / "index", INFO)
+    return QdrantStore.create(qdrant_client.QdrantClient(":memory:"), "texts", INFO)
 
 
 @pytest.fixture
@@ -136,6 +137,68 @@ def test_a_bad_filter_is_told(filled, where, message):
         with pytest.raises(LusiferError, match=message):
             act()
     assert filled.count() == 60
+
+
+SIGNS = {
+    "=": lambda value, limit: value == limit,
+    "!=": lambda value, limit: value != limit,
+    "<": lambda value, limit: value < limit,
+    "<=": lambda value, limit: value <= limit,
+    ">": lambda value, limit: value > limit,
+    ">=": lambda value, limit: value >= limit,
+}
+EDGE = {
+    "year": [-(2**63), -(2**62), -3, 0, 2001, 2002, 2003, 2**63 - 1, None],
+    "weight": [-1.5, -0.25, 0.0, 0.1, 2001.5, 1e300, None],
+}
+NUMBERS = ["2002", "2002.0", "2.002e3", "2002.5", "-2.5", "-0", "0.1", "1e-400", "-1e-400", str(2**63 - 1), str(2**63)]
+NUMBERS += [str(-(2**63)), str(-(2**63) - 1), "9" * 23, "-" + "9" * 23, "1e400", "-1e400", "9" * 5000]
+NUMBERS += ["1e9999999999999999999", "-1e9999999999999999999", "1e-9999999999999999999", "1e300"]
+
+
+@pytest.mark.parametrize("column", list(EDGE))
+def test_any_number_may_stand_in_a_filter(store, column):
+    """Fractions for whole numbers, and numbers that no column holds, compare as numbers do."""
+    rows = [Entry(f"id{i}", "common", "en", {**dict.fromkeys(COLUMNS), column: v}) for i, v in enumerate(EDGE[column])]
+    store.upsert(rows, unit(len(rows)))
+    for number in NUMBERS:
+        # A column of float compares as floats do; so do numbers whose exponent alone has nineteen digits.
+        limit = (
+            float(number) if column == "weight" or "99999" in number.partition("e")[2] else Fraction(Decimal(number))
+        )
+        if isinstance(store, QdrantStore) and number == str(2**63 - 1):
+            continue  # Qdrant's ranges are of float64.
+        for sign, holds in SIGNS.items():
+            where = f"{column} {sign} {number}"
+            kept = {row.id for row in rows if _keeps(holds, sign, row.metadata[column], limit)}
+            assert set(found_ids(store.search(unit(1)[0], k=60, where=where))) == kept, where[:60]
+            assert store.count(where) == len(kept), where[:60]
+            assert store.count(f"NOT {where}") == len(rows) - len(kept), where[:60]
+    for where, wanted in ((f"{column} IN (1e400, 2002.25, 0)", 1), (f"{column} NOT IN (1e400)", len(rows))):
+        assert store.count(where) == len(found_ids(store.bm25("common", k=60, where=where))) == wanted, where
+
+
+def _keeps(holds, sign, value, limit):
+    """A missing value equals nothing, and has no order."""
+    return sign == "!=" if value is None else holds(value if isinstance(limit, float) else Fraction(value), limit)
+
+
+IDS = ["a/b", "/", "a\\b", "it's", '"', "100%", "é", "e\u0301", "Ⅸ", "IX", "日本", "🙂", " ", "a\nb", "1", "01", "1.0"]
+IDS += ["true", "True", "18446744073709551615", "-5", "x" * 500]
+
+
+def test_any_text_may_be_an_id(store):
+    rows = [Entry(id, f"text {number}", "en", dict.fromkeys(COLUMNS)) for number, id in enumerate(IDS)]
+    store.upsert(rows, unit(len(rows)))
+    store.upsert(rows, unit(len(rows)))
+    assert store.count() == len(IDS)
+    known = store.fetch([*IDS, "nowhere"])
+    assert {id: entry for id, (entry, _) in known.items()} == {row.id: row for row in rows}
+    assert store.fetch([]) == {}
+    for left, id in enumerate(IDS[1:], start=1):
+        assert store.delete(ids=[id]) == 1 and id not in store.fetch(IDS)
+        assert store.count() == len(IDS) - left
+    assert found_ids(store.search(unit(1)[0])) == [IDS[0]]
 
 
 def test_upsert_adds_and_replaces(filled):
@@ -223,19 +286,19 @@ def test_a_sample_is_part_of_the_texts(filled):
 
 
 def test_another_model_is_refused(filled):
-    filled.check_model("renamed/model", FACTS.model_hash, DIM)
+    filled.check_model("renamed/model", INFO.model_hash, DIM)
     with pytest.raises(LusiferError, match=r"holds vectors of 'some/model'.*'some/model'.*make a new index"):
         filled.check_model("some/model", "f" * 16, DIM)
 
 
 def test_facts_are_kept(tmp_path):
     client = qdrant_client.QdrantClient(":memory:")
-    QdrantStore.create(client, "texts", FACTS)
-    assert QdrantStore.open(client, "texts").facts == FACTS
-    create_store(str(tmp_path / "index"), FACTS)
-    assert open_store(str(tmp_path / "index")).facts == FACTS
+    QdrantStore.create(client, "texts", INFO)
+    assert QdrantStore.open(client, "texts").info == INFO
+    create_store(str(tmp_path / "index"), INFO)
+    assert open_store(str(tmp_path / "index")).info == INFO
     with pytest.raises(LusiferError, match="already"):
-        QdrantStore.create(client, "texts", FACTS)
+        QdrantStore.create(client, "texts", INFO)
     with pytest.raises(LusiferError, match="no collection 'nothing'"):
         QdrantStore.open(client, "nothing")
     client.create_collection("other", vectors_config={})
@@ -246,7 +309,7 @@ def test_facts_are_kept(tmp_path):
 @pytest.mark.parametrize("columns", [{"text": "string"}, {"two words": "string"}, {"a`b": "string"}, {"a": "date"}])
 def test_columns_that_cannot_be_kept_are_refused(columns):
     with pytest.raises(LusiferError, match="metadata column"):
-        Facts("m", "h", DIM, columns)
+        IndexInfo("m", "h", DIM, columns)
 
 
 # The folder
@@ -260,7 +323,7 @@ def clustered(rows, dim=32):
 
 def test_approximate_search_recalls_nine_in_ten(tmp_path):
     vectors = clustered(4100)
-    store = LanceStore.create(tmp_path / "index", Facts("m", "h", 32))
+    store = LanceStore.create(tmp_path / "index", IndexInfo("m", "h", 32))
     store.upsert([Entry(str(i), f"text {i}", "en") for i in range(4000)], vectors[:4000])
     assert not store.approximate()
     store.build()
@@ -278,7 +341,7 @@ def test_approximate_search_recalls_nine_in_ten(tmp_path):
 
 def test_building_is_automatic_above_a_size(tmp_path, monkeypatch):
     monkeypatch.setattr("lusifer.search.lance.APPROXIMATE_FROM", 300)
-    store = LanceStore.create(tmp_path / "index", FACTS)
+    store = LanceStore.create(tmp_path / "index", INFO)
     store.upsert(entries(60), unit(60))
     store.tidy()
     assert not store.approximate()
@@ -290,7 +353,7 @@ def test_building_is_automatic_above_a_size(tmp_path, monkeypatch):
 
 
 def test_an_open_index_sees_what_another_adds(tmp_path):
-    writer = LanceStore.create(tmp_path / "index", FACTS)
+    writer = LanceStore.create(tmp_path / "index", INFO)
     reader = open_store(str(tmp_path / "index"))
     before = reader.version()
     writer.upsert(entries(3), unit(3))
@@ -299,7 +362,7 @@ def test_an_open_index_sees_what_another_adds(tmp_path):
 
 def test_damage_is_told_in_one_line(tmp_path):
     path = tmp_path / "index"
-    LanceStore.create(path, FACTS).upsert(entries(5), unit(5))
+    LanceStore.create(path, INFO).upsert(entries(5), unit(5))
     facts = (path / "facts.json").read_text()
     for broken, message in (
         ("{", "not JSON"),
@@ -328,13 +391,13 @@ def test_damage_is_told_in_one_line(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     with pytest.raises(LusiferError, match="not an empty folder"):
-        create_store(str(tmp_path / "mine"), FACTS)
+        create_store(str(tmp_path / "mine"), INFO)
 
 
 def test_an_interrupted_creation_is_made_again(tmp_path):
-    LanceStore.create(tmp_path / "index", FACTS)
+    LanceStore.create(tmp_path / "index", INFO)
     (tmp_path / "index" / "facts.json").unlink()
-    LanceStore.create(tmp_path / "index", Facts("m", "h", 8)).upsert(
+    LanceStore.create(tmp_path / "index", IndexInfo("m", "h", 8)).upsert(
         [Entry("a", "b", "c")], unit(1)[:, :8] * 0 + 8**-0.5
     )
     assert open_store(str(tmp_path / "index")).count() == 1
@@ -464,7 +527,7 @@ class Counting:
 
     def __init__(self, dimension, stop_after=None):
         self.dimension, self.seen, self.stop_after = dimension, [], stop_after
-        self.model = type("Model", (), {"device": type("Device", (), {"type": "cpu"})})
+        self.model = SimpleNamespace(device=SimpleNamespace(type="cpu"), prompts={}, default_prompt_name=None)
 
     def encode(self, texts):
         if self.stop_after is not None and len(self.seen) + len(texts) > self.stop_after:
@@ -497,23 +560,6 @@ def test_adding_goes_on_and_embeds_nothing_twice(store, monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lusifer", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def checkpoint(tiny_st, tmp_path):
     save_atomically(tiny_st, tmp_path / "model")
     return tmp_path / "model"
@@ -538,6 +584,9 @@ def test_the_commands_end_to_end(call, checkpoint, jsonl, tmp_path, tiny_st):
     hits = json.loads(call("search", index, "cat book", "--json", "--where", "year > 1993", "--hybrid")[1])["hits"]
     assert {hit["id"]: "bm25" in hit["ranks"] for hit in hits} == {"4": False, "5": True}
     assert "the cat sat on the mat" in call("search", index, "cat")[1]
+    for where, years in (("year < 1991.5", [1990, 1991]), ("year = 99999999999999999999999", []), ("year = 1e400", [])):
+        hits = json.loads(call("search", index, "cat", "--json", "--where", where)[1])["hits"]
+        assert sorted(hit["metadata"]["year"] for hit in hits) == years
 
     facts = json.loads(call("index", "info", index, "--json")[1])
     assert (

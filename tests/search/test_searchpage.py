@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 from urllib.parse import urlencode
 from zlib import crc32
 
@@ -21,7 +22,7 @@ from lusifer.search import corpus_map as corpusmap
 from lusifer.search.corpus_map import CorpusMap, plane
 from lusifer.search.lexical import words
 from lusifer.search.page import find, make_router
-from lusifer.search.store import Entry, Facts
+from lusifer.search.store import Entry, IndexInfo
 
 pytest.importorskip("lancedb")
 fastapi = pytest.importorskip("fastapi")
@@ -46,12 +47,14 @@ class Bags:
     """An encoder of bags of words: texts that share words are near."""
 
     dimension = DIM
+    model = SimpleNamespace(prompts={"query": "my query: "}, default_prompt_name=None)
 
     def __init__(self):
         self.seen = []
 
     def encode(self, texts):
         self.seen += texts
+        texts = [text.removeprefix("my query: ") for text in texts]
         sums = [sum((self._word(word) for word in words(text)), np.full(DIM, 1e-3)) for text in texts]
         found = np.array(sums, dtype=np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -63,7 +66,7 @@ class Bags:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     made = LanceStore.create(
-        tmp_path_factory.mktemp("page") / "index", Facts("tiny", "0" * 16, DIM, {"topic": "string"})
+        tmp_path_factory.mktemp("page") / "index", IndexInfo("tiny", "0" * 16, DIM, {"topic": "string"})
     )
     entries = [Entry(f"t{i}", text, lang, {"topic": "travel"}) for i, (lang, text) in enumerate(TEXTS)]
     made.upsert(entries, Bags().encode([entry.text for entry in entries]))
@@ -142,10 +145,11 @@ def test_bad_questions_are_refused(address, parameters, status):
     assert code == status and json.loads(body)["detail"]
 
 
-def test_the_instruction_reaches_the_model_but_not_bm25(store):
+def test_the_prompt_reaches_the_model_but_not_bm25(store):
     encoder = Bags()
-    hits = find(store, encoder, "grandmother", hybrid=True, instruction="station")
-    assert encoder.seen == ["Instruct: station\nQuery: grandmother"]
+    hits = find(store, encoder, "grandmother", hybrid=True, prompt="station: ")
+    find(store, encoder, "grandmother")
+    assert encoder.seen == ["station: grandmother", "my query: grandmother"]
     assert [hit.entry.id for hit in hits if "bm25" in hit.ranks] == ["t2"]
 
 
@@ -183,7 +187,7 @@ def test_the_map_is_computed_once_and_kept(address, store, monkeypatch):
 
 
 def test_the_map_follows_the_texts_and_survives_damage(tmp_path):
-    made = LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM))
+    made = LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM))
     assert finished(CorpusMap(made))["points"] == []
     drawn = CorpusMap(made)
     vectors = Bags().encode(["one", "two", "three"])
@@ -194,7 +198,7 @@ def test_the_map_follows_the_texts_and_survives_damage(tmp_path):
 
 
 def test_a_map_that_fails_is_told_and_not_tried_again(store, tmp_path, monkeypatch):
-    made = LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM))
+    made = LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM))
     calls = []
 
     def fail(vectors):
@@ -350,7 +354,7 @@ def test_errors_and_no_results_are_told(page):
 
 
 def test_an_empty_index_says_so(browser, tmp_path):
-    told, server = serving(LanceStore.create(tmp_path / "index", Facts("tiny", "0" * 16, DIM)))
+    told, server = serving(LanceStore.create(tmp_path / "index", IndexInfo("tiny", "0" * 16, DIM)))
     page = browser.new_page()
     page.goto(told)
     expect(page, "#state").to_contain_text("The index is empty")

@@ -41,7 +41,7 @@ class Settings:
     Attributes:
         column: Column of the texts.
         id_column: Column of the ids; rows are numbered when None.
-        instruction: Task instruction in front of every text.
+        instruction: Task instruction in front of every text, in place of a prompt.
         text: Whether the output holds the texts.
         dim: First so many dimensions, normalised again; all when None.
         output_dtype: ``float32``, ``float16``, ``int8`` or ``ubinary`` (one bit a dimension).
@@ -49,6 +49,8 @@ class Settings:
         shard_rows: Rows of a shard.
         batch_tokens: Padded tokens of a forward pass; by the device when None.
         skip_bad: Whether bad rows are left out and counted instead of refused.
+        prompt: What stands in front of every text; the model's document prompt when None.
+        prompt_name: Name of the model's prompt to use instead.
     """
 
     column: str = "text"
@@ -61,6 +63,8 @@ class Settings:
     shard_rows: int = 50_000
     batch_tokens: int | None = None
     skip_bad: bool = False
+    prompt: str | None = None
+    prompt_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,14 @@ class Prepared:
         device: ``cpu``, ``cuda``, ...
         dimension: Of the embeddings in the output.
         ranges: int8 only: smallest and largest value of each dimension, (2, dimension).
+        prompt: What stands in front of every text; None in runs that an older version began, which go on as they were.
     """
 
     precision: str
     device: str
     dimension: int
     ranges: list[list[float]] | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)

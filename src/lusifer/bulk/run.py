@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
 from lusifer.bulk.plan import make_plan
+from lusifer.data.prompts import explicit_prompt
 from lusifer.data.rows import Columns, InputFile, Position, Slice, find_files
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import files_hash
@@ -101,6 +102,7 @@ def encode(
 
 
 def _check(settings: Settings, engine: str) -> None:
+    explicit_prompt(settings.prompt, settings.instruction)  # Refuses both.
     for name, value, known in (
         ("output dtype", settings.output_dtype, OUTPUT_DTYPES),
         ("engine", engine, ENGINES),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
 
 from lusifer.bulk.job import ARROW, FACTS, Job, Prepared, ShardFacts, schema, shard_name, stored_width
-from lusifer.data.prompts import with_instruction
+from lusifer.data.prompts import explicit_prompt, prompt_for
 from lusifer.data.rows import Columns, RowReader, Slice
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
@@ -68,13 +69,15 @@ class ShardEncoder:
         if settings.dim is not None and not 1 <= settings.dim <= size:
             raise LusiferError(f"cannot cut embeddings to {settings.dim} dimensions: the model has {size}")
         device = self.encoder.model.device.type
-        prepared = Prepared(precision, device, settings.dim or size)
+        asked = explicit_prompt(settings.prompt, settings.instruction)
+        prompt = prompt_for(self.encoder.model, "document", prompt=asked, prompt_name=settings.prompt_name)
+        prepared = Prepared(precision, device, settings.dim or size, prompt=prompt)
         if settings.output_dtype != "int8":
             return prepared
         rows = list(islice(self._good_rows(), WINDOW))
         found = np.concatenate([vectors for _, vectors in self._vectors(rows, prepared, None)])
         ranges = [found.min(axis=0).tolist(), found.max(axis=0).tolist()]
-        return Prepared(precision, device, prepared.dimension, ranges)
+        return replace(prepared, ranges=ranges)
 
     def encode(self, part: Slice, prepared: Prepared, tick: Tick | None = None) -> ShardFacts:
         """Makes one shard; it appears in the output complete or not at all.
@@ -116,11 +119,14 @@ class ShardEncoder:
         """Windows of rows and their (rows, dimension) float32 embeddings."""
         kept: deque[_Row] = deque()
         settings = self.job.settings
+        prompt = prepared.prompt
+        if prompt is None:
+            prompt = explicit_prompt(None, settings.instruction) or ""
 
         def texts() -> Iterator[str]:
             for row in rows:
                 kept.append(row)
-                yield with_instruction(settings.instruction, row[1])
+                yield prompt + row[1]
 
         for vectors in self.encoder.stream(texts(), tick):
             window = [kept.popleft() for _ in vectors]

@@ -53,6 +53,10 @@ def mine(
     range_min: Annotated[int, typer.Option(help="Best-ranked passages to skip.")] = 0,
     range_max: Annotated[int, typer.Option(help="Passages to look at, from the best-ranked on.")] = 100,
     corpus: Annotated[str | None, typer.Option(help="More passages: a set with a `text` column.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of every text; the teacher's query and document prompts if left out.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of the teacher's prompt for every text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
     as_json: Json = False,
@@ -69,6 +73,7 @@ def mine(
     quiet_libraries(quiet)
     from lusifer.data.mining import Settings, check_output
     from lusifer.data.mining import mine as run
+    from lusifer.data.prompts import Role, prompt_for
     from lusifer.loading import load_checkpoint
     from lusifer.recipes.schema import DataRecipe
 
@@ -76,15 +81,19 @@ def mine(
     check_output(output)
     teacher = load_checkpoint(model, device=device)
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
+    asked = {"prompt": prompt, "prompt_name": prompt_name}
+    roles: tuple[Role, Role] = ("query", "document")
+    prompts = {role: prompt_for(teacher, role, **asked) for role in roles}
     facts = run(
         DataRecipe(source=source),
         output,
-        lambda texts: teacher.encode_document(texts, **options),
+        lambda texts: teacher.encode_document(texts, prompt=prompts["document"], **options),
         teacher=model,
         settings=settings,
         corpus=DataRecipe(source=corpus) if corpus else None,
         device=str(teacher.device),
-        embed_query=lambda texts: teacher.encode_query(texts, **options),
+        embed_query=lambda texts: teacher.encode_query(texts, prompt=prompts["query"], **options),
+        prompts=prompts,
         progress=not quiet,
     )
     emit(facts) if as_json else _print_mined(facts, output)

@@ -30,6 +30,10 @@ def encode(
     id_column: Annotated[
         str | None, typer.Option(help="Column of the ids; rows are numbered from 0 when left out.")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt to use: query.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Texts beside their embeddings.")] = True,
     dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions (Matryoshka).")] = None,
@@ -60,7 +64,8 @@ def encode(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Embeds the texts of files, in any language and any number.
+    """Embeds the texts of files, in any language and any number. They are documents unless `--prompt-name query`
+    or another prompt says otherwise.
 
     A folder receives shards one by one. Interrupt it whenever you like: the same command goes on where it was, and the
     files end up the same, byte for byte. On a finished folder it does nothing.
@@ -79,6 +84,8 @@ def encode(
         column=column,
         id_column=id_column,
         instruction=instruction,
+        prompt=prompt,
+        prompt_name=prompt_name,
         text=text,
         dim=dim,
         output_dtype=output_dtype,

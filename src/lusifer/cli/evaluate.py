@@ -44,6 +44,10 @@ def evaluate(
             help="`none`: the model's own prompts; `default`: the bundled instructions; or a YAML file of yours."
         ),
     ] = "none",
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of every text, queries and documents, instead of --prompts.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt for every text.")] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Torch device, the best there is when left out; several share the tasks: cuda:0,cuda:1."),
@@ -70,7 +74,7 @@ def evaluate(
         given = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
         if found := [name for name, value in given.items() if value is not None] + ["--prompts"] * (prompts != "none"):
             raise LusiferError(f"{found[0]} needs --benchmark or --data; without them the everyday set is scored")
-        _everyday(model, codes, as_json=as_json, quiet=quiet)
+        _everyday(model, codes, prompt, prompt_name, as_json=as_json, quiet=quiet)
         return
     try:
         from lusifer.evaluation.instructions import load_prompts
@@ -90,6 +94,8 @@ def evaluate(
         where,
         data=data,
         prompts=told,
+        prompt=prompt,
+        prompt_name=prompt_name,
         absent=lost,
         device=None if device is not None and "," in device else device,
         batch_size=batch_size,
@@ -171,14 +177,22 @@ def _show(scores: suite.Scores, chosen: list[suite.Task], means: dict[str, suite
     console.print(f"results: {where}", soft_wrap=True)
 
 
-def _everyday(model: str, codes: list[str] | None, *, as_json: bool, quiet: bool) -> None:
+def _everyday(
+    model: str, codes: list[str] | None, prompt: str | None, prompt_name: str | None, *, as_json: bool, quiet: bool
+) -> None:
     from lusifer.data.everyday_set import load_everyday
+    from lusifer.data.prompts import prompt_for
     from lusifer.evaluation.everyday import embedder, score
     from lusifer.loading import load_checkpoint
     from lusifer.model.backbone_alone import encoder_alone
 
-    alone = model.startswith("encoder:")
-    embed = encoder_alone(model.removeprefix("encoder:"))[0] if alone else embedder(load_checkpoint(model))
+    if model.startswith("encoder:"):
+        if prompt is not None or prompt_name is not None:
+            raise LusiferError("an encoder alone has no prompts; leave --prompt and --prompt-name out")
+        embed = encoder_alone(model.removeprefix("encoder:"))[0]
+    else:
+        loaded = load_checkpoint(model)
+        embed = embedder(loaded, prompt=prompt_for(loaded, None, prompt=prompt, prompt_name=prompt_name))
     scores = score(embed, languages=codes or list(load_everyday().sentences), progress=not quiet)
     if as_json:
         emit(scores)

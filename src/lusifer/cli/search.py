@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +26,7 @@ Index = Annotated[
 Where = Annotated[
     str | None, typer.Option(help="Filter: \"lang = 'te' AND year >= 2000\"; also OR, NOT, IN (...), brackets.")
 ]
+PromptName = Annotated[str | None, typer.Option(help="Name of the model's prompt to use.")]
 
 
 @index_app.command("add")
@@ -37,6 +39,10 @@ def add(
     column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the id; a hash of the text when left out.")] = None,
     metadata: Annotated[str | None, typer.Option(help="Comma-separated columns to keep and filter by.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+    ] = None,
+    prompt_name: PromptName = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -52,28 +58,36 @@ def add(
     - `lusifer index add qdrant+http://localhost:6333/news news.parquet`
     """
     quiet_libraries(quiet)
+    from lusifer.data.prompts import prompt_for
     from lusifer.model.fingerprint import weights_hash
     from lusifer.search.indexing import add as run
     from lusifer.search.indexing import check_columns, read_entries
-    from lusifer.search.locations import Facts, create_store, open_store, store_exists
+    from lusifer.search.locations import create_store, open_store, store_exists
+    from lusifer.search.store import IndexInfo
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     store = open_store(index) if store_exists(index) else None
     entries, types = read_entries(source, text=column, id=id_column, metadata=names)
     if store is not None:
         check_columns(store, types)
-    name = model or (store.facts.model if store else "starter")
+    name = model or (store.info.model if store else "starter")
     encoder = _load(name, device)
+    before = prompt_for(encoder.model, "document", prompt=prompt, prompt_name=prompt_name)
+    made_by = (name, weights_hash(encoder.model), encoder.dimension)
     if store is None:
-        store = create_store(index, Facts(name, weights_hash(encoder.model), encoder.dimension, types))
+        store = create_store(index, IndexInfo(*made_by, types, before))
     else:
-        store.check_model(name, weights_hash(encoder.model), encoder.dimension)
+        store.check_model(*made_by)
+        store.check_prompt(before, explicit=prompt is not None or prompt_name is not None)
     counts = run(store, encoder, entries, progress=not quiet)
     if encoder.cut:
         typer.echo(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
-    facts = {"index": index, "texts": store.count(), **counts, "cut": encoder.cut}
-    told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    emit(facts) if as_json else typer.echo(f"{told} -> {index}: {facts['texts']:,} texts")
+    total = store.count()
+    if as_json:
+        emit({"index": index, "texts": total, **counts, "cut": encoder.cut})
+    else:
+        changes = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+        typer.echo(f"{changes} -> {index}: {total:,} texts")
 
 
 @index_app.command("delete")
@@ -96,8 +110,9 @@ def delete(
     store = open_store(index)
     deleted = store.delete(ids=ids or None, where=where)
     store.tidy()
-    facts = {"index": index, "deleted": deleted, "texts": store.count()}
-    emit(facts) if as_json else typer.echo(f"{deleted:,} deleted, {facts['texts']:,} texts left")
+    left = store.count()
+    answer = {"index": index, "deleted": deleted, "texts": left}
+    emit(answer) if as_json else typer.echo(f"{deleted:,} deleted, {left:,} texts left")
 
 
 @index_app.command("info")
@@ -109,24 +124,18 @@ def info(index: Index, as_json: Json = False) -> None:
     from lusifer.search.locations import open_store
 
     store = open_store(index)
-    facts: dict[str, Any] = {
-        "texts": store.count(),
-        "model": store.facts.model,
-        "model_hash": store.facts.model_hash,
-        "dimension": store.facts.dimension,
-        "columns": store.facts.columns,
-        "approximate": store.approximate(),
-        "languages": store.languages(),
-    }
+    about, total, approximate, languages = store.info, store.count(), store.approximate(), store.languages()
     if as_json:
-        emit(facts)
+        emit({"texts": total, **asdict(about), "approximate": approximate, "languages": languages})
         return
-    columns = ", ".join(f"{name} ({kind})" for name, kind in store.facts.columns.items())
-    typer.echo(f"texts: {facts['texts']:,}")
-    typer.echo(f"model: {facts['model']} (hash {facts['model_hash']}), {facts['dimension']} dimensions")
-    typer.echo(f"columns: id, text, lang{', ' if columns else ''}{columns}")
-    typer.echo(f"search: {'approximate, exact with --exact' if facts['approximate'] else 'exact'}")
-    typer.echo("languages: " + ", ".join(f"{tag} {count:,}" for tag, count in facts["languages"].items()))
+    columns = ["id", "text", "lang", *(f"{name} ({kind})" for name, kind in about.columns.items())]
+    typer.echo(f"texts: {total:,}")
+    typer.echo(f"model: {about.model} (hash {about.model_hash}), {about.dimension} dimensions")
+    if about.prompt:
+        typer.echo(f"document prompt: {about.prompt!r}")
+    typer.echo(f"columns: {', '.join(columns)}")
+    typer.echo(f"search: {'approximate, exact with --exact' if approximate else 'exact'}")
+    typer.echo("languages: " + ", ".join(f"{tag} {count:,}" for tag, count in languages.items()))
 
 
 @index_app.command("build")
@@ -150,6 +159,10 @@ def search(
     where: Where = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector.")] = False,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="Join with BM25: finds rare words and names too.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of the query; the model's query prompt when left out.")
+    ] = None,
+    prompt_name: PromptName = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
     model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
@@ -168,20 +181,23 @@ def search(
     quiet_libraries(True)
     if ui == (query is not None):
         raise LusiferError('give either a query or --ui: lusifer search INDEX "query"')
+    from lusifer.data.prompts import explicit_prompt, prompt_for
     from lusifer.model.fingerprint import weights_hash
     from lusifer.search.locations import open_store
     from lusifer.search.page import find
 
+    asked = explicit_prompt(prompt, instruction)
     store = open_store(index)
     condition = store.parsed(where)
-    name = model or store.facts.model
+    name = model or store.info.model
     encoder = _load(name, device)
     store.check_model(name, weights_hash(encoder.model), encoder.dimension)
+    before = prompt_for(encoder.model, "query", prompt=asked, prompt_name=prompt_name)
     if ui:
-        _serve(store, encoder, instruction, port)
+        _serve(store, encoder, before, port)
         return
     assert query is not None
-    hits = find(store, encoder, query, k=k, where=condition, exact=exact, hybrid=hybrid, instruction=instruction)
+    hits = find(store, encoder, query, k=k, where=condition, exact=exact, hybrid=hybrid, prompt=before)
     emit({"query": query, "hits": [hit.to_dict() for hit in hits]}) if as_json else _show(hits)
 
 
@@ -200,7 +216,7 @@ def _show(hits: list[Hit]) -> None:
         typer.echo("nothing found", err=True)
 
 
-def _serve(store: Store, encoder: TextEncoder, instruction: str | None, port: int) -> None:
+def _serve(store: Store, encoder: TextEncoder, prompt: str, port: int) -> None:
     from lusifer.search.page import make_router
 
     try:
@@ -209,7 +225,7 @@ def _serve(store: Store, encoder: TextEncoder, instruction: str | None, port: in
     except ImportError as error:
         raise LusiferError("the search page needs FastAPI and uvicorn: pip install 'lusifer[search]'") from error
     app = FastAPI(title="lusifer search")
-    app.include_router(make_router(store, encoder, instruction=instruction))
+    app.include_router(make_router(store, encoder, prompt=prompt))
     typer.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", err=True)
     # Only this machine: the page has no accounts.
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")

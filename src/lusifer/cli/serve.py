@@ -19,8 +19,10 @@ from lusifer.quiet import quiet_libraries
 if TYPE_CHECKING:
     import numpy as np
 
+    from lusifer.data.prompts import Prompted
     from lusifer.model.text_encoder import TextEncoder
     from lusifer.search.store import Store
+    from lusifer.serving.service import EmbeddingService
 
 
 def serve(
@@ -106,7 +108,7 @@ def serve(
     if store is not None:
         from lusifer.search.page import make_router
 
-        app.include_router(make_router(store, _Queries(store.facts.dimension, app.state.service.encode)))
+        app.include_router(make_router(store, _Queries(store.info.dimension, app.state.service)))
     run(app, listening, phase, drain_timeout=timeout)
     if not quiet:
         typer.echo("stopped", err=True)
@@ -117,7 +119,16 @@ class _Queries:
     """The served model as a search page uses it: its queries wait for their turn like everybody's."""
 
     dimension: int
-    encode: Callable[[Sequence[str]], np.ndarray]
+    service: EmbeddingService
+
+    @property
+    def model(self) -> Prompted:
+        """The loaded model."""
+        return self.service.encoder.model
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dim) float32 unit vectors of texts."""
+        return self.service.encode(texts)
 
 
 def _loader(

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lusifer.data.check import normalise
+from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError
 from lusifer.recipes.schema import DataRecipe
@@ -229,6 +230,7 @@ def mine(
     corpus: DataRecipe | None = None,
     device: str = "cpu",
     embed_query: Embed | None = None,
+    prompts: Mapping[Role, str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes a copy of a pair set whose ``negative`` are mined, hardest first.
@@ -242,6 +244,7 @@ def mine(
         corpus: Texts to choose from besides all positives.
         device: Where scores are made.
         embed_query: The teacher for queries, if it treats them otherwise.
+        prompts: What both put in front of a ``query`` and a ``document``, for the summary and the cache.
         progress: Whether to show progress bars.
 
     Returns:
@@ -259,13 +262,19 @@ def mine(
         problem = _problem(records, pool, progress)
         folder = output.with_name(f"{output.name}.embeddings")
         folder.mkdir(exist_ok=True)
-        queries = _embedded(problem.queries, embed_query or embed, folder, f"{teacher} queries", progress)
-        passages = _embedded(problem.passages, embed, folder, f"{teacher} passages", progress)
+        made_by = json.dumps([teacher, prompts])
+        queries = _embedded(problem.queries, embed_query or embed, folder, f"{made_by} queries", progress)
+        passages = _embedded(problem.passages, embed, folder, f"{made_by} passages", progress)
         chosen, summary = _choose_all(problem, queries, passages, settings, device, progress)
         _write_rows(output, records, problem, chosen, progress)
     except OSError as error:
         raise LusiferError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
-    facts: dict[str, Any] = {"teacher": teacher, "source": item.source, "corpus": corpus.source if corpus else None}
+    facts: dict[str, Any] = {
+        "teacher": teacher,
+        "prompts": prompts,
+        "source": item.source,
+        "corpus": corpus.source if corpus else None,
+    }
     facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **summary}
     _write_summary(output.with_name(f"{output.name}.mining.json"), facts)
     shutil.rmtree(folder)

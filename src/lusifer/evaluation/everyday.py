@@ -113,11 +113,18 @@ def language_bias(vectors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     return found
 
 
-def embedder(model: SentenceTransformer) -> Embed:
-    """An `Embed` from a Sentence Transformers model."""
+def embedder(model: SentenceTransformer, *, prompt: str | None = None) -> Embed:
+    """An `Embed` from a Sentence Transformers model.
+
+    Args:
+        model: The model.
+        prompt: What stands in front of every sentence; the model's default prompt when None.
+    """
 
     def embed(texts: Sequence[str]) -> Tensor:
-        found: Any = model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=64)
+        found: Any = model.encode(
+            list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False, batch_size=64
+        )
         return found.float().cpu()
 
     return embed

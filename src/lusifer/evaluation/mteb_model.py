@@ -10,14 +10,12 @@ from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from sentence_transformers import SimilarityFunction
 from torch.utils.data import DataLoader
 
-from lusifer.data.prompts import with_instruction
+from lusifer.data.prompts import prompt_for, with_instruction
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.instructions import Prompts
 from lusifer.evaluation.systems import (
     Embedder,
 )
-
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # As Sentence Transformers looks for them.
 
 
 class CachedModel(AbsEncoder):
@@ -28,11 +26,15 @@ class CachedModel(AbsEncoder):
         prompts: Instructions by task name or type; the model's own prompts hold where there are none.
         name: What results call it.
         model: The model.
+        prompt: A prompt that stands in front of every text, whatever the task.
     """
 
-    def __init__(self, cache: EmbeddingCache, prompts: Prompts, name: str, model: Embedder) -> None:
+    def __init__(
+        self, cache: EmbeddingCache, prompts: Prompts, name: str, model: Embedder, *, prompt: str | None = None
+    ) -> None:
         self.cache = cache
         self.prompts = prompts
+        self.prompt = prompt
         self.loaded = model
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": "local"})
 
@@ -59,18 +61,15 @@ class CachedModel(AbsEncoder):
             task: mteb's metadata of the task.
             role: mteb's prompt type; None on both sides of symmetric tasks.
         """
+        if self.prompt is not None:
+            return self.prompt
         side = getattr(role, "value", role)
         if self.prompts:
             told = self.prompts.get(task.name) or self.prompts.get(task.type) or ""
             if isinstance(told, dict):
                 return told.get(side or "query", "")
             return with_instruction(told, "") if told and side != "document" else ""
-        own = self.loaded.prompts
-        name = get_prompt_name(own, task, role)
-        if name is None:
-            asked = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(side or "", ())
-            name = next((key for key in asked if key in own), None)
-        return self.loaded.default_prompt if name is None else own[name]
+        return prompt_for(self.loaded, side, prompt_name=get_prompt_name(self.loaded.prompts, task, role))
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **kwargs: Any) -> Any:
         """(n, dim) float32 of mteb's batches of texts."""

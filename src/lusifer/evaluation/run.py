@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from mteb.types import PromptType
 from tqdm.auto import tqdm
 
+from lusifer.data.prompts import prompt_for
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.instructions import Prompts, load_prompts
@@ -60,6 +61,8 @@ def run(
     *,
     data: Path | None = None,
     prompts: Prompts | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
     absent: Sequence[Task] = (),
     device: str | None = None,
     batch_size: int = 32,
@@ -73,6 +76,8 @@ def run(
         out: Folder of results.
         data: Folder of an offline run.
         prompts: Instructions; the model's own prompts when None or empty.
+        prompt: What stands in front of every text, whatever the task and the side.
+        prompt_name: Name of the model's prompt to use so instead.
         absent: What was asked for too and cannot be scored here, for the plan in ``run.json``.
         device: Torch device.
         batch_size: Texts per forward pass.
@@ -86,20 +91,23 @@ def run(
     """
     digest = model_hash(_resolved(model))
     told = prompts or {}
-    hashed = hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()[:16] if told else "own"
+    everywhere = {name: text for name, text in (("prompt", prompt), ("prompt_name", prompt_name)) if text is not None}
+    asked = [*sorted(told.items()), *everywhere.items()]
+    hashed = hashlib.sha256(repr(asked).encode()).hexdigest()[:16] if asked else "own"
     settings = {"model": model, "model_hash": digest, "prompts": hashed}
     check_claim(out, settings)
     prints = {task.name: task_fingerprint(task, data) for task in tasks}
     left = [task for task in tasks if lacking(task, _current(out, task, prints)).subsets]
     if left or not (out / PROFILE).is_file():
         loaded = load_embedder(model, device=device, batch_size=batch_size)
+        chosen = prompt_for(loaded, None, **everywhere) if everywhere else None
         claim(out, settings, [*tasks, *absent])
         total = sum(cost(task) for task in left)
         with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
             cache = EmbeddingCache(cache_dir() / "embeddings" / f"{digest}.sqlite", loaded.embed)
             cache.progress = lambda count: bar.set_postfix_str(f"{cache.computed:,} embedded")
             name = "local/" + model.strip("./").replace("/", "-").replace(":", "-")
-            wrapped = CachedModel(cache, told, name, loaded)
+            wrapped = CachedModel(cache, told, name, loaded, prompt=chosen)
             facts = {
                 **settings,
                 "max_seq_length": loaded.max_seq_length,

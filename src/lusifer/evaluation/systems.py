@@ -36,7 +36,7 @@ class Embedder:
         max_seq_length: Tokens it reads of a text, where the model says it.
         tokenizers: By what they are of: ``encoder``, ``llm`` or ``model``.
         prompts: The model's own, by name, as Sentence Transformers has them.
-        default_prompt: What it puts in front of a text for which it has no other.
+        default_prompt_name: Name of the one for a text for which it has no other.
         similarity: ``cosine``, ``dot``, ...; mteb's default when None.
         device: Torch device.
         dtype: Data type of its weights.
@@ -47,7 +47,7 @@ class Embedder:
     max_seq_length: int | None = None
     tokenizers: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str = ""
+    default_prompt_name: str | None = None
     similarity: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -91,7 +91,7 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
         limit,
         tokenizers,
         prompts=own,
-        default_prompt=own.get(loaded.default_prompt_name or "", ""),
+        default_prompt_name=loaded.default_prompt_name,
         similarity=str(getattr(loaded.similarity_fn_name, "value", loaded.similarity_fn_name or "cosine")),
         device=str(loaded.device),
         dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),

@@ -240,7 +240,8 @@ class FastSentenceTransformer(SentenceTransformer):
     def _inference(self, inputs: list[Any], **options: Any) -> Any:
         """Embeddings (n, dim) of texts with arguments that ``encode`` has resolved; what is not plain goes its way."""
         known = ("prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
-        extra = set(options) - {*known, "truncate_dim", "device"}
+        # `task` is what encode_query and encode_document say to a router of modules, which our models have none of.
+        extra = set(options) - {*known, "truncate_dim", "device", "task"}
         inner = getattr(self[0], "auto_model", None)
         plain = options["output_value"] == "sentence_embedding" and not extra and isinstance(inner, LusiferModel)
         if not plain or not all(isinstance(text, str) for text in inputs) or not inputs:

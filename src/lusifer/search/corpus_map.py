@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from typing import Any
 
 import numpy as np
 
+from lusifer.publishing import write_json
 from lusifer.search.store import Store
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def _principal_components(vectors: np.ndarray) -> np.ndarray:
     centred = vectors - vectors.mean(axis=0) if len(vectors) else vectors
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     points = np.zeros((len(vectors), 2), dtype=np.float32)
-    found = centred @ directions[:2].T
-    points[:, : found.shape[1]] = found
+    projected = centred @ directions[:2].T
+    points[:, : projected.shape[1]] = projected
     return points
 
 
@@ -64,7 +64,7 @@ class CorpusMap:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._lock = threading.Lock()
-        self._made: dict[str, Any] | None = None
+        self._map: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._failed = ""
 
@@ -77,32 +77,32 @@ class CorpusMap:
         """
         version = self.store.version()
         with self._lock:
-            if self._made is None or self._made["version"] != version:
-                self._made = self._kept(version)
-            if self._made is not None:
-                return self._made
+            if self._map is None or self._map["version"] != version:
+                self._map = self._stored(version)
+            if self._map is not None:
+                return self._map
             if self._failed == version:
                 return {"status": "failed"}
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._make, args=(version,), daemon=True)
+                self._thread = threading.Thread(target=self._draw, args=(version,), daemon=True)
                 self._thread.start()
         return {"status": "computing"}
 
-    def _kept(self, version: str) -> dict[str, Any] | None:
+    def _stored(self, version: str) -> dict[str, Any] | None:
         """The map in the folder, if it is of this version."""
         if self.store.folder is None:
             return None
         try:
-            found = json.loads((self.store.folder / "map.json").read_text(encoding="utf-8"))
-            return found if found["version"] == version else None
+            stored = json.loads((self.store.folder / "map.json").read_text(encoding="utf-8"))
+            return stored if stored["version"] == version else None
         except (OSError, ValueError, KeyError, TypeError):
             return None  # Missing or damaged: it is only derived, and is made again.
 
-    def _make(self, version: str) -> None:
+    def _draw(self, version: str) -> None:
         try:
             entries, vectors = self.store.sample(MOST_POINTS)
             points, method = plane(vectors)
-            made = {
+            drawn = {
                 "status": "ready",
                 "version": version,
                 "method": method,
@@ -112,11 +112,9 @@ class CorpusMap:
                 ],
             }
             with self._lock:
-                self._made = made
+                self._map = drawn
             if self.store.folder is not None:
-                staging = self.store.folder / ".map.json"
-                staging.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
-                os.replace(staging, self.store.folder / "map.json")
+                write_json(self.store.folder / "map.json", drawn, indent=None)
         except OSError:
             logger.warning("the map cannot be kept in %s; it is drawn again next time", self.store.folder)
         except Exception:

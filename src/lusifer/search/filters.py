@@ -8,18 +8,27 @@ given.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from typing import TypeVar
 
 from lusifer.errors import LusiferError
 
 Value = str | int | float | bool
-# The Python types a column of each type may be compared with.
+_Part = TypeVar("_Part")
+# The Python types of the values that a column of each type takes.
 COLUMN_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "int": (int, float),
     "float": (int, float),
     "bool": (bool,),
+}
+# The smallest and the largest number a column can hold.
+_RANGES = {
+    "int": (Decimal(-(2**63)), Decimal(2**63 - 1)),
+    "float": (Decimal(-sys.float_info.max), Decimal(sys.float_info.max)),
 }
 _TOKEN = re.compile(
     r"\s*(?:(?P<text>'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\")|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?!\w)"
@@ -29,7 +38,7 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class OneOf:
-    """The column has one of the values."""
+    """The column has one of the values; never, if there are none."""
 
     column: str
     values: tuple[Value, ...]
@@ -84,6 +93,8 @@ def parse_filter(text: str, columns: Mapping[str, str]) -> Filter:
 def to_sql(condition: Filter) -> str:
     """The condition in the SQL of DataFusion, which LanceDB reads."""
     match condition:
+        case OneOf(_, ()):
+            return "FALSE"
         case OneOf(column, values):
             return f"`{column}` IN ({', '.join(map(sql_value, values))})"
         case Compare(column, sign, value):
@@ -100,7 +111,38 @@ def sql_value(value: Value) -> str:
     """A value as an SQL literal."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
+    if isinstance(value, int) and value == -(2**63):  # DataFusion reads the digits first, and they alone are too large.
+        return f"CAST('{value}' AS BIGINT)"
     return str(value).lower()
+
+
+def _equal(column: str, kind: str, values: Sequence[str | bool | Decimal]) -> OneOf:
+    """The column has one of the values; numbers that a column of this type cannot hold are left out."""
+    exact = [value for value in values if isinstance(value, Decimal) and _RANGES[kind][0] <= value <= _RANGES[kind][1]]
+    if kind == "float":
+        return OneOf(column, tuple(map(float, exact)))
+    if kind == "int":
+        return OneOf(column, tuple(int(value) for value in exact if value == value.to_integral_value()))
+    return OneOf(column, tuple(value for value in values if not isinstance(value, Decimal)))
+
+
+def _ordered(column: str, kind: str, sign: str, value: Decimal) -> Compare:
+    """The same comparison with a number that a column of this type can hold."""
+    smallest, largest = _RANGES[kind]
+    if value > largest:
+        sign, value = "<=" if "<" in sign else ">", largest
+    elif value < smallest:
+        sign, value = ">=" if ">" in sign else "<", smallest
+    elif kind == "int" and value != (below := value.to_integral_value(ROUND_FLOOR)):
+        sign, value = "<=" if "<" in sign else ">", below
+    return Compare(column, sign, int(value) if kind == "int" else float(value))
+
+
+def _number(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # An exponent of nineteen digits.
+        return Decimal(float(text))
 
 
 class _Parser:
@@ -112,24 +154,24 @@ class _Parser:
         self.next = 0
 
     def parse(self) -> Filter:
-        found = self._either()
+        condition = self._either()
         if self.next < len(self.tokens):
             raise self._error("AND, OR or the end")
-        return found
+        return condition
 
-    def _split(self) -> list[tuple[str, str, int]]:
+    def _split(self) -> list[tuple[str, str]]:
         tokens, position = [], 0
         end = len(self.text.rstrip())
         while position < end:
-            found = _TOKEN.match(self.text, position)
-            if found is None:
+            token = _TOKEN.match(self.text, position)
+            if token is None:
                 raise LusiferError(
                     f"cannot read the filter {self.text!r} at character {position + 1}: "
                     f"write it like lang = 'te' AND year >= 2000"
                 )
-            kind = str(found.lastgroup)
-            tokens.append((kind, found[kind], found.start(kind)))
-            position = found.end()
+            kind = str(token.lastgroup)
+            tokens.append((kind, token[kind]))
+            position = token.end()
         return tokens
 
     def _error(self, wanted: str) -> LusiferError:
@@ -140,7 +182,7 @@ class _Parser:
     def _take(self, *wanted: str) -> str | None:
         """The next word or sign if it is one of these, in any letter case."""
         if self.next < len(self.tokens):
-            kind, text, _ = self.tokens[self.next]
+            kind, text = self.tokens[self.next]
             if kind in ("word", "sign") and text.upper() in wanted:
                 self.next += 1
                 return text.upper()
@@ -151,48 +193,49 @@ class _Parser:
             raise self._error(repr(sign))
 
     def _either(self) -> Filter:
-        parts = [self._both()]
-        while self._take("OR"):
-            parts.append(self._both())
-        return parts[0] if len(parts) == 1 else Either(tuple(parts))
+        parts = self._several(self._both, "OR")
+        return parts[0] if len(parts) == 1 else Either(parts)
 
     def _both(self) -> Filter:
-        parts = [self._unary()]
-        while self._take("AND"):
-            parts.append(self._unary())
-        return parts[0] if len(parts) == 1 else Both(tuple(parts))
+        parts = self._several(self._unary, "AND")
+        return parts[0] if len(parts) == 1 else Both(parts)
+
+    def _several(self, part: Callable[[], _Part], separator: str) -> tuple[_Part, ...]:
+        """One or more parts with a word or sign between them."""
+        parts = [part()]
+        while self._take(separator):
+            parts.append(part())
+        return tuple(parts)
 
     def _unary(self) -> Filter:
         if self._take("NOT"):
             return Not(self._unary())
         if self._take("("):
-            found = self._either()
+            condition = self._either()
             self._need(")")
-            return found
+            return condition
         return self._comparison()
 
     def _comparison(self) -> Filter:
         column = self._column()
+        kind = self.columns[column]
         negated = self._take("NOT")
         if self._take("IN"):
             self._need("(")
-            values = [self._value(column)]
-            while self._take(","):
-                values.append(self._value(column))
+            values = self._several(lambda: self._value(column), ",")
             self._need(")")
-            found = OneOf(column, tuple(values))
-            return Not(found) if negated else found
+            condition = _equal(column, kind, values)
+            return Not(condition) if negated else condition
         sign = None if negated else self._take("=", "!=", "<>", "<", "<=", ">", ">=")
         if sign is None:
             raise self._error("IN" if negated else "one of = != < <= > >= IN")
         value = self._value(column)
-        if sign == "=":
-            return OneOf(column, (value,))
-        if sign in ("!=", "<>"):
-            return Not(OneOf(column, (value,)))
-        if isinstance(value, bool | str):
+        if sign in ("=", "!=", "<>"):
+            condition = _equal(column, kind, [value])
+            return condition if sign == "=" else Not(condition)
+        if not isinstance(value, Decimal):
             raise LusiferError(f"in the filter {self.text!r}, {sign} compares numbers only, not {value!r}")
-        return Compare(column, sign, value)
+        return _ordered(column, kind, sign, value)
 
     def _column(self) -> str:
         if self.next >= len(self.tokens) or self.tokens[self.next][0] != "word":
@@ -206,19 +249,18 @@ class _Parser:
         self.next += 1
         return name
 
-    def _value(self, column: str) -> Value:
-        kind, text, _ = self.tokens[self.next] if self.next < len(self.tokens) else ("", "", 0)
-        found: Value
+    def _value(self, column: str) -> str | bool | Decimal:
+        kind, text = self.tokens[self.next] if self.next < len(self.tokens) else ("", "")
+        value: str | bool | Decimal
         if kind == "text":
-            found = text[1:-1].replace(text[0] * 2, text[0])
+            value, types = text[1:-1].replace(text[0] * 2, text[0]), ["string"]
         elif kind == "number":
-            found = int(text) if text.lstrip("-").isdigit() else float(text)
+            value, types = _number(text), ["int", "float"]
         elif kind == "word" and text.lower() in ("true", "false"):
-            found = text.lower() == "true"
+            value, types = text.lower() == "true", ["bool"]
         else:
             raise self._error("a value ('text', 12, true)")
-        expected = self.columns[column]
-        if type(found) not in COLUMN_TYPES[expected]:
+        if (expected := self.columns[column]) not in types:
             raise LusiferError(f"in the filter {self.text!r}, {column!r} is of type {expected}, but {text} is not")
         self.next += 1
-        return found
+        return value

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lusifer.bulk.plan import make_plan
+from lusifer.data.prompts import Prompted
 from lusifer.data.rows import Columns, RowReader, find_files
 from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
@@ -28,7 +29,15 @@ _TIDY_EVERY = 100  # Writes; each leaves a small file that tidying joins with ot
 class Encoder(Protocol):
     """What texts are embedded with; `TextEncoder` is one."""
 
-    dimension: int
+    @property
+    def model(self) -> Prompted:
+        """The model, for its prompts."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 unit vectors of texts."""
@@ -50,7 +59,7 @@ def read_entries(
         metadata: Columns to keep: text, numbers or true/false.
 
     Returns:
-        The texts, and the types of the metadata columns as in `Facts.columns`.
+        The texts, and the types of the metadata columns as in `IndexInfo.columns`.
 
     Raises:
         LusiferError: If the file cannot be read or a value is not as it should be; the message names the row.
@@ -71,7 +80,8 @@ def read_entries(
 def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progress: bool = False) -> dict[str, int]:
     """Brings texts into an index, a few hundred at a time; an interrupted call is taken up by the next.
 
-    A text that is there with the same id is not embedded again; if only its metadata changed, these are replaced.
+    A text that is there with the same id is not embedded again; if only its metadata changed, these are replaced. Texts
+    are embedded behind the prompt that the index records; see `IndexInfo.prompt`.
 
     Args:
         store: The index; `Store.check_model` has been called.
@@ -85,6 +95,7 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
     Raises:
         LusiferError: If the index cannot be written.
     """
+    prompt = store.info.prompt or ""
     counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
     chunk = _CHUNK.get(encoder.model.device.type, _CHUNK_ELSEWHERE)
     with tqdm(total=len(entries), desc="indexing", unit="text", disable=not progress) as bar:
@@ -95,9 +106,9 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
             changed = [entry for entry in same if known[entry.id][0] != entry]
             new = [entry for entry in part if entry.id not in known or known[entry.id][0].text != entry.text]
             if new or changed:
-                vectors = np.empty((len(new) + len(changed), store.facts.dimension), dtype=np.float32)
-                vectors[: len(new)] = encoder.encode([entry.text for entry in new])
-                vectors[len(new) :] = [known[entry.id][1] for entry in changed] or np.empty((0, store.facts.dimension))
+                vectors = np.empty((len(new) + len(changed), store.info.dimension), dtype=np.float32)
+                vectors[: len(new)] = encoder.encode([prompt + entry.text for entry in new])
+                vectors[len(new) :] = [known[entry.id][1] for entry in changed] or np.empty((0, store.info.dimension))
                 store.upsert([*new, *changed], vectors)
             counts["added"] += sum(entry.id not in known for entry in new)
             counts["updated"] += sum(entry.id in known for entry in new)
@@ -118,9 +129,9 @@ def check_columns(store: Store, types: dict[str, str]) -> None:
         LusiferError: If a column is new or of another type.
     """
     for name, kind in types.items():
-        known = store.facts.columns.get(name)
+        known = store.info.columns.get(name)
         if known is None:
-            has = ", ".join(store.facts.columns) or "none"
+            has = ", ".join(store.info.columns) or "none"
             raise LusiferError(
                 f"the index {store.location!r} has no metadata column {name!r} (it has {has}), and columns cannot be "
                 f"added later; leave it out, or make a new index"
@@ -133,7 +144,7 @@ def check_columns(store: Store, types: dict[str, str]) -> None:
 
 def _complete(entry: Entry, store: Store) -> Entry:
     """The entry with every column of the index, as the store gives it back."""
-    values = {name: _as_type(entry.metadata.get(name), kind) for name, kind in store.facts.columns.items()}
+    values = {name: _as_type(entry.metadata.get(name), kind) for name, kind in store.info.columns.items()}
     return Entry(entry.id, entry.text, entry.lang, values)
 
 

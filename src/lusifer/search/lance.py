@@ -7,20 +7,20 @@ version for every change, so an interrupted one leaves the version before.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import write_json
 from lusifer.search.filters import Filter, OneOf, to_sql
 from lusifer.search.lexical import words
-from lusifer.search.store import Entry, Facts, Hit, Store
+from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
 # Up to here, comparing with every vector takes milliseconds.
 APPROXIMATE_FROM = 50_000
@@ -32,30 +32,31 @@ _MIN_TRAIN = 256  # Rows from which LanceDB can train its partitions.
 class LanceStore(Store):
     """See `Store`; use `create` or `open`."""
 
-    def __init__(self, path: Path, facts: Facts, table: Any) -> None:
-        self.path, self.facts, self._table = path, facts, table
+    def __init__(self, path: Path, info: IndexInfo, table: Any) -> None:
+        self.path, self.info, self._table = path, info, table
         self.location = str(path)
 
     @classmethod
-    def create(cls, path: Path, facts: Facts) -> LanceStore:
+    def create(cls, path: Path, info: IndexInfo) -> LanceStore:
         """Makes an empty index.
 
         Args:
             path: New or empty folder.
-            facts: The model and the columns.
+            info: The model and the columns.
 
         Raises:
             LusiferError: If something else is there, or the folder cannot be written.
         """
         lancedb = _lancedb()
-        # What an interrupted creation left has no facts yet, and is made again.
+        # What an interrupted creation left has no facts.json yet, and is made again.
         mode = "overwrite" if (path / "lance").exists() else "create"
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {"lance"}):
+        names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        if path.is_file() or any(name != "lance" and not name.startswith(".facts.json") for name in names):
             raise LusiferError(f"{str(path)!r} exists and is not an empty folder; choose another name for the index")
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _one_line(path):
-                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(facts), mode=mode)
+                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(info), mode=mode)
                 table.create_index("id", config=lancedb.index.BTree())
                 # The words are made by us, for every script: see lexical.py.
                 plain = lancedb.index.FTS(
@@ -67,12 +68,15 @@ class LanceStore(Store):
                     ascii_folding=False,
                 )
                 table.create_index("words", config=plain)
-            staging = path / ".facts.json"
-            staging.write_text(json.dumps(facts.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            os.replace(staging, path / "facts.json")
+            write_json(path / "facts.json", info.to_dict())
         except OSError as error:
-            raise LusiferError(f"cannot write the index {str(path)!r}: {error.strerror or error}") from error
-        return cls(path, facts, table)
+            raise LusiferError(f"cannot write the index {str(path)!r}: {first_line(error)}") from error
+        return cls(path, info, table)
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether there is something that claims to be an index."""
+        return (path / "facts.json").exists()
 
     @classmethod
     def open(cls, path: Path) -> LanceStore:
@@ -86,145 +90,116 @@ class LanceStore(Store):
         if not file.is_file():
             raise LusiferError(f"no index at {str(path)!r}: it has no facts.json (make one with `lusifer index add`)")
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
+            stored = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise LusiferError(f"the index {str(path)!r} is damaged: facts.json is not JSON; build it anew") from error
-        facts = Facts.from_dict(told, str(path))
+        info = IndexInfo.from_dict(stored, str(path))
         with _one_line(path):
             table = _connect(lancedb, path).open_table(_TABLE)
-            if table.schema != _schema(facts):
+            if table.schema != _schema(info):
                 raise LusiferError(f"the index {str(path)!r} is damaged: facts.json does not fit its texts")
-        return cls(path, facts, table)
+        return cls(path, info, table)
 
     @property
     def folder(self) -> Path:
         """The folder of the index."""
         return self.path
 
-    def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
-        """See `Store.upsert`."""
+    def _errors(self) -> AbstractContextManager[None]:
+        return _one_line(self.path)
+
+    def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         import pyarrow as pa
 
-        flat = pa.array(self.checked(entries, vectors).reshape(-1))
         columns = {
             "id": [entry.id for entry in entries],
             "text": [entry.text for entry in entries],
             "lang": [entry.lang for entry in entries],
             "words": [" ".join(words(entry.text)) for entry in entries],
-            "vector": pa.FixedSizeListArray.from_arrays(flat, self.facts.dimension),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.info.dimension),
         }
-        for name in self.facts.columns:
-            columns[name] = [entry.metadata.get(name) for entry in entries]
-        with _one_line(self.path):
-            rows = pa.table(columns, schema=_schema(self.facts))
-            self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        columns |= {name: [entry.metadata.get(name) for entry in entries] for name in self.info.columns}
+        rows = pa.table(columns, schema=_schema(self.info))
+        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
-        """See `Store.fetch`."""
-        if not ids:
-            return {}
-        with _one_line(self.path):
-            query = self._table.search().where(to_sql(OneOf("id", tuple(ids)))).limit(len(ids))
-            rows = query.select(self._columns("vector")).to_arrow()
-        entries, vectors = self._entries(rows), _matrix(rows, self.facts.dimension)
-        return {entry.id: (entry, vector) for entry, vector in zip(entries, vectors, strict=True)}
+    def _fetch(self, ids: Sequence[str]) -> tuple[list[Entry], np.ndarray]:
+        query = self._table.search().where(to_sql(OneOf("id", tuple(ids)))).limit(len(ids))
+        return self._with_vectors(query)
 
-    def sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
-        """See `Store.sample`; the same content gives the same sample."""
-        total = self.count()
+    def _sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
+        total = self._table.count_rows()
+        # A seed: the same content gives the same sample.
         rows = np.sort(np.random.default_rng(0).permutation(total)[:count]).tolist()
         if not rows:
-            return [], np.empty((0, self.facts.dimension), dtype=np.float32)
-        with _one_line(self.path):
-            found = self._table.take_offsets(rows).select(self._columns("vector")).to_arrow()
-        return self._entries(found), _matrix(found, self.facts.dimension)
+            return [], np.empty((0, self.info.dimension), dtype=np.float32)
+        return self._with_vectors(self._table.take_offsets(rows))
 
-    def count(self, where: Filter | str | None = None) -> int:
-        """See `Store.count`."""
-        condition = self.parsed(where)
-        with _one_line(self.path):
-            return self._table.count_rows(to_sql(condition) if condition else None)
+    def _count(self, condition: Filter | None) -> int:
+        return self._table.count_rows(to_sql(condition) if condition else None)
 
-    def languages(self) -> dict[str, int]:
-        """See `Store.languages`."""
-        with _one_line(self.path):
-            tags = self._table.search().select(["lang"]).limit(self.count()).to_arrow()["lang"].to_pylist()
+    def _languages(self) -> dict[str, int]:
+        tags = self._table.search().select(["lang"]).limit(self._table.count_rows()).to_arrow()["lang"].to_pylist()
         return dict(Counter(tags).most_common())
 
-    def search(
-        self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
-    ) -> list[Hit]:
-        """See `Store.search`."""
-        condition = self.parsed(where)
-        with _one_line(self.path):
-            query = self._table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
-            # The approximate index keeps shortened vectors; the best are ranked again by the whole ones.
-            query = query.distance_type("cosine").refine_factor(4).limit(k)
-            if exact:
-                query = query.bypass_vector_index()
-            if condition is not None:
-                query = query.where(to_sql(condition), prefilter=True)
-            rows = query.select([*self._columns(), "_distance"]).to_arrow()
-        scores = [1 - distance for distance in rows["_distance"].to_pylist()]
-        return [Hit(*pair) for pair in zip(self._entries(rows), scores, strict=True)]
+    def _nearest(self, vector: np.ndarray, k: int, condition: Filter | None, exact: bool) -> list[Hit]:
+        query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
+        # The approximate index keeps shortened vectors; the best are ranked again by the whole ones.
+        query = query.refine_factor(4)
+        rows = self._best(query.bypass_vector_index() if exact else query, k, condition, "_distance")
+        return [Hit(entry, 1 - distance) for entry, distance in rows]
 
-    def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
-        """See `Store.bm25`."""
+    def _bm25(self, terms: list[str], k: int, condition: Filter | None) -> list[Hit]:
         from lancedb.query import MatchQuery
 
-        terms, condition = " ".join(words(query)), self.parsed(where)
-        if not terms:
-            return []
-        with _one_line(self.path):
-            asked = self._table.search(MatchQuery(terms, "words"), query_type="fts").limit(k)
-            if condition is not None:
-                asked = asked.where(to_sql(condition), prefilter=True)
-            rows = asked.select([*self._columns(), "_score"]).to_arrow()
-        return [Hit(*pair) for pair in zip(self._entries(rows), rows["_score"].to_pylist(), strict=True)]
+        query = self._table.search(MatchQuery(" ".join(terms), "words"), query_type="fts")
+        return [Hit(*row) for row in self._best(query, k, condition, "_score")]
 
-    def build(self) -> None:
-        """See `Store.build`; partitions of vectors in 8 bits a dimension (IVF_SQ).
+    def _build(self) -> None:
+        """Partitions of vectors in 8 bits a dimension (IVF_SQ).
 
         HNSW graphs in the partitions take sixty times as long to build and found nothing sooner at this size.
-
-        Raises:
-            LusiferError: If there are fewer than 256 texts, which need none.
         """
-        if self.count() < _MIN_TRAIN:
+        if self._table.count_rows() < _MIN_TRAIN:
             raise LusiferError(f"an approximate index needs {_MIN_TRAIN} texts; below that, every search is exact")
-        with _one_line(self.path):
-            self._table.create_index("vector", config=_lancedb().index.IvfSq(distance_type="cosine"))
+        self._table.create_index("vector", config=_lancedb().index.IvfSq(distance_type="cosine"))
+        self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+
+    def _tidy(self) -> None:
+        """Makes the approximate index, too, when the texts have become many."""
+        if self._table.count_rows() >= APPROXIMATE_FROM and not self._approximate():
+            self._build()
+        else:
             self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
 
-    def tidy(self) -> None:
-        """See `Store.tidy`; makes the approximate index when the texts have become many."""
-        if self.count() >= APPROXIMATE_FROM and not self.approximate():
-            self.build()
-            return
-        with _one_line(self.path):
-            self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+    def _approximate(self) -> bool:
+        return any("vector" in index.columns for index in self._table.list_indices())
 
-    def approximate(self) -> bool:
-        """See `Store.approximate`."""
-        with _one_line(self.path):
-            return any("vector" in index.columns for index in self._table.list_indices())
+    def _version(self) -> str:
+        return str(self._table.version)
 
-    def version(self) -> str:
-        """See `Store.version`."""
-        with _one_line(self.path):
-            return str(self._table.version)
+    def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
+        chosen = condition if ids is None else OneOf("id", tuple(ids))
+        assert chosen is not None
+        self._table.delete(to_sql(chosen))
 
-    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
-        condition = where if ids is None else OneOf("id", tuple(ids))
-        assert condition is not None
-        with _one_line(self.path):
-            self._table.delete(to_sql(condition))
+    def _best(self, query: Any, k: int, condition: Filter | None, score: str) -> list[tuple[Entry, float]]:
+        """The first k texts of a query, and the column that ranks them."""
+        if condition is not None:
+            query = query.where(to_sql(condition), prefilter=True)
+        rows = query.limit(k).select([*self._columns(), score]).to_arrow()
+        return list(zip(self._entries(rows), rows[score].to_pylist(), strict=True))
+
+    def _with_vectors(self, query: Any) -> tuple[list[Entry], np.ndarray]:
+        """The texts of a query and their (n, dim) float32 vectors."""
+        rows = query.select(self._columns("vector")).to_arrow()
+        flat = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return self._entries(rows), np.asarray(flat, dtype=np.float32).reshape(-1, self.info.dimension)
 
     def _columns(self, *more: str) -> list[str]:
-        return ["id", "text", "lang", *self.facts.columns, *more]
+        return ["id", "text", "lang", *self.info.columns, *more]
 
     def _entries(self, rows: Any) -> list[Entry]:
-        names = list(self.facts.columns)
+        names = list(self.info.columns)
         return [
             Entry(row["id"], row["text"], row["lang"], {name: row[name] for name in names})
             for row in rows.select(self._columns()).to_pylist()
@@ -245,18 +220,13 @@ def _connect(lancedb: Any, path: Path) -> Any:
     return lancedb.connect(str(path / "lance"), read_consistency_interval=timedelta(0))
 
 
-def _schema(facts: Facts) -> Any:
+def _schema(info: IndexInfo) -> Any:
     import pyarrow as pa
 
     types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     fields = [pa.field(name, pa.string()) for name in ("id", "text", "lang", "words")]
-    fields.append(pa.field("vector", pa.list_(pa.float32(), facts.dimension)))
-    return pa.schema(fields + [pa.field(name, types[kind]) for name, kind in facts.columns.items()])
-
-
-def _matrix(rows: Any, dimension: int) -> np.ndarray:
-    flat = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat, dtype=np.float32).reshape(-1, dimension)
+    fields.append(pa.field("vector", pa.list_(pa.float32(), info.dimension)))
+    return pa.schema(fields + [pa.field(name, types[kind]) for name, kind in info.columns.items()])
 
 
 @contextmanager
@@ -265,5 +235,5 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:200]
         raise LusiferError(f"the index {str(path)!r} cannot be used; it may be damaged: {reason}") from error

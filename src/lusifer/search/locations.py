@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lusifer.search.lance import LanceStore
 from lusifer.search.qdrant import SCHEME, QdrantStore, connect
-from lusifer.search.store import Entry, Facts, Hit, Store
-
-__all__ = ["Entry", "Facts", "Hit", "Store", "create_store", "open_store", "store_exists"]
+from lusifer.search.store import IndexInfo, Store
 
 
 def open_store(location: str) -> Store:
@@ -20,24 +19,22 @@ def open_store(location: str) -> Store:
     Raises:
         LusiferError: If there is none, it is damaged, or its server cannot be reached.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.open(*connect(location))
-    return LanceStore.open(Path(location))
+    backend, where = _backend(location)
+    return backend.open(*where)
 
 
-def create_store(location: str, facts: Facts) -> Store:
+def create_store(location: str, info: IndexInfo) -> Store:
     """Makes an empty index.
 
     Args:
         location: A new folder, or ``qdrant+http://host:6333/collection``.
-        facts: The model and the metadata columns.
+        info: The model and the metadata columns.
 
     Raises:
         LusiferError: If something is there already, or it cannot be made.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.create(*connect(location), facts)
-    return LanceStore.create(Path(location), facts)
+    backend, where = _backend(location)
+    return backend.create(*where, info)
 
 
 def store_exists(location: str) -> bool:
@@ -46,6 +43,10 @@ def store_exists(location: str) -> bool:
     Raises:
         LusiferError: If its server cannot be reached.
     """
-    if location.startswith(SCHEME):
-        return QdrantStore.exists(*connect(location))
-    return (Path(location) / "facts.json").exists()
+    backend, where = _backend(location)
+    return backend.exists(*where)
+
+
+def _backend(location: str) -> tuple[Any, tuple[Any, ...]]:
+    """The class that keeps an index, and what its class methods find it by."""
+    return (QdrantStore, connect(location)) if location.startswith(SCHEME) else (LanceStore, (Path(location),))

@@ -9,7 +9,7 @@ import time
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lusifer.data.prompts import with_instruction
+from lusifer.data.prompts import prompt_for
 from lusifer.errors import LusiferError
 from lusifer.search.corpus_map import CorpusMap
 from lusifer.search.filters import OneOf
@@ -32,7 +32,7 @@ def find(
     where: Any = None,
     exact: bool = False,
     hybrid: bool = False,
-    instruction: str | None = None,
+    prompt: str | None = None,
 ) -> list[Hit]:
     """Searches an index for a query in words.
 
@@ -44,20 +44,20 @@ def find(
         where: Only texts this filter keeps.
         exact: Compare with every vector.
         hybrid: Join with BM25.
-        instruction: Task instruction for the model, in front of the query; BM25 does not see it.
+        prompt: What stands in front of the query for the model, not for BM25; the model's own query prompt when None.
 
     Raises:
         LusiferError: If the query is empty, the filter wrong, or the index unreadable.
     """
     if not query.strip():
         raise LusiferError("the query is empty")
-    vector = encoder.encode([with_instruction(instruction, query)])[0]
+    vector = encoder.encode([prompt_for(encoder.model, "query", prompt=prompt) + query])[0]
     if hybrid:
         return store.hybrid(vector, query, k=k, where=where, exact=exact)
     return store.search(vector, k=k, where=where, exact=exact)
 
 
-def make_router(store: Store, encoder: Encoder, *, instruction: str | None = None) -> "APIRouter":
+def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) -> "APIRouter":
     """The page and what it asks for, to be included in any FastAPI app.
 
     ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&hybrid=false`` finds texts; ``lang`` may be given several
@@ -66,7 +66,7 @@ def make_router(store: Store, encoder: Encoder, *, instruction: str | None = Non
     Args:
         store: The index; `Store.check_model` has been called.
         encoder: Its model; one query at a time goes through it.
-        instruction: Task instruction in front of every query.
+        prompt: What stands in front of every query; the model's own query prompt when None.
 
     Raises:
         LusiferError: If the encoder's vectors have another length, or FastAPI is not installed.
@@ -76,10 +76,10 @@ def make_router(store: Store, encoder: Encoder, *, instruction: str | None = Non
         from fastapi.responses import HTMLResponse
     except ImportError as error:
         raise LusiferError("the search page needs FastAPI: pip install 'lusifer[search]'") from error
-    if encoder.dimension != store.facts.dimension:
+    if encoder.dimension != store.info.dimension:
         raise LusiferError(
-            f"the index {store.location!r} holds vectors of {store.facts.dimension} dimensions, the model makes "
-            f"{encoder.dimension}; use {store.facts.model!r}"
+            f"the index {store.location!r} holds vectors of {store.info.dimension} dimensions, the model makes "
+            f"{encoder.dimension}; use {store.info.model!r}"
         )
     router = APIRouter()
     corpus_map = CorpusMap(store)
@@ -102,7 +102,7 @@ def make_router(store: Store, encoder: Encoder, *, instruction: str | None = Non
         where = OneOf("lang", tuple(lang)) if lang else None
         try:
             with one_at_a_time:
-                hits = find(store, encoder, q, k=k, where=where, hybrid=hybrid, instruction=instruction)
+                hits = find(store, encoder, q, k=k, where=where, hybrid=hybrid, prompt=prompt)
         except LusiferError as error:
             raise HTTPException(400, str(error)) from error
         took = round(1000 * (time.perf_counter() - begin), 1)
@@ -113,8 +113,8 @@ def make_router(store: Store, encoder: Encoder, *, instruction: str | None = Non
         """The corpus in two dimensions; ask again while it is computed."""
         try:
             languages = store.languages()
-            facts = {"count": sum(languages.values()), "languages": languages, "model": store.facts.model}
-            return {**facts, **corpus_map.get()}
+            totals = {"count": sum(languages.values()), "languages": languages, "model": store.info.model}
+            return {**totals, **corpus_map.get()}
         except LusiferError as error:
             raise HTTPException(400, str(error)) from error
 

@@ -11,16 +11,16 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.search.filters import Both, Compare, Either, Filter, Not, OneOf
 from lusifer.search.lexical import words
-from lusifer.search.store import Entry, Facts, Hit, Store
+from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
 SCHEME = "qdrant+"
 _NAMESPACE = uuid.UUID("8d0a1c1e-6d5c-4f0e-9f5e-2f4f1c6f7a10")
@@ -59,16 +59,16 @@ class QdrantStore(Store):
     Args:
         client: A QdrantClient; a local one works too.
         collection: Name of the collection.
-        facts: The model and the columns.
+        info: The model and the columns.
     """
 
-    def __init__(self, client: Any, collection: str, facts: Facts) -> None:
-        self.client, self.collection, self.facts = client, collection, facts
+    def __init__(self, client: Any, collection: str, info: IndexInfo) -> None:
+        self.client, self.collection, self.info = client, collection, info
         self.location = collection
         self._models = _qdrant().models
 
     @classmethod
-    def create(cls, client: Any, collection: str, facts: Facts) -> QdrantStore:
+    def create(cls, client: Any, collection: str, info: IndexInfo) -> QdrantStore:
         """Makes an empty collection.
 
         Raises:
@@ -80,15 +80,15 @@ class QdrantStore(Store):
                 raise LusiferError(f"there is a collection {collection!r} already; choose another name")
             client.create_collection(
                 collection,
-                vectors_config={"text": models.VectorParams(size=facts.dimension, distance=models.Distance.COSINE)},
+                vectors_config={"text": models.VectorParams(size=info.dimension, distance=models.Distance.COSINE)},
                 sparse_vectors_config={"words": models.SparseVectorParams(modifier=models.Modifier.IDF)},
-                metadata={"lusifer": facts.to_dict()},
+                metadata={"lusifer": info.to_dict()},
             )
             # The server filters and counts quickly only by what it has indexed.
             kinds = {"string": "keyword", "int": "integer", "float": "float", "bool": "bool"}
-            for name, kind in {"id": "string", "lang": "string", **facts.columns}.items():
+            for name, kind in {"id": "string", "lang": "string", **info.columns}.items():
                 client.create_payload_index(collection, _path(name), field_schema=kinds[kind])
-        return cls(client, collection, facts)
+        return cls(client, collection, info)
 
     @staticmethod
     def exists(client: Any, collection: str) -> bool:
@@ -106,13 +106,15 @@ class QdrantStore(Store):
         with _one_line(collection):
             if not client.collection_exists(collection):
                 raise LusiferError(f"there is no collection {collection!r}; make it with `lusifer index add`")
-            told = (client.get_collection(collection).config.metadata or {}).get("lusifer")
-        if told is None:
+            stored = (client.get_collection(collection).config.metadata or {}).get("lusifer")
+        if stored is None:
             raise LusiferError(f"the collection {collection!r} was not made by lusifer; choose another name")
-        return cls(client, collection, Facts.from_dict(told, collection))
+        return cls(client, collection, IndexInfo.from_dict(stored, collection))
 
-    def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
-        """See `Store.upsert`."""
+    def _errors(self) -> AbstractContextManager[None]:
+        return _one_line(self.collection)
+
+    def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         points = [
             self._models.PointStruct(
                 id=_point(entry.id),
@@ -121,92 +123,74 @@ class QdrantStore(Store):
                     "id": entry.id,
                     "text": entry.text,
                     "lang": entry.lang,
-                    "metadata": {name: entry.metadata.get(name) for name in self.facts.columns},
+                    "metadata": {name: entry.metadata.get(name) for name in self.info.columns},
                 },
             )
-            for entry, vector in zip(entries, self.checked(entries, vectors), strict=True)
+            for entry, vector in zip(entries, vectors, strict=True)
         ]
-        with _one_line(self.collection):
-            for begin in range(0, len(points), _UPLOAD):
-                self.client.upsert(self.collection, points[begin : begin + _UPLOAD])
+        for begin in range(0, len(points), _UPLOAD):
+            self.client.upsert(self.collection, points[begin : begin + _UPLOAD])
 
-    def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
-        """See `Store.fetch`."""
-        with _one_line(self.collection):
-            found = self.client.retrieve(self.collection, [_point(id) for id in ids], with_vectors=["text"])
-        pairs = [(self._entry(point), np.array(point.vector["text"], dtype=np.float32)) for point in found]
-        return {entry.id: (entry, vector) for entry, vector in pairs}
+    def _fetch(self, ids: Sequence[str]) -> tuple[list[Entry], np.ndarray]:
+        return self._unpacked(self.client.retrieve(self.collection, [_point(id) for id in ids], with_vectors=["text"]))
 
-    def sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
-        """See `Store.sample`; another one each time."""
+    def _sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
+        """Another one each time."""
         drawn = self._models.SampleQuery(sample=self._models.Sample.RANDOM)
-        with _one_line(self.collection):
-            found = self.client.query_points(self.collection, query=drawn, limit=count, with_vectors=["text"]).points
-        vectors = np.array([point.vector["text"] for point in found], dtype=np.float32)
-        return [self._entry(point) for point in found], vectors.reshape(-1, self.facts.dimension)
+        answer = self.client.query_points(self.collection, query=drawn, limit=count, with_vectors=["text"])
+        return self._unpacked(answer.points)
 
-    def count(self, where: Filter | str | None = None) -> int:
-        """See `Store.count`."""
-        condition = self._condition(where)
-        with _one_line(self.collection):
-            return self.client.count(self.collection, count_filter=condition).count
+    def _count(self, condition: Filter | None) -> int:
+        return self.client.count(self.collection, count_filter=self._filter(condition)).count
 
-    def languages(self) -> dict[str, int]:
-        """See `Store.languages`; the thousand most frequent."""
-        with _one_line(self.collection):
-            found = self.client.facet(self.collection, "lang", limit=1000, exact=True).hits
-        return {str(hit.value): hit.count for hit in found}
+    def _languages(self) -> dict[str, int]:
+        """The thousand most frequent."""
+        facets = self.client.facet(self.collection, "lang", limit=1000, exact=True).hits
+        return {str(facet.value): facet.count for facet in facets}
 
-    def search(
-        self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
-    ) -> list[Hit]:
-        """See `Store.search`."""
+    def _nearest(self, vector: np.ndarray, k: int, condition: Filter | None, exact: bool) -> list[Hit]:
         # A local client compares with every vector anyway and warns of the parameter.
         how = {"search_params": self._models.SearchParams(exact=True)} if exact else {}
-        return self._query(np.asarray(vector, dtype=np.float32).tolist(), "text", k, where, **how)
+        return self._query(vector.tolist(), "text", k, condition, **how)
 
-    def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
-        """See `Store.bm25`."""
-        terms = {_term(word): 1.0 for word in words(query)}
-        if not terms:
-            return []
-        asked = self._models.SparseVector(indices=list(terms), values=list(terms.values()))
-        return self._query(asked, "words", k, where)
+    def _bm25(self, terms: list[str], k: int, condition: Filter | None) -> list[Hit]:
+        indices = list({_term(word): None for word in terms})
+        weights = self._models.SparseVector(indices=indices, values=[1.0] * len(indices))
+        return self._query(weights, "words", k, condition)
 
-    def build(self) -> None:
-        """See `Store.build`; the server makes its graph by itself, so this only asks it to begin now."""
-        with _one_line(self.collection):
-            self.client.update_collection(
-                self.collection, optimizers_config=self._models.OptimizersConfigDiff(indexing_threshold=1)
-            )
+    def _build(self) -> None:
+        """The server makes its graph by itself; this only asks it to begin now."""
+        self.client.update_collection(
+            self.collection, optimizers_config=self._models.OptimizersConfigDiff(indexing_threshold=1)
+        )
 
-    def tidy(self) -> None:
-        """See `Store.tidy`; the server does it by itself."""
+    def _tidy(self) -> None:
+        """The server does it by itself."""
 
-    def approximate(self) -> bool:
-        """See `Store.approximate`."""
-        with _one_line(self.collection):
-            return bool(self.client.get_collection(self.collection).indexed_vectors_count)
+    def _approximate(self) -> bool:
+        return bool(self.client.get_collection(self.collection).indexed_vectors_count)
 
-    def version(self) -> str:
-        """See `Store.version`; the server tells no more than the number of texts."""
-        return str(self.count())
+    def _version(self) -> str:
+        """The server gives no more than the number of texts."""
+        return str(self._count(None))
 
-    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
+    def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
         if ids is not None:
             chosen: Any = self._models.PointIdsList(points=[_point(id) for id in ids])
         else:
-            chosen = self._models.FilterSelector(filter=self._condition(where))
-        with _one_line(self.collection):
-            self.client.delete(self.collection, points_selector=chosen)
+            chosen = self._models.FilterSelector(filter=self._filter(condition))
+        self.client.delete(self.collection, points_selector=chosen)
 
-    def _query(self, query: Any, using: str, k: int, where: Filter | str | None, **how: Any) -> list[Hit]:
-        condition = self._condition(where)
-        with _one_line(self.collection):
-            found = self.client.query_points(
-                self.collection, query=query, using=using, limit=k, query_filter=condition, **how
-            ).points
-        return [Hit(self._entry(point), float(point.score)) for point in found]
+    def _query(self, query: Any, using: str, k: int, condition: Filter | None, **how: Any) -> list[Hit]:
+        answer = self.client.query_points(
+            self.collection, query=query, using=using, limit=k, query_filter=self._filter(condition), **how
+        )
+        return [Hit(self._entry(point), float(point.score)) for point in answer.points]
+
+    def _unpacked(self, points: Sequence[Any]) -> tuple[list[Entry], np.ndarray]:
+        """The texts of points and their (n, dim) float32 vectors."""
+        vectors = np.array([point.vector["text"] for point in points], dtype=np.float32)
+        return [self._entry(point) for point in points], vectors.reshape(-1, self.info.dimension)
 
     def _entry(self, point: Any) -> Entry:
         payload = point.payload
@@ -219,17 +203,17 @@ class QdrantStore(Store):
         values = [count * (_K1 + 1) / (count + norm) for count in counts.values()]
         return self._models.SparseVector(indices=list(counts), values=values)
 
-    def _condition(self, where: Filter | str | None) -> Any:
-        condition = self.parsed(where)
+    def _filter(self, condition: Filter | None) -> Any:
         return None if condition is None else self._models.Filter(must=[self._clause(condition)])
 
     def _clause(self, condition: Filter) -> Any:
         """The condition in Qdrant's words."""
         models = self._models
         match condition:
+            case OneOf(_, ()):
+                return models.HasIdCondition(has_id=[])  # No point has one of no ids.
             case OneOf(column, values):
-                numbers = any(isinstance(value, float) for value in values) or self.facts.columns.get(column) == "float"
-                if numbers or any(isinstance(value, bool) for value in values):
+                if any(isinstance(value, float | bool) for value in values) or self.info.columns.get(column) == "float":
                     return models.Filter(should=[self._equal(column, value) for value in values])
                 return models.FieldCondition(key=_path(column), match=models.MatchAny(any=list(values)))
             case Compare(column, sign, value):
@@ -280,5 +264,4 @@ def _one_line(collection: str) -> Iterator[None]:
     try:
         yield
     except (ApiException, ValueError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"Qdrant, collection {collection!r}: {reason[:200]}") from error
+        raise LusiferError(f"Qdrant, collection {collection!r}: {first_line(error)[:200]}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from lusifer.errors import LusiferError
 from lusifer.search.filters import COLUMN_TYPES, Filter, Value, parse_filter
+from lusifer.search.lexical import words
 
 FORMAT = 1
 RRF_CONSTANT = 60  # Cormack et al. 2009, section 2.
@@ -21,20 +23,23 @@ _NAME = re.compile(r"[^\W\d]\w*\Z")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What an index keeps about itself.
+class IndexInfo:
+    """What an index records about itself.
 
     Attributes:
         model: Name of the model that made the vectors, as it was loaded.
-        model_hash: Hash of its weights; see `lusifer.search.indexing.weights_hash`.
+        model_hash: Hash of its weights; see `lusifer.model.fingerprint.weights_hash`.
         dimension: Length of a vector.
         columns: Metadata columns and their types: ``string``, ``int``, ``float`` or ``bool``.
+        prompt: What stands in front of every text when it is embedded; None where nobody recorded it, as in indexes of
+            older versions, which embedded texts as they are.
     """
 
     model: str
     model_hash: str
     dimension: int
     columns: dict[str, str] = field(default_factory=dict)
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in self.columns.items():
@@ -47,27 +52,28 @@ class Facts:
                 )
 
     @classmethod
-    def from_dict(cls, found: Any, where: str) -> Facts:
-        """Reads what `to_dict` made.
+    def from_dict(cls, stored: Any, location: str) -> IndexInfo:
+        """Reads what `to_dict` gave.
 
         Args:
-            found: The dictionary.
-            where: The index, for the message.
+            stored: The dictionary.
+            location: The index, for the message.
 
         Raises:
             LusiferError: If it is something else, or of a newer format.
         """
         try:
-            if found["format"] > FORMAT:
-                raise LusiferError(f"the index {where!r} was made by a newer lusifer; update it")
-            facts = cls(found["model"], found["model_hash"], found["dimension"], found["columns"])
+            if stored["format"] > FORMAT:
+                raise LusiferError(f"the index {location!r} was made by a newer lusifer; update it")
+            required = (stored["model"], stored["model_hash"], stored["dimension"], stored["columns"])
+            return cls(*required, prompt=stored.get("prompt"))
         except (TypeError, KeyError, AttributeError) as error:
-            raise LusiferError(f"the index {where!r} is damaged: its facts cannot be read; build it anew") from error
-        return facts
+            raise LusiferError(f"the index {location!r} is damaged: its facts cannot be read; build it anew") from error
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
-        return {"format": FORMAT, **asdict(self)}
+        fields = asdict(self)
+        return {"format": FORMAT, **{name: value for name, value in fields.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,8 @@ class Entry:
     Attributes:
         id: Its name, unique in the index.
         text: The text.
-        lang: Language code, or the name of its script where nobody told the language.
-        metadata: Value by column of `Facts.columns`; what is missing is None.
+        lang: Language code, or the name of its script where the language is not given.
+        metadata: Value by column of `IndexInfo.columns`; what is missing is None.
     """
 
     id: str
@@ -89,7 +95,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Hit:
-    """A text found.
+    """A search result.
 
     Attributes:
         entry: The text.
@@ -103,25 +109,24 @@ class Hit:
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dictionary for JSON."""
-        found = {**asdict(self.entry), "score": round(self.score, 4)}
-        return {**found, "ranks": self.ranks} if self.ranks else found
+        flat = {**asdict(self.entry), "score": round(self.score, 4)}
+        return {**flat, "ranks": self.ranks} if self.ranks else flat
 
 
 class Store(ABC):
     """Texts, their unit vectors and metadata, searchable by meaning, by words and by both.
 
-    Filters are those of `lusifer.search.filters`, as text or parsed. All methods raise LusiferError where a filter is wrong
-    or what keeps the index cannot be reached or read.
+    Filters are those of `lusifer.search.filters`, as text or parsed. All methods raise LusiferError where a filter is
+    wrong or what keeps the index cannot be reached or read. A backend implements the methods with an underscore.
 
     Attributes:
-        facts: What the index keeps about its model and columns.
+        info: What the index records about its model and columns.
         location: Folder or URL.
     """
 
-    facts: Facts
+    info: IndexInfo
     location: str
 
-    @abstractmethod
     def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         """Adds texts, or replaces those of the same id.
 
@@ -132,45 +137,59 @@ class Store(ABC):
         Raises:
             LusiferError: If the vectors do not fit the index.
         """
+        rows = self._checked(entries, vectors)
+        with self._errors():
+            self._upsert(entries, rows)
 
-    @abstractmethod
     def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
         """Texts and (dim,) float32 vectors by id; ids that are not there are left out."""
+        if not ids:
+            return {}
+        with self._errors():
+            entries, vectors = self._fetch(ids)
+        return {entry.id: (entry, vector) for entry, vector in zip(entries, vectors, strict=True)}
 
-    @abstractmethod
     def sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
         """At most so many texts, drawn evenly, and their (n, dim) float32 vectors."""
+        with self._errors():
+            return self._sample(count)
 
-    @abstractmethod
     def count(self, where: Filter | str | None = None) -> int:
         """Number of texts that a filter keeps; all when None."""
+        condition = self.parsed(where)
+        with self._errors():
+            return self._count(condition)
 
-    @abstractmethod
     def languages(self) -> dict[str, int]:
         """Number of texts by language tag, most first."""
+        with self._errors():
+            return self._languages()
 
-    @abstractmethod
     def build(self) -> None:
         """Makes or renews the index for approximate search."""
+        with self._errors():
+            self._build()
 
-    @abstractmethod
     def tidy(self) -> None:
         """Takes new texts into the indexes and frees what old versions hold; to be called after adding."""
+        with self._errors():
+            self._tidy()
 
-    @abstractmethod
     def approximate(self) -> bool:
         """Whether there is an index for approximate search."""
+        with self._errors():
+            return self._approximate()
 
-    @abstractmethod
     def version(self) -> str:
         """A text that changes when the content does."""
+        with self._errors():
+            return self._version()
 
     @property
     def folder(self) -> Path | None:
         """Folder for what is derived from the index; None if it is not a folder."""
         return None
 
-    @abstractmethod
     def search(
         self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
     ) -> list[Hit]:
@@ -179,25 +198,33 @@ class Store(ABC):
         Args:
             vector: (dim,) unit vector.
             k: Texts wanted.
-            where: Only texts this filter keeps; it is applied before the search, so k texts are found if there are.
+            where: Only texts this filter keeps; it is applied before the search, so k texts come back if there are.
             exact: Compare with every vector, even if there is an approximate index.
 
         Returns:
             At most k hits, the highest cosine similarity first.
         """
+        condition = self.parsed(where)
+        with self._errors():
+            return self._nearest(np.asarray(vector, dtype=np.float32), k, condition, exact)
 
-    @abstractmethod
     def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
-        """The texts that share the rarest words with a query (Robertson and Zaragoza 2009), best first."""
+        """The texts that share the rarest words with a query (Robertson and Zaragoza 2009).
+
+        Args:
+            query: The query; see `lusifer.search.lexical.words`.
+            k: Texts wanted.
+            where: Only texts this filter keeps.
+
+        Returns:
+            At most k hits, best first.
+        """
+        condition, terms = self.parsed(where), words(query)
+        with self._errors():
+            return self._bm25(terms, k, condition) if terms else []
 
     def hybrid(
-        self,
-        vector: np.ndarray,
-        query: str,
-        *,
-        k: int = 10,
-        where: Filter | str | None = None,
-        exact: bool = False,
+        self, vector: np.ndarray, query: str, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
     ) -> list[Hit]:
         """Nearest texts and BM25, joined by reciprocal rank fusion (Cormack et al. 2009).
 
@@ -233,17 +260,15 @@ class Store(ABC):
         if ids is not None and not ids:
             return 0
         before = self.count()
-        self._delete(ids, self.parsed(where))
+        condition = self.parsed(where)
+        with self._errors():
+            self._delete(ids, condition)
         return before - self.count()
-
-    @abstractmethod
-    def _delete(self, ids: Sequence[str] | None, where: Filter | None) -> None:
-        """Deletes by ids, at least one, or by filter."""
 
     def parsed(self, where: Filter | str | None) -> Filter | None:
         """A filter, checked against the columns of the index."""
         if isinstance(where, str):
-            return parse_filter(where, {"id": "string", "lang": "string", **self.facts.columns})
+            return parse_filter(where, {"id": "string", "lang": "string", **self.info.columns})
         return where
 
     def check_model(self, name: str, model_hash: str, dimension: int) -> None:
@@ -252,31 +277,74 @@ class Store(ABC):
         Raises:
             LusiferError: If the hash or the dimension differs.
         """
-        if (model_hash, dimension) != (self.facts.model_hash, self.facts.dimension):
+        if (model_hash, dimension) != (self.info.model_hash, self.info.dimension):
             raise LusiferError(
-                f"the index {self.location!r} holds vectors of {self.facts.model!r} (hash {self.facts.model_hash}, "
-                f"{self.facts.dimension} dimensions), which cannot be compared with those of {name!r} (hash "
+                f"the index {self.location!r} holds vectors of {self.info.model!r} (hash {self.info.model_hash}, "
+                f"{self.info.dimension} dimensions), which cannot be compared with those of {name!r} (hash "
                 f"{model_hash}, {dimension} dimensions); use that model, or make a new index"
             )
 
-    def checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
-        """Vectors as float32, refused where the store could not answer for them.
+    def check_prompt(self, prompt: str, *, explicit: bool) -> None:
+        """Refuses a document prompt other than the one that the vectors of the index were made with.
+
+        Args:
+            prompt: What would stand in front of new texts.
+            explicit: Whether the caller asked for it. If not, an index that records no prompt goes on without one.
 
         Raises:
-            LusiferError: If number, length or values are wrong, or an id is there twice.
+            LusiferError: If it differs.
         """
-        found = np.ascontiguousarray(vectors, dtype=np.float32)
-        if found.shape != (len(entries), self.facts.dimension):
+        recorded = self.info.prompt
+        if prompt == (recorded or "") or (recorded is None and not explicit):
+            return
+        raise LusiferError(
+            f"the index {self.location!r} was made with the document prompt {recorded or ''!r}, not {prompt!r}; "
+            f"give --prompt {recorded or ''!r}, or make a new index"
+        )
+
+    def _checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
+        """Vectors as float32, if number, length and values are right and every id is there once."""
+        rows = np.ascontiguousarray(vectors, dtype=np.float32)
+        if rows.shape != (len(entries), self.info.dimension):
             raise LusiferError(
-                f"{len(entries)} texts need vectors of shape ({len(entries)}, {self.facts.dimension}), "
-                f"not {found.shape}"
+                f"{len(entries)} texts need vectors of shape ({len(entries)}, {self.info.dimension}), not {rows.shape}"
             )
-        lengths = np.linalg.norm(found, axis=1)
+        lengths = np.linalg.norm(rows, axis=1)
         if not np.allclose(lengths, 1, atol=1e-2):
             raise LusiferError("vectors must have length 1 and no NaN; normalise them")
         if len({entry.id for entry in entries}) < len(entries):
             raise LusiferError("an id stands twice among the texts to add")
-        return found
+        return rows
+
+    @abstractmethod
+    def _errors(self) -> AbstractContextManager[None]:
+        """Turns the exceptions of the backend into LusiferErrors of one line."""
+
+    @abstractmethod
+    def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None: ...
+    @abstractmethod
+    def _fetch(self, ids: Sequence[str]) -> tuple[list[Entry], np.ndarray]: ...
+    @abstractmethod
+    def _sample(self, count: int) -> tuple[list[Entry], np.ndarray]: ...
+    @abstractmethod
+    def _count(self, condition: Filter | None) -> int: ...
+    @abstractmethod
+    def _languages(self) -> dict[str, int]: ...
+    @abstractmethod
+    def _build(self) -> None: ...
+    @abstractmethod
+    def _tidy(self) -> None: ...
+    @abstractmethod
+    def _approximate(self) -> bool: ...
+    @abstractmethod
+    def _version(self) -> str: ...
+    @abstractmethod
+    def _nearest(self, vector: np.ndarray, k: int, condition: Filter | None, exact: bool) -> list[Hit]: ...
+    @abstractmethod
+    def _bm25(self, terms: list[str], k: int, condition: Filter | None) -> list[Hit]: ...
+    @abstractmethod
+    def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
+        """Deletes by ids, at least one, or by filter."""
 
 
 def reciprocal_rank_fusion(lists: dict[str, list[Hit]]) -> list[Hit]:
@@ -294,9 +362,5 @@ def reciprocal_rank_fusion(lists: dict[str, list[Hit]]) -> list[Hit]:
         for rank, hit in enumerate(hits, start=1):
             entries[hit.entry.id] = hit.entry
             ranks.setdefault(hit.entry.id, {})[name] = rank
-    scores = {id: _fused(found.values()) for id, found in ranks.items()}
+    scores = {id: sum(1 / (RRF_CONSTANT + rank) for rank in placed.values()) for id, placed in ranks.items()}
     return [Hit(entries[id], scores[id], ranks[id]) for id in sorted(scores, key=lambda id: (-scores[id], id))]
-
-
-def _fused(ranks: Iterable[int]) -> float:
-    return sum(1 / (RRF_CONSTANT + rank) for rank in ranks)
