@@ -66,7 +66,7 @@ class ShardEncoder:
         precision = self._compute_in(settings.precision)
         size = self.encoder.dimension
         if settings.dim is not None and not 1 <= settings.dim <= size:
-            raise LusiferError(f"cannot cut embeddings to {settings.dim} dimensions: the model has {size}")
+            raise LusiferError(f"cannot truncate embeddings to {settings.dim} dimensions: the model has {size}")
         device = self.encoder.model.device.type
         prepared = Prepared(precision, device, settings.dim or size)
         if settings.output_dtype != "int8":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +29,13 @@ Where = Annotated[
 @index_app.command("add")
 def add(
     index: Index,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl or .parquet.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A file, a folder or a glob of .txt (a text a line), .jsonl, .json, .csv, .tsv, .parquet.",
+        ),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder, hub id or `starter`; the index's own when left out.")
     ] = None,
@@ -59,7 +64,9 @@ def add(
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     store = open_store(index) if store_exists(index) else None
-    entries, types = read_entries(source, text=column, id=id_column, metadata=names)
+    entries, types = read_entries(
+        source, text=column, id=id_column, metadata=names, index=None if "://" in index else index
+    )
     if store is not None:
         check_columns(store, types)
     name = model or (store.facts.model if store else "starter")
