@@ -141,7 +141,7 @@ def test_texts_that_are_cut_are_counted(model, tmp_path):
 def test_bad_rows(model, tmp_path):
     (tmp_path / "in.txt").write_bytes(b"one\n\nthree\n\xff\nfive\n")
     where = (model, str(tmp_path / "in.txt"), str(tmp_path / "out"))
-    assert "in.txt, row 2: the text is empty" in refused(*where, PLAIN)
+    assert "in.txt, line 2: 'text' is empty" in refused(*where, PLAIN)
     settings = replace(PLAIN, skip_bad=True, shard_rows=2)
     facts = encode(*where, settings)
     assert (facts["texts"], facts["skipped"], facts["shards"]) == (3, 2, 3)
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused_before_the_work(model, source, tmp_path, monk
     assert "no precision 'int8'" in refused(model, source, str(tmp_path / "out"), Settings(precision="int8"))
     assert "no engine 'spark'" in refused(model, source, str(tmp_path / "out"), engine="spark")
     assert "need a folder" in refused(model, source, str(tmp_path / "v.npy"), processes=2)
-    assert "cut embeddings to 100" in refused(model, source, str(tmp_path / "cut"), replace(PLAIN, dim=100))
+    assert "truncate embeddings to 100" in refused(model, source, str(tmp_path / "cut"), replace(PLAIN, dim=100))
     assert "leave --processes out" in refused(model, source, str(tmp_path / "o"), device="cpu,cpu", processes=2)
     assert "no checkpoint at" in refused(str(tmp_path / "none"), source, str(tmp_path / "v.npy"))
 
@@ -257,3 +257,32 @@ def test_no_more_than_two_windows_of_rows_are_in_memory(model, source, tmp_path,
     monkeypatch.setattr(TextEncoder.__init__, "__kwdefaults__", {"token_budget": None, "window": 32})
     encode(model, source, str(tmp_path / "out.parquet"), PLAIN)
     assert state == {"read": 1050, "written": 1050, "most": 64}
+
+
+@pytest.mark.parametrize("ids", [[7, 2**64 - 1, 2**63], [-(2**63), 0, 5], ["a/b", "caf\u00e9", "cafe\u0301"]])
+def test_ids_are_stored_as_they_are(model, tmp_path, ids):
+    lines = [json.dumps({"key": key, "text": text}) + "\n" for key, text in zip(ids, TEXTS, strict=False)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    encode(model, str(tmp_path / "in.jsonl"), str(tmp_path / "out"), replace(PLAIN, id_column="key", shard_rows=2))
+    table = parquet.read_table(tmp_path / "out")
+    assert table["id"].to_pylist() == ids
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["columns"]["id"] == str(table["id"].type)
+
+
+def test_an_output_inside_the_input_is_finished_once(model, tmp_path):
+    corpus = tmp_path / "c"
+    corpus.mkdir()
+    for name, text in (("a", "a cat"), ("b", "rain")):
+        (corpus / f"{name}.txt").write_text(text + "\n")
+    settings = replace(PLAIN, shard_rows=1)
+    facts = encode(model, str(corpus), str(corpus / "vectors"), settings)
+    before = {path: path.stat().st_mtime_ns for path in (corpus / "vectors").iterdir()}
+    (corpus / "vectors" / "part-00001.parquet").unlink()  # As if interrupted: it goes on with what is missing.
+    known = json.loads((corpus / "vectors" / "_manifest.json").read_text())
+    (corpus / "vectors" / "_manifest.json").write_text(json.dumps({**known, "complete": False}))
+    assert encode(model, str(corpus), str(corpus / "vectors"), settings) == facts
+    assert encode(model, str(corpus), str(corpus / "vectors"), settings) == facts
+    kept = corpus / "vectors" / "part-00000.parquet"
+    assert kept.stat().st_mtime_ns == before[kept]
+    for _ in range(2):  # Here the shards are input; the one file is not.
+        assert encode(model, str(corpus), str(corpus / "v.parquet"), settings)["texts"] == 4

@@ -13,7 +13,8 @@ from pyarrow import parquet
 
 from lusifer import LusiferError
 from lusifer.bulk.plan import make_plan
-from lusifer.data.rows import Columns, RowReader, find_files
+from lusifer.data.rows import Columns, RowReader
+from lusifer.data.sources import find_files
 
 TEXTS = ["Grüße", "你好 世界", " two  spaces ", "one\u2028still one\x0cand on", "x" * 5000, "last"]
 
@@ -102,9 +103,9 @@ def test_folders_and_globs_in_the_order_of_paths(tmp_path):
         assert read(tmp_path, shard_rows=shard_rows) == expected
     assert [text for _, text in read(tmp_path / "[bz].*")] == ["three", "four", "five"]
     assert [text for _, text in read(tmp_path / "**" / "*.jsonl")] == ["one", "two"]
-    assert "nothing matches" in refused(find_files, str(tmp_path / "*.csv"))
+    assert "nothing matches" in refused(find_files, str(tmp_path / "*.xml"))
     (tmp_path / "none").mkdir()
-    assert "no files to read" in refused(find_files, str(tmp_path / "none"))
+    assert "no data in" in refused(find_files, str(tmp_path / "none"))
     write(tmp_path / "odd[1].txt", "literal\n")
     assert read(tmp_path / "odd[1].txt") == [(0, "literal")]
 
@@ -116,10 +117,12 @@ def test_ids_of_a_column(tmp_path):
     assert read(tmp_path / "a.parquet", "text", "key", shard_rows=4) == list(enumerate(TEXTS, start=7))
     assert make_plan(find_files(str(path)), Columns("text", "key"), shard_rows=2).id_type == "string"
     mixed = write(tmp_path / "b.jsonl", lines([{"text": "a", "key": 1}, {"text": "b", "key": "x"}]))
-    assert "b.jsonl, row 2: ids are numbers and text" in refused(read, mixed, "text", "key")
+    assert "b.jsonl, line 2: ids are numbers and text" in refused(read, mixed, "text", "key")
     none = write(tmp_path / "c.jsonl", lines([{"text": "a", "key": 1.5}]))
-    assert "row 1: 'key' must be a number or text, not float" in refused(read, none, "text", "key")
-    assert "row 1: no 'id'; choose another with --id-column" in refused(read, none, "text", "id")
+    assert "line 1: the id in 'key' must be text or a whole number, not a decimal number" in refused(
+        read, none, "text", "key"
+    )
+    assert "line 1: no 'id'; give it one" in refused(read, none, "text", "id")
     assert "no column 'id'" in refused(read, tmp_path / "a.parquet", "text", "id")
 
 
@@ -132,26 +135,45 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     ("name", "content", "words"),
     [
         ("a.txt", "", "holds no texts"),
-        ("a.txt", "one\n\nthree\n", "row 2: the text is empty"),
-        ("a.txt", "one\n \t\u3000\n", "row 2: the text is empty"),
-        ("a.txt", b"one\ncaf\xe9\n", "row 2: not valid UTF-8"),
-        ("a.txt", b"one\n\xed\xa0\x80\n", "row 2: not valid UTF-8"),
+        ("a.txt", "one\n\nthree\n", "line 2: 'text' is empty; remove"),
+        ("a.txt", "one\n \t\u3000\n", "line 2: 'text' is empty"),
+        ("a.txt", b"one\ncaf\xe9\n", "line 2: not valid UTF-8"),
+        ("a.txt", b"one\n\xed\xa0\x80\n", "line 2: not valid UTF-8"),
         ("a.jsonl", "", "holds no texts"),
-        ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', "row 2: the text is empty"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', "row 2: not valid JSON"),
-        ("a.jsonl", '{"text": "a"}\n\n', "row 2: not valid JSON"),
-        ("a.jsonl", '{"text": "a"}\n{"other": "b"}\n', "row 2: no 'text'"),
-        ("a.jsonl", '["text"]\n', "row 1: no 'text'"),
-        ("a.jsonl", '{"text": null}\n', "row 1: 'text' must be text, not NoneType"),
-        ("a.jsonl", '{"text": 5}\n', "row 1: 'text' must be text, not int"),
-        ("a.jsonl", '{"text": "ab\\ud83d"}\n', "row 1: lone surrogate U+D83D at character 3"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', "row 1: not valid UTF-8"),
-        ("a.parquet", b"not parquet", "cannot read"),
-        ("a.parquet", b"", "cannot read"),
-        ("a.txt.gz", b"not gzip", "cannot read"),
-        ("a.txt.gz", gzip.compress(random.Random(0).randbytes(99).hex().encode(), mtime=0)[:60], "cannot read"),
-        ("a.csv", "text\na\n", "name it .txt, .jsonl, .parquet"),
-        ("a", "a\n", "name it .txt, .jsonl, .parquet"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ""}\n', "line 2: 'text' is empty"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "line 3: not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"other": "b"}\n', "line 2: no 'text'"),
+        ("a.jsonl", '["text"]\n', "line 1: not a JSON object"),
+        ("a.jsonl", '{"text": null}\n', "line 1: 'text' is null"),
+        ("a.jsonl", '{"text": 5}\n', "line 1: 'text' must be text, not a number"),
+        ("a.jsonl", '{"text": "ab\\ud83d"}\n', "line 1: 'text' holds the lone surrogate U+D83D at character 3"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1: not valid UTF-8"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: not valid JSON (the key 'text' occurs twice)"),
+        ("a.jsonl", '{"text": "a", "text" : "b"}\n', "line 1: not valid JSON (the key 'text' occurs twice)"),
+        (
+            "a.json",
+            '[{"text": "a"}, {"text": "b", "text": "c"}]',
+            "row 2: not valid JSON (the key 'text' occurs twice)",
+        ),
+        ("a.json", '[{"text": "a"}, {"text": ""}]', "row 2: 'text' is empty"),
+        ("a.json", '[{"text": "a"}, 5]', "row 2: not a JSON object"),
+        ("a.json", '[{"text": "a"}, {"text": "b"', "row 2: not valid JSON"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "row 1: not valid UTF-8"),
+        ("a.csv", "text,n\na,1\n,2\n", "line 3: no 'text'"),
+        ("a.csv", "text,n\na,1\nb\n", "line 3: 1 values, but the header has 2"),
+        ("a.csv", 'text,n\n"a\nb",1\n"c"d,2\n', "line 4: not valid CSV"),
+        ("a.csv", 'text,n\n"a,1\n', "line 2: not valid CSV"),
+        ("a.csv", b"text\na\ncaf\xe9\n", "line 3: not valid UTF-8"),
+        ("a.csv", "text,n,text\na,1,b\n", "the column 'text' occurs twice"),
+        ("a.tsv", "body\tn\na\t1\n", "no column 'text'; it has body, n"),
+        ("a.txt", "text".encode("utf-16"), "UTF-16, not UTF-8; convert it"),
+        ("a.csv", "text\na\n".encode("utf-16"), "UTF-16, not UTF-8; convert it"),
+        ("a.parquet", b"not parquet", "broken Parquet"),
+        ("a.parquet", b"", "broken Parquet"),
+        ("a.txt.gz", b"not gzip", "broken gzip after line 0"),
+        ("a.csv.zst", b"not zstd", "broken zstd after line 0"),
+        ("a.txt.gz", gzip.compress(random.Random(0).randbytes(99).hex().encode(), mtime=0)[:60], "broken gzip"),
+        ("a", "a\n", "name it .txt, .jsonl, .ndjson, .json, .csv, .tsv"),
     ],
 )
 def test_bad_inputs(tmp_path, name, content, words):
@@ -165,12 +187,14 @@ def test_bad_parquet_columns(tmp_path):
     assert "no column 'text'; it has body, n" in refused(read, path)
     assert "row 1: 'n' must be text" in refused(read, path, "n")
     parquet.write_table(pa.table({"text": ["a", None]}), path)
-    assert "row 2: 'text' must be text, not NoneType" in refused(read, path)
+    assert "row 2: 'text' is null" in refused(read, path)
     broken = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"text": broken}), path)
     assert "row 2: not valid UTF-8" in refused(read, path)
     path.write_bytes(path.read_bytes()[:60])
-    assert "cannot read" in refused(read, path)
+    assert "broken Parquet" in refused(read, path)
+    parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+    assert "the column 'text' occurs twice" in refused(read, path)
 
 
 def test_bad_rows_are_left_out_on_demand_and_keep_their_numbers(tmp_path):

@@ -14,12 +14,12 @@ import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from support.texts import content, some_texts
 
 from lusifer import LusiferError
 from lusifer.bulk.job import Settings
 from lusifer.bulk.run import encode
 from lusifer.model.sentence_transformer import save_atomically
+from support.texts import content, some_texts
 
 SETTINGS = Settings(precision="float32", shard_rows=100)
 TEXTS = some_texts(1050)
@@ -234,7 +234,7 @@ def test_workers_of_ray_may_be_killed(cluster, model, tmp_path):
 def test_mistakes_in_the_cluster_are_one_line(cluster, model, source, tmp_path):
     out = str(tmp_path / "out")
     message = refused(model, str(source), out, replace(SETTINGS, dim=1000), engine="ray")
-    assert message == "cannot cut embeddings to 1000 dimensions: the model has 48"
+    assert message == "cannot truncate embeddings to 1000 dimensions: the model has 48"
     assert "need a folder" in refused(model, str(source), str(tmp_path / "v.npy"), engine="ray")
     assert "--device is cpu or cuda" in refused(model, str(source), str(tmp_path / "o"), engine="ray", device="cuda:0")
 

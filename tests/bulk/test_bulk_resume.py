@@ -123,7 +123,7 @@ def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, mon
 def test_mistakes_of_a_process_are_told_here(finished, tmp_path):
     common, settings, _, _ = finished
     message = refused(*common, str(tmp_path / "out"), replace(settings, dim=1000), processes=2)
-    assert message == "cannot cut embeddings to 1000 dimensions: the model has 48"
+    assert message == "cannot truncate embeddings to 1000 dimensions: the model has 48"
 
 
 def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path):

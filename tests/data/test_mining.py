@@ -210,3 +210,22 @@ def test_mistakes(tmp_path):
     assert "relative_margin" in refused("o.jsonl", relative_margin=1.5)
     with pytest.raises(LusiferError, match="not finite"):
         mine(source, tmp_path / "o.jsonl", lambda t: np.full((len(t), 2), np.nan), teacher="t", settings=Settings())
+
+
+def test_what_was_mined_trains_though_some_rows_have_no_negative(tmp_path):
+    # Nothing lies clearly below the positive of "r".
+    degrees = {"q": 0, "s": 10, "r": 180, "good": 30, "fair": 20, "other": 0, "far": 90, "up": 80}
+    rows = [*ROWS, {"query": "s", "positive": ["fair"], "cluster": "k"}]
+    found, facts = mined(tmp_path, rows, degrees, corpus=["far", "up"], negatives=1)
+    assert facts["rows_without"] == 1 and [bool(row["negative"]) for row in found] == [True, False, True]
+    records = open_records(DataRecipe(source=str(tmp_path / "out.jsonl"), hard_negatives=1))
+    assert [records[row]["query"] for row in range(len(records))] == ["q", "s"] and records.left_out == 1
+
+
+def test_a_capped_set_keeps_its_own_labels(tmp_path):
+    rows = [{"query": f"q{n}", "positive": f"p{n}", "id": n} for n in range(20)]
+    item = DataRecipe(source=jsonl(tmp_path / "in.jsonl", rows), cap=5)
+    degrees = {f"{kind}{n}": n * 17 for kind in "qp" for n in range(20)}
+    mine(item, tmp_path / "out.jsonl", angled(degrees), teacher="t", settings=Settings(negatives=1))
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(found) == 5 and all(row["query"] == f"q{row['id']}" for row in found)

@@ -230,12 +230,21 @@ def test_names_that_are_no_data(tmp_path, monkeypatch):
         raise AssertionError("a file name must not be looked up on the hub")
 
     monkeypatch.setattr("datasets.load_dataset", lookup)
-    for name in ("none.jsonl", "none.jsonl.gz", "none.parquet", "./none", "/none", "a/b/c"):
+    for name in (
+        "none.jsonl",
+        "none.jsonl.gz",
+        "none.parquet",
+        "none.csv.gz",
+        "none.feather",
+        "./none",
+        "/none",
+        "a/b/c",
+    ):
         assert "no such file" in refused(name)
-    (tmp_path / "there.csv").write_text("text\na\n")
+    (tmp_path / "there.xlsx").write_text("text\na\n")
     (tmp_path / "noextension").write_text("text\na\n")
-    for name in ("there.csv", "none.csv", "none.tsv", "none.txt", "none.csv.gz", "noextension"):
-        assert "unknown format" in refused(name) and "name it .jsonl, .jsonl.gz or .parquet" in refused(name)
+    for name in ("there.xlsx", "noextension"):
+        assert "unknown format" in refused(name) and "name it .txt, .jsonl, .ndjson, .json" in refused(name)
 
 
 def test_a_name_that_is_nowhere_is_one_line(monkeypatch):
@@ -264,7 +273,7 @@ def test_broken_files_name_the_line(tmp_path):
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("lusifer.data.reading._MAX_LINE", 1000)
+    monkeypatch.setattr("lusifer.data.text_files.MAX_RECORD", 1000)
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 2000)
     assert "d.jsonl, line 2: longer than" in refused_texts(tmp_path / "d.jsonl")
 
@@ -292,11 +301,22 @@ def test_a_broken_gzip(tmp_path, keep):
     assert "broken gzip after line 0" in refused_texts(source)
 
 
-def test_hard_negatives_that_are_not_there(tmp_path):
-    source = jsonl(tmp_path / "d.jsonl", [*PAIRS, {"query": "q", "positive": "p", "negative": []}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_hard_negatives_are_left_out_and_counted(tmp_path, caplog, streaming):
+    rows = [{"query": "bare", "positive": "p", "negative": []}, PAIRS[0], PAIRS[1], {**PAIRS[2], "negative": None}]
+    source = jsonl(tmp_path / "d.jsonl", rows)
+    found = open_set(DataRecipe(source=source, hard_negatives=2, streaming=streaming, cap=2))
+    assert [found[row]["query"] for row in range(len(found))] == ["q one", "q two"]
+    if not streaming:
+        assert found.left_out == 2 and found.where(0).endswith("line 2")
+        assert "2 rows have no 'negative' and are left out (hard_negatives is 2)" in caplog.text
+        assert len(opened(source)) == 4
+
+
+def test_hard_negatives_that_are_nowhere(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", [{"query": q, "positive": "p"} for q in "abc"])
     message = refused(source, hard_negatives=2)
-    assert "line 4: no 'negative', but hard_negatives is 2" in message and "lusifer data mine" in message
-    assert len(opened(source)) == 4
+    assert "0 rows have a 'negative', but hard_negatives is 2" in message and "lusifer data mine" in message
 
 
 def test_a_cap_keeps_a_seeded_choice_in_order(tmp_path):

@@ -108,7 +108,7 @@ def test_parts_that_must_not_know_each_other_do_not(one, other):
 
 def test_no_module_imports_itself_through_others():
     # A package's table of contents names its modules, which is no dependency between these.
-    modules = {name: others for name, others in graph().items() if not sources()[name].name == "__init__.py"}
+    modules = {name: others for name, others in graph().items() if sources()[name].name != "__init__.py"}
     list(graphlib.TopologicalSorter(modules).static_order())
 
 

@@ -61,9 +61,9 @@ def test_a_folder_takes_the_place_of_an_older_one_whole(tmp_path):
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LusiferError, match="^cannot write the model '.*': Not a directory$|File exists"):
-        with publish_folder(tmp_path / "file" / "b", "model"):
-            pass
+    refused = pytest.raises(LusiferError, match="^cannot write the model '.*': (Not a directory|File exists)$")
+    with refused, publish_folder(tmp_path / "file" / "b", "model"):
+        pass
 
 
 def test_content_is_synced_before_the_name_appears_and_the_folder_after(tmp_path, monkeypatch):

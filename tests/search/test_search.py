@@ -489,11 +489,11 @@ def test_files_are_read_alike(jsonl, tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"n": 0}, {"id": "n"}, "row 6: the id '0' stands in row 1 already"),
-        ({"n": None}, {"id": "n"}, "row 6: the id in 'n'"),
-        ({"year": [1]}, {"metadata": ["year"]}, "row 6: 'year' must be"),
+        ({"n": 0}, {"id": "n"}, "line 6: the id '0' is that of .*line 1 already"),
+        ({"n": None}, {"id": "n"}, "line 6: the id in 'n'"),
+        ({"year": [1]}, {"metadata": ["year"]}, "line 6: 'year' must be"),
         ({}, {"metadata": ["title"]}, "no column 'title'; it has n, body"),
-        ({"body": ""}, {}, "row 6: the text is empty"),
+        ({"body": ""}, {}, "line 6: 'body' is empty"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, options, message):

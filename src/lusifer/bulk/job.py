@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import parquet
 
-from lusifer.data.rows import InputFile, Slice
+from lusifer.data.rows import Slice
+from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
 from lusifer.storage import Folder
 
@@ -25,7 +26,7 @@ class Plan:
         slices: The shards.
         rows: Rows of the input, bad ones included.
         bad: Rows that are skipped.
-        id_type: ``int64`` or ``string``.
+        id_type: ``int64``, ``uint64`` or ``string``.
     """
 
     slices: list[Slice]
@@ -111,7 +112,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """A finished shard: its number, rows written, texts that were cut to the model's window."""
+    """A finished shard: its number, rows written, texts that were truncated to the model's window."""
 
     number: int
     rows: int
@@ -131,7 +132,7 @@ def stored_width(dimension: int, output_dtype: str) -> int:
 def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
     """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size."""
     width = stored_width(dimension, settings.output_dtype)
-    fields = [("id", pa.string() if id_type == "string" else pa.int64()), ("text", pa.string())]
+    fields = [("id", pa.type_for_alias(id_type)), ("text", pa.string())]
     embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
     return pa.schema([*(fields if settings.text else fields[:1]), embedding])
 

@@ -1,12 +1,19 @@
-"""plan."""
+"""The first reading of an input: every row checked and counted, shards laid out."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from lusifer.bulk.job import Plan
-from lusifer.data.rows import BLOCK_ROWS, PACKED, Columns, InputFile, Position, RowReader, Slice, kind_of
+from lusifer.data.rows import Columns, Position, Rows, Slice, read_rows
+from lusifer.data.sources import InputFile
+from lusifer.data.validation import repeated_id
 from lusifer.errors import LusiferError
+
+_INT64 = 2**63
 
 
 def make_plan(
@@ -19,6 +26,8 @@ def make_plan(
 ) -> Plan:
     """Reads the whole input once: checks every row and notes where each shard begins.
 
+    Memory is that of a block, and eight bytes a row where there are ids.
+
     Args:
         files: The input.
         columns: What is read of it.
@@ -28,44 +37,96 @@ def make_plan(
 
     Raises:
         LusiferError: If a file cannot be read or lacks a column, a row is bad (the message names file and row), ids are
-            of two kinds, or there is no row to encode.
+            of two kinds or repeat, or there is no row to encode.
     """
-    reader = RowReader(files, columns)
     starts: list[Position] = []
-    at, count, bad, kinds = Position(0, 0, 0), 0, 0, set[type]()
-    told = done = 0
-    for after, _, given, problem in reader.records(at):
-        if problem is not None and not skip_bad:
-            raise LusiferError(f"{files[after.file].url}, row {after.row}: {problem}")
-        if shard_rows is None and not starts or shard_rows is not None and count % shard_rows == 0:
-            # The end of the last file read may lie before the beginning of this row's file.
-            starts.append(at if at.file == after.file else Position(after.file, 0, 0))
-        at, count, bad = after, count + 1, bad + (problem is not None)
-        if problem is None and given is not None:
-            kinds.add(str if isinstance(given, str) else int)
-            if len(kinds) > 1:
-                raise LusiferError(f"{files[at.file].url}, row {at.row}: ids are numbers and text; use one of them")
-        if tick is not None and count % BLOCK_ROWS == 0:
-            done = _bytes_before(files, at.file) + _bytes_within(files[at.file], at.offset, reader.packed_bytes)
-            tick(done - told)
-            told = done
+    ids = _Ids()
+    count = bad = reported = row = number = 0
+    for rows in read_rows(files, columns):
+        block = rows.block
+        if not skip_bad:
+            block.refuse_problems()
+        row = row if number == block.file_number else 0
+        number = block.file_number
+        step = shard_rows or count + len(block) + 1
+        for index in range(-count % step if starts or shard_rows else 0, len(block), step):
+            starts.append(Position(number, block.ends[index - 1] if index else block.begin, row + index))
+        count, row, bad = count + len(block), row + len(block), bad + len(block.problems)
+        ids.add(rows)
+        if tick is not None:
+            done = sum(file.size for file in files[:number]) + min(files[number].size, block.bytes_read)
+            tick(done - reported)
+            reported = done
     if tick is not None:
-        tick(sum(file.size for file in files) - told)
+        tick(sum(file.size for file in files) - reported)
     if count == bad:
         name = files[0].url if len(files) == 1 else f"{files[0].url} and {len(files) - 1} more"
         raise LusiferError(f"{name!r} holds no texts" + (f" ({bad} bad rows)" if bad else ""))
+    ids.refuse_repeated(files, columns)
     size = shard_rows or count
     slices = [
         Slice(number, number * size, min(size, count - number * size), start) for number, start in enumerate(starts)
     ]
-    return Plan(slices, count, bad, "string" if str in kinds else "int64")
+    return Plan(slices, count, bad, ids.type())
 
 
-def _bytes_before(files: Sequence[InputFile], number: int) -> int:
-    return sum(file.size for file in files[:number])
+class _Ids:
+    """What all ids of an input have in common, and whether one occurs twice."""
 
+    def __init__(self) -> None:
+        self._least = self._greatest = 0
+        self._kinds: set[type] = set()
+        self._hashes = array("q")
 
-def _bytes_within(file: InputFile, offset: int, packed: int) -> int:
-    if kind_of(file.url) == ".parquet":
-        return 0  # Its offset counts rows; a whole file is told at its end.
-    return min(file.size, packed if file.url.endswith(tuple(PACKED)) else offset)
+    def add(self, rows: Rows) -> None:
+        """Takes in the ids of the good rows of a block.
+
+        Raises:
+            LusiferError: If they are not all text, or whole numbers of one type of 64 bits.
+        """
+        bad = rows.block.problems
+        good = [(index, value) for index, value in enumerate(rows.ids or ()) if index not in bad]
+        if not good:
+            return
+        values = [value for _, value in good]
+        before = self._kinds or {type(values[0])}
+        self._kinds = before | set(map(type, values))
+        if len(self._kinds) > 1:
+            index = next(index for index, value in good if type(value) not in before)
+            raise LusiferError(f"{rows.block.where(index)}: ids are numbers and text; use one of them")
+        if int in self._kinds:
+            self._least, self._greatest = min(self._least, min(values)), max(self._greatest, max(values))
+            if self._least < 0 and self._greatest >= _INT64:
+                place = f"{rows.block.where(good[0][0])} or before"
+                raise LusiferError(f"{place}: ids are below 0 and above 2^63; write them as text")
+        self._hashes.extend(map(hash, values))
+
+    def type(self) -> str:
+        """How Arrow calls the type that holds them all."""
+        if str in self._kinds:
+            return "string"
+        return "uint64" if self._greatest >= _INT64 else "int64"
+
+    def refuse_repeated(self, files: Sequence[InputFile], columns: Columns) -> None:
+        """Refuses an id that occurs twice; the input is read again only if two have the same hash.
+
+        Args:
+            files: The input.
+            columns: What is read of it.
+
+        Raises:
+            LusiferError: If there is one; the message names both rows.
+        """
+        ordered = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
+        suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        if not suspects:
+            return
+        first: dict[int | str, str] = {}
+        for rows in read_rows(files, columns):
+            for index, value in enumerate(rows.ids or ()):
+                if index in rows.block.problems or hash(value) not in suspects:
+                    continue
+                where = rows.block.where(index)
+                if value in first:
+                    raise repeated_id(value, where, first[value])
+                first[value] = where

@@ -2,7 +2,8 @@
 
 1. The input is read once: rows are checked and counted, and shards, fixed ranges of rows, are laid out.
 2. What a run shares is measured once: the data type of the computation, the ranges of int8.
-3. Shards are made in any order, by any number of processes (`lusifer.bulk.local_engine`, `lusifer.bulk.ray_engine`), each whole.
+3. Shards are made in any order, by any number of processes (`lusifer.bulk.local_engine`,
+   `lusifer.bulk.ray_engine`), each whole.
 
 The manifest holds 1 and 2 before the first shard is made, and refuses to go on with anything else. A shard that is
 there is complete, so the same call does what is missing; its bytes do not depend on how often that took.
@@ -24,7 +25,8 @@ from tqdm.auto import tqdm
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
 from lusifer.bulk.plan import make_plan
 from lusifer.data.prompts import explicit_prompt
-from lusifer.data.rows import Columns, InputFile, Position, Slice, find_files
+from lusifer.data.rows import Columns, Position, Slice
+from lusifer.data.sources import InputFile, find_files
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import files_hash
 from lusifer.starter.released import resolve_model
@@ -71,7 +73,7 @@ def encode(
 
     Args:
         model: Checkpoint folder, hub id, or ``starter``.
-        source: Input: a file, a folder or a glob, here or in a store; see `lusifer.data.rows.find_files`.
+        source: Input: a file, a folder or a glob, here or in a store; see `lusifer.data.sources.find_files`.
         output: A folder for shards and ``_manifest.json``, or a file ``.parquet`` or ``.npy``.
         settings: What to make of it.
         engine: ``local``, or ``ray`` for a cluster.
@@ -85,7 +87,7 @@ def encode(
         ``output``, and ``shards`` of a folder.
 
     Raises:
-        LusiferError: If input, model, settings or output are not as they must be; see `lusifer.data.rows.make_plan`
+        LusiferError: If input, model, settings or output are not as they must be; see `lusifer.bulk.plan.make_plan`
             and `lusifer.bulk.shard.ShardEncoder`. A folder holds complete shards whatever happens, and the same call
             goes on.
     """
@@ -94,11 +96,11 @@ def encode(
     single = is_single(output)
     if single and (processes > 1 or engine != "local" or (device and "," in device)):
         raise LusiferError("several processes need a folder as output, not a file")
-    files = find_files(source)
+    files = find_files(source, output=output)
     folder = resolve_model(model)
     run = {"model": folder, "files": files, "settings": settings, "output": output.rstrip("/"), "single": single}
-    hands = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
-    return _encode_file(run, **hands) if single else _encode_folder(model, run, **hands)
+    options = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
+    return _encode_file(run, **options) if single else _encode_folder(model, run, **options)
 
 
 def _check(settings: Settings, engine: str) -> None:
@@ -114,19 +116,19 @@ def _check(settings: Settings, engine: str) -> None:
             raise LusiferError(f"{name} must be at least 1, not {number}")
 
 
-def _encode_file(run: dict[str, Any], **hands: Any) -> dict[str, Any]:
+def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
     from lusifer.bulk.local_engine import InProcess
 
-    plan = _plan(run["files"], replace(run["settings"], shard_rows=0), hands["progress"])
-    job = Job(**run, plan=plan, threads=hands["threads"] or _threads(1))
-    with InProcess(job, hands["device"]) as engine:
+    plan = _plan(run["files"], replace(run["settings"], shard_rows=0), options["progress"])
+    job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
+    with InProcess(job, options["device"]) as engine:
         prepared = engine.prepare()
-        with _bar(plan.rows, 0, hands["progress"]) as bar:
+        with _bar(plan.rows, 0, options["progress"]) as bar:
             facts = list(engine.encode([0], prepared, bar.update))
-    return _summary(job, prepared.dimension, facts)
+    return _summary(facts, prepared.dimension, plan.bad, job.output)
 
 
-def _encode_folder(model: str, run: dict[str, Any], **hands: Any) -> dict[str, Any]:
+def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str, Any]:
     target = Folder(run["output"])
     identity = {
         "format": _FORMAT,
@@ -136,25 +138,25 @@ def _encode_folder(model: str, run: dict[str, Any], **hands: Any) -> dict[str, A
         "input": [asdict(file) for file in run["files"]],
     }
     with _locked(target):
-        manifest, done = _resume(target, identity, hands["threads"])
+        manifest, done = _resume(target, identity, options["threads"])
         if manifest.get("complete"):
-            return _told(manifest, run["output"])
+            return _summary_of_folder(manifest, run["output"])
         if manifest.get("plan") is None:
             # Written before hours of work: a store that refuses us shall do so now.
             target.write_json(MANIFEST, manifest)
-            plan = _plan(run["files"], run["settings"], hands["progress"])
-            manifest["threads"] = hands["threads"] or _threads(hands["processes"])
+            plan = _plan(run["files"], run["settings"], options["progress"])
+            manifest["threads"] = options["threads"] or _threads(options["processes"])
             manifest["plan"] = _packed(plan)
             target.write_json(MANIFEST, manifest)
         plan = _unpacked(manifest["plan"], run["settings"].shard_rows)
         job = Job(**run, plan=plan, threads=manifest["threads"])
         facts = [read_facts(target, number) for number in sorted(done)]
-        facts += _make_missing(target, job, manifest, done, **hands)
+        facts += _make_missing(target, job, manifest, done, **options)
         return _finish(target, job, manifest, facts)
 
 
 def _make_missing(
-    target: Folder, job: Job, manifest: dict[str, Any], done: set[int], *, progress: bool, **hands: Any
+    target: Folder, job: Job, manifest: dict[str, Any], done: set[int], *, progress: bool, **options: Any
 ) -> list[ShardFacts]:
     """Makes the shards that are not there."""
     slices = job.plan.slices
@@ -162,7 +164,7 @@ def _make_missing(
     facts: list[ShardFacts] = []
     if not missing:
         return facts
-    with _engine(job, **hands) as engine:
+    with _engine(job, **options) as engine:
         if manifest["prepared"] is None:
             manifest["prepared"] = asdict(engine.prepare())
             target.write_json(MANIFEST, manifest)
@@ -274,29 +276,23 @@ def _finish(target: Folder, job: Job, manifest: dict[str, Any], facts: Sequence[
     ]
     manifest["complete"] = True
     target.write_json(MANIFEST, manifest)
-    return _told(manifest, job.output)
+    return _summary_of_folder(manifest, job.output)
 
 
-def _told(manifest: dict[str, Any], output: str) -> dict[str, Any]:
-    shards = manifest["shards"]
-    return {
-        "texts": sum(shard["rows"] for shard in shards),
-        "dimension": manifest["prepared"]["dimension"],
-        "cut": sum(shard["cut"] for shard in shards),
-        "skipped": manifest["plan"]["bad"],
-        "shards": len(shards),
-        "output": output,
-    }
-
-
-def _summary(job: Job, dimension: int, facts: Sequence[ShardFacts]) -> dict[str, Any]:
+def _summary(facts: Sequence[ShardFacts], dimension: int, bad: int, output: str) -> dict[str, Any]:
     return {
         "texts": sum(shard.rows for shard in facts),
         "dimension": dimension,
         "cut": sum(shard.cut for shard in facts),
-        "skipped": job.plan.bad,
-        "output": job.output,
+        "skipped": bad,
+        "output": output,
     }
+
+
+def _summary_of_folder(manifest: dict[str, Any], output: str) -> dict[str, Any]:
+    facts = [ShardFacts(number, shard["rows"], shard["cut"]) for number, shard in enumerate(manifest["shards"])]
+    summary = _summary(facts, manifest["prepared"]["dimension"], manifest["plan"]["bad"], output)
+    return {**summary, "shards": len(facts)}
 
 
 def _packed(plan: Plan) -> dict[str, Any]:
@@ -321,8 +317,9 @@ def _plan(files: Sequence[InputFile], settings: Settings, progress: bool) -> Pla
     if settings.precision not in PRECISIONS:
         raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
     total = sum(file.size for file in files)
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
-    with tqdm(total=total, desc="checking", **options) as bar:
+    with tqdm(
+        total=total, desc="checking", unit="B", unit_scale=True, leave=False, delay=1, disable=not progress
+    ) as bar:
         return make_plan(
             files,
             Columns(settings.column, settings.id_column),

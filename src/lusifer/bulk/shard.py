@@ -67,7 +67,7 @@ class ShardEncoder:
         precision = self._compute_in(settings.precision)
         size = self.encoder.dimension
         if settings.dim is not None and not 1 <= settings.dim <= size:
-            raise LusiferError(f"cannot cut embeddings to {settings.dim} dimensions: the model has {size}")
+            raise LusiferError(f"cannot truncate embeddings to {settings.dim} dimensions: the model has {size}")
         device = self.encoder.model.device.type
         asked = explicit_prompt(settings.prompt, settings.instruction)
         prompt = prompt_for(self.encoder.model, "document", prompt=asked, prompt_name=settings.prompt_name)

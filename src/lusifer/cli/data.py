@@ -18,7 +18,9 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def check(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
-    against: Annotated[list[str] | None, typer.Option(help="Folder of evaluation data; may be given again.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="File or folder of evaluation data; may be given again.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,7 +45,9 @@ def check(
 
 @data_app.command()
 def mine(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Pairs: file, starter name or hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Pairs: a file, folder or glob, a starter name or a hub id.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .jsonl.gz file.")],
     model: Annotated[str, typer.Option(help="Teacher: any Sentence Transformers model, hub id or folder.")],
     negatives: Annotated[int, typer.Option(min=1, help="Negatives for a row, at most.")] = 7,
@@ -155,7 +159,7 @@ def _print(report: dict[str, Any]) -> None:
     table.add_column("set", overflow="fold")
     for name in ("task", "rows", "steps", "epochs", "encoder tokens\nmean/p95/max", "LLM tokens\nmean/p95/max"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-    for name in ("cut", "repeats", "negatives", "leaks"):
+    for name in ("truncated", "repeats", "negatives", "leaks"):
         table.add_column(name, justify="right", no_wrap=True)
     for fact in report["sets"]:
         counts = [fact[f"{kind}_tokens"] for kind in ("encoder", "llm")]
@@ -174,7 +178,7 @@ def _print(report: dict[str, Any]) -> None:
     if report["sets"]:
         console.print(table)
         console.print(
-            f"steps: share of the stage's steps; tokens and cut: of a seeded sample of at most {SAMPLE:,} rows a set",
+            f"steps: share of the stage's; tokens and truncated: of a seeded sample of at most {SAMPLE:,} rows a set",
             highlight=False,
         )
     console.print(f"compared with {report['evaluation_texts']:,} texts of evaluation data", highlight=False)

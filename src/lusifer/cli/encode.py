@@ -18,7 +18,8 @@ def encode(
         str,
         typer.Argument(
             metavar="INPUT",
-            help=".txt (a text a line), .jsonl or .parquet: a file, a folder or a glob; here, s3://, gs:// or hf://.",
+            help="A file, a folder or a glob of .txt (a text a line), .jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst) "
+            "or .parquet; on this machine, s3://, gs:// or hf://.",
             show_default=False,
         ),
     ],
@@ -26,7 +27,7 @@ def encode(
         str,
         typer.Argument(help="A folder for Parquet shards, or one file: .parquet (id, text, embedding) or .npy."),
     ],
-    column: Annotated[str, typer.Option(help="Column of the text in JSONL and Parquet.")] = "text",
+    column: Annotated[str, typer.Option(help="Column of the text; a .txt file has no other.")] = "text",
     id_column: Annotated[
         str | None, typer.Option(help="Column of the ids; rows are numbered from 0 when left out.")
     ] = None,
@@ -107,7 +108,8 @@ def encode(
     )
     if facts["cut"]:
         typer.echo(
-            f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and cut", err=True
+            f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and truncated",
+            err=True,
         )
     if facts["skipped"]:
         typer.echo(f"warning: {facts['skipped']} bad rows were left out", err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,7 +31,13 @@ PromptName = Annotated[str | None, typer.Option(help="Name of the model's prompt
 @index_app.command("add")
 def add(
     index: Index,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line), .jsonl or .parquet.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A file, a folder or a glob of .txt (a text a line), .jsonl, .json, .csv, .tsv, .parquet.",
+        ),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder, hub id or `starter`; the index's own when left out.")
     ] = None,
@@ -67,7 +72,9 @@ def add(
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     store = open_store(index) if store_exists(index) else None
-    entries, types = read_entries(source, text=column, id=id_column, metadata=names)
+    entries, types = read_entries(
+        source, text=column, id=id_column, metadata=names, index=None if "://" in index else index
+    )
     if store is not None:
         check_columns(store, types)
     name = model or (store.info.model if store else "starter")

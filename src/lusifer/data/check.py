@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv, parquet
 from tqdm.auto import tqdm
 
 from lusifer.data.everyday_set import load_everyday
-from lusifer.data.mixture import Unit, open_units, plan
+from lusifer.data.mixture import Stratum, open_strata, plan
 from lusifer.data.prompts import with_instruction
-from lusifer.data.records import Rows, open_set
+from lusifer.data.reading import Block, read_blocks
+from lusifer.data.records import Records, Rows, left_out, open_set
+from lusifer.data.sources import find_files
 from lusifer.errors import LusiferError
 from lusifer.model.backbones import load_tokenizer
 from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, DataRecipe, Recipe
+from lusifer.storage import is_remote
 
 SAMPLE = 5_000
 _EXAMPLES = 5
 # Columns of evaluation data that hold no text of their own: a category such as "sports" leaks nothing.
 _NO_TEXT = re.compile(r"(.*[-_])?(id|guid|labels?|lang|language|category|topic|name|title|score|split)", re.IGNORECASE)
+
+_NUMBER = re.compile(r"[-+]?[\d.]+")  # In CSV all cells are text.
 
 
 class _Spaces(dict[int, int]):
@@ -58,47 +61,30 @@ def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -
     """Digests of all normalised texts of evaluation data, each with the name of a file that holds it.
 
     Args:
-        folders: Every .jsonl, .parquet, .csv and .tsv file below them is read; the bundled everyday set always is.
+        folders: Files, folders or globs, see `lusifer.data.sources.find_files`; the bundled everyday set always is
+            among the data.
         progress: Whether to show a progress bar.
 
     Raises:
-        LusiferError: If a folder does not exist, holds no such file, or one cannot be read.
+        LusiferError: If there is no such folder, no data in it, or a file cannot be read.
     """
-    found = {_digest(text): "the everyday set" for texts in load_everyday().sentences.values() for text in texts}
-    for folder in folders:
-        paths = sorted(p for p in Path(folder).rglob("*") if p.suffix in (".jsonl", ".parquet", ".csv", ".tsv"))
-        if not paths:
-            raise LusiferError(f"no evaluation data in {str(folder)!r}: no .jsonl, .parquet, .csv or .tsv file there")
-        for path in tqdm(paths, desc="reading evaluation data", disable=None if progress else True, leave=False):
-            name = str(path.relative_to(folder))
-            found |= {_digest(text): name for text in _texts_of(path)}
-    return found
+    names = {_digest(text): "the everyday set" for texts in load_everyday().sentences.values() for text in texts}
+    for folder in map(str, folders):
+        bar = tqdm(find_files(folder), desc="reading evaluation data", disable=_bars(progress), leave=False)
+        for file in bar:
+            shown = file.url if is_remote(folder) else os.path.relpath(file.url, Path(folder).expanduser())
+            for block in read_blocks([file]):
+                names |= {_digest(text): file.url if shown == "." else shown for text in _texts_of(block)}
+    return names
 
 
-def _texts_of(path: Path) -> Iterator[str]:
-    try:
-        for table in _tables(path):
-            for name in table.column_names:
-                if not _NO_TEXT.fullmatch(name):
-                    yield from _strings(table[name].to_pylist())
-    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LusiferError(f"cannot read the evaluation data {str(path)!r}: {reason}") from error
-
-
-def _tables(path: Path) -> Iterator[pa.Table]:
-    if path.suffix == ".parquet":
-        with parquet.ParquetFile(path) as file:
-            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches())
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line) if line.strip() else {}
-                names = [name for name in record if not _NO_TEXT.fullmatch(name)]
-                yield pa.table({"text": list(_strings([record[name] for name in names]))})
-    else:
-        options = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
-        yield csv.read_csv(path, parse_options=options)
+def _texts_of(block: Block) -> Iterator[str]:
+    block.refuse_problems()
+    cells = block.header is not None and isinstance(block.data, list)
+    for name in block.names():
+        values = [] if _NO_TEXT.fullmatch(name) else block.values(name)
+        block.refuse_problems()  # Parquet shows only now what is not valid UTF-8.
+        yield from (text for text in _strings(values) if not (cells and _NUMBER.fullmatch(text)))
 
 
 def _strings(values: Any) -> Iterator[str]:
@@ -109,10 +95,15 @@ def _strings(values: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
+def _bars(progress: bool) -> bool | None:
+    """What tqdm calls ``disable``: None leaves it to the terminal."""
+    return None if progress else True
+
+
 # ------------------------------------------------------------------------------------------------------- one set
 
 
-def texts_of(item: DataRecipe, record: dict[str, Any]) -> dict[str, list[str]]:
+def texts_of(record: dict[str, Any]) -> dict[str, list[str]]:
     """All texts of a record by column."""
     return {name: [value] if isinstance(value, str) else value for name, value in record.items()}
 
@@ -124,25 +115,22 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
         ``duplicates`` (rows that repeat an earlier one), ``negatives_per_row``, ``leaks`` (rows with a text of
         the evaluation data) and up to five ``leak_examples``.
     """
-    item = rows.item
     seen: set[int] = set()
     duplicates = negatives = leaks = 0
     examples: list[str] = []
-    bar = tqdm(
-        range(len(rows)), desc=f"checking {item.source}", unit=" rows", disable=None if progress else True, leave=False
-    )
-    for row in bar:
-        texts = texts_of(item, rows[row])
+    title = f"checking {rows.item.source}"
+    for row in tqdm(range(len(rows)), desc=title, unit=" rows", disable=_bars(progress), leave=False):
+        texts = texts_of(rows[row])
         negatives += len(texts.get("negative", []))
         digests = {name: [_digest(text) for text in several] for name, several in texts.items()}
         main = digests.get("text") or [*digests["query"], *sorted(digests["positive"])]
         key = hash(tuple(main))
         duplicates += key in seen
         seen.add(key)
-        found = [(name, against[d]) for name, several in digests.items() for d in several if d in against]
-        leaks += bool(found)
-        if found and len(examples) < _EXAMPLES:
-            examples.append(f"{rows.where(row)}: {found[0][0]!r} is a text of {found[0][1]}")
+        leaked = [(name, against[d]) for name, several in digests.items() for d in several if d in against]
+        leaks += bool(leaked)
+        if leaked and len(examples) < _EXAMPLES:
+            examples.append(f"{rows.where(row)}: {leaked[0][0]!r} is a text of {leaked[0][1]}")
     return {
         "duplicates": duplicates,
         "negatives_per_row": negatives / len(rows),
@@ -157,33 +145,33 @@ def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, s
     Args:
         rows: The opened set.
         tokenizers: ``encoder`` and ``llm``.
-        limits: ``encoder`` and, in stage 1, ``llm``: tokens after which a text (a target) is cut.
+        limits: ``encoder`` and, in stage 1, ``llm``: tokens after which a text (a target) is truncated.
         seed: Seed of the sample.
 
     Returns:
         ``sampled_rows``; ``encoder_tokens`` and ``llm_tokens``, each with ``mean``, ``p95`` and ``max``;
-        ``truncated`` and, in stage 1, ``targets_truncated``: shares of the texts that are cut.
+        ``truncated`` and, in stage 1, ``targets_truncated``: shares of the texts that are truncated.
     """
     item = rows.item
     count = min(SAMPLE, len(rows))
     chosen = np.sort(np.random.default_rng([seed, len(rows)]).choice(len(rows), count, replace=False))
     texts = []
     for row in chosen.tolist():
-        columns = texts_of(item, rows[row])
+        columns = texts_of(rows[row])
         columns["query"] = [with_instruction(item.instruction, query) for query in columns.get("query", [])]
         texts += [text for several in columns.values() for text in several]
-    found: dict[str, Any] = {"sampled_rows": count}
+    facts: dict[str, Any] = {"sampled_rows": count}
     for name, tokenizer in tokenizers.items():
         counts = np.array(_token_counts(tokenizer, texts, special=name == "encoder"))
-        found[f"{name}_tokens"] = {
+        facts[f"{name}_tokens"] = {
             "mean": float(counts.mean()),
             "p95": float(np.percentile(counts, 95)),
             "max": int(counts.max()),
         }
         if name in limits:
             share = float((counts > limits[name]).mean())
-            found["truncated" if name == "encoder" else "targets_truncated"] = share
-    return found
+            facts["truncated" if name == "encoder" else "targets_truncated"] = share
+    return facts
 
 
 def _token_counts(tokenizer: Any, texts: list[str], *, special: bool) -> list[int]:
@@ -243,35 +231,36 @@ def _check_stage(
     report: dict[str, Any],
     progress: bool,
 ) -> None:
-    units: list[list[Unit]] = []
+    strata: list[list[Stratum]] = []
     limits = {"encoder": recipe.model.max_seq_length}
     if isinstance(stage, AlignRecipe):
         limits["llm"] = stage.target_max_seq_length
     facts: list[dict[str, Any]] = []
     for number, item in enumerate(stage.data):
         try:
-            opened = open_units([item], batch_size=stage.batch_size, seed=recipe.seed)
+            opened = open_strata([item], batch_size=stage.batch_size, seed=recipe.seed)
             rows = opened[0].records
             found = scan(rows, against, progress=progress) | lengths(rows, tokenizers, limits, seed=recipe.seed)
         except LusiferError as error:
             report["errors"].append(f"{name}.data.{number}: {error}")
             continue
-        units.append(opened)
+        strata.append(opened)
         clusters = len(opened) if opened[0].cluster is not None else None
         head = {"stage": name, "number": number, "dataset": item.source, "task": item.task, "rows": len(rows)}
+        head["left_out"] = rows.left_out if isinstance(rows, Records) else 0
         facts.append({**head, "clusters": clusters, **found})
     if facts:
-        _draws(facts, units, stage, recipe.seed)
+        _draws(facts, strata, stage, recipe.seed)
     for number, fact in enumerate(facts):
         _judge(fact, stage.data[fact["number"]], report, whole=len(facts) == len(stage.data))
         report["sets"].append(facts[number])
 
 
-def _draws(facts: list[dict[str, Any]], units: list[list[Unit]], stage: Any, seed: int) -> None:
+def _draws(facts: list[dict[str, Any]], strata: list[list[Stratum]], stage: Any, seed: int) -> None:
     """Share of the steps and epochs of every set, from the plan that training will follow."""
-    drawn = plan([unit for several in units for unit in several], steps=stage.steps, seed=seed)
-    owner = np.repeat(np.arange(len(units)), [len(several) for several in units])
-    steps = np.bincount(owner[drawn], minlength=len(units))
+    drawn = plan([stratum for several in strata for stratum in several], steps=stage.steps, seed=seed)
+    owner = np.repeat(np.arange(len(strata)), [len(several) for several in strata])
+    steps = np.bincount(owner[drawn], minlength=len(strata))
     for fact, count in zip(facts, steps.tolist(), strict=True):
         fact["share"] = count / stage.steps
         fact["epochs"] = count * stage.batch_size / fact["rows"]
@@ -289,7 +278,9 @@ def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, wh
         report["warnings"].append(f"{where}: never drawn in so few steps; raise its weight or the steps")
     for key, limit in (("truncated", "model.max_seq_length"), ("targets_truncated", "align.target_max_seq_length")):
         if fact.get(key, 0) > 0.1:
-            report["warnings"].append(f"{where}: {fact[key]:.0%} of the texts are cut; raise {limit}?")
+            report["warnings"].append(f"{where}: {fact[key]:.0%} of the texts are truncated; raise {limit}?")
+    if fact["left_out"]:
+        report["warnings"].append(f"{where}: {left_out(fact['left_out'], item.hard_negatives)}")
     if item.hard_negatives > fact["negatives_per_row"]:
         problem = f"hard_negatives is {item.hard_negatives}, rows have {fact['negatives_per_row']:.1f}: some repeat"
         report["warnings"].append(f"{where}: {problem}")

@@ -1,4 +1,4 @@
-"""everyday_set."""
+"""The bundled parallel sentences: everyday life in many languages, for a first look at a model."""
 
 from __future__ import annotations
 

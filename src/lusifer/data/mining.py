@@ -7,12 +7,12 @@ queries against a block of passages at a time, so memory depends on the block si
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from lusifer.data.check import normalise
 from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import DataRecipe
 
 Embed = Callable[[list[str]], np.ndarray]
@@ -268,7 +269,7 @@ def mine(
         chosen, summary = _choose_all(problem, queries, passages, settings, device, progress)
         _write_rows(output, records, problem, chosen, progress)
     except OSError as error:
-        raise LusiferError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+        raise LusiferError(f"cannot write {str(output)!r}: {first_line(error)}") from error
     facts: dict[str, Any] = {
         "teacher": teacher,
         "prompts": prompts,
@@ -276,7 +277,7 @@ def mine(
         "corpus": corpus.source if corpus else None,
     }
     facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **summary}
-    _write_summary(output.with_name(f"{output.name}.mining.json"), facts)
+    write_json(output.with_name(f"{output.name}.mining.json"), facts)
     shutil.rmtree(folder)
     return facts
 
@@ -285,12 +286,6 @@ def _embedded(texts: _Texts, embed: Embed, folder: Path, name: str, progress: bo
     digest = hashlib.sha256(f"{name} {texts.digest()}".encode()).hexdigest()[:16]
     shown = f"embedding {name.rsplit(' ', 1)[1]}" if progress else None
     return embed_to_file(embed, list(texts.number), folder / f"{digest}.f16", progress=shown)
-
-
-def _write_summary(path: Path, facts: dict[str, Any]) -> None:
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _choose_all(
@@ -329,22 +324,13 @@ def _choose_all(
 
 
 def _write_rows(output: Path, records: Records, problem: _Problem, chosen: list[list[int]], progress: bool) -> None:
-    import gzip
-
     texts = list(problem.passages.number)
-    handle, staging = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
-    try:
-        with open(handle, "wb") as raw:
-            # The name and the time would make equal outputs differ.
-            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if output.suffix == ".gz" else raw
-            for row in tqdm(range(len(records)), desc="writing", unit=" rows", leave=False, disable=_bars(progress)):
-                labels = {name: records.table[name][row].as_py() for name in ("id", "cluster")}
-                kept = {name: value for name, value in labels.items() if value is not None}
-                record = {**kept, **records[row], "negative": [texts[number] for number in chosen[row]]}
-                packed.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            if packed is not raw:
-                packed.close()
-        os.chmod(staging, 0o644)
-        os.replace(staging, output)
-    finally:
-        Path(staging).unlink(missing_ok=True)
+    labels = [(name, records.column(name)) for name in ("id", "cluster")]
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(stack.enter_context(publish_file(output)).open("wb"))
+        if output.suffix == ".gz":  # The name and the time would make equal outputs differ.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        for row in tqdm(range(len(records)), desc="writing", unit=" rows", leave=False, disable=_bars(progress)):
+            kept = {name: value for name, column in labels if (value := column[row].as_py()) is not None}
+            record = {**kept, **records[row], "negative": [texts[number] for number in chosen[row]]}
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")

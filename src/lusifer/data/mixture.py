@@ -24,14 +24,14 @@ _PLAN, _ORDER, _CHOICE, _HELD_OUT = 1, 2, 3, 4
 
 
 @dataclass
-class Unit:
+class Stratum:
     """What batches are drawn from: a set, or one cluster of a set.
 
     Attributes:
-        number: Index among the units; part of the seed of its order.
+        number: Index among the strata; part of the seed of its order.
         item: The set's recipe.
         records: The opened set.
-        rows: The unit's rows (int64), or None for all of a streamed set, in its order.
+        rows: The stratum's rows (int64), or None for all of a streamed set, in its order.
         size: How many rows.
         cluster: Name of the cluster, if any.
     """
@@ -46,7 +46,7 @@ class Unit:
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), repr=False)
 
     def row(self, occurrence: int, batch_size: int, seed: int) -> int:
-        """The row of the unit's ``occurrence``-th example: every row once an epoch, in a new order each epoch."""
+        """The row of the stratum's ``occurrence``-th example: every row once an epoch, in a new order each epoch."""
         epoch, place = divmod(occurrence, self.size)
         if self.rows is None:
             return place
@@ -81,21 +81,21 @@ class Mixture(Dataset):
         held_out: Rows to keep out of training for evaluation, at most a tenth of each set; see `held_out_examples`.
 
     Raises:
-        LusiferError: If a set cannot be used (see `lusifer.data.records.open_records`), or is smaller than a global batch
-            that takes its negatives from itself.
+        LusiferError: If a set cannot be used (see `lusifer.data.records.open_records`), or is smaller than a global
+            batch that takes its negatives from itself.
 
     Attributes:
-        units: Sets and clusters.
-        plan: (steps,) int32, the unit of every step.
+        strata: Sets and clusters.
+        plan: (steps,) int32, the stratum of every step.
     """
 
     def __init__(
         self, sets: Sequence[DataRecipe], *, steps: int, batch_size: int, seed: int, held_out: int = 0
     ) -> None:
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.units = open_units(sets, batch_size=batch_size, seed=seed)
-        self._held_out = hold_out(self.units, held_out, batch_size, seed) if held_out else []
-        self.plan = plan(self.units, steps=steps, seed=seed)
+        self.strata = open_strata(sets, batch_size=batch_size, seed=seed)
+        self._held_out = hold_out(self.strata, held_out, batch_size, seed) if held_out else []
+        self.plan = plan(self.strata, steps=steps, seed=seed)
         self._before = _occurrences(self.plan)
 
     def __len__(self) -> int:
@@ -104,11 +104,11 @@ class Mixture(Dataset):
     def held_out_examples(self) -> list[list[dict[str, Any]]]:
         """Examples of rows that are never trained on, one list per set or cluster that has any."""
         lists = []
-        for unit, rows in self._held_out:
+        for stratum, rows in self._held_out:
             examples = []
             for number, row in enumerate(rows):
-                generator = np.random.default_rng([self.seed, _HELD_OUT, unit.number, number])
-                examples.append(example(unit.item, unit.records[int(row)], number, generator))
+                generator = np.random.default_rng([self.seed, _HELD_OUT, stratum.number, number])
+                examples.append(example(stratum.item, stratum.records[int(row)], number, generator))
             lists.append(examples)
         return lists
 
@@ -122,62 +122,64 @@ class Mixture(Dataset):
         if not 0 <= position < len(self):
             raise IndexError(position)
         step, place = divmod(position, self.batch_size)
-        unit = self.units[self.plan[step]]
+        stratum = self.strata[self.plan[step]]
         occurrence = int(self._before[step]) * self.batch_size + place
-        record = unit.records[unit.row(occurrence, self.batch_size, self.seed)]
+        record = stratum.records[stratum.row(occurrence, self.batch_size, self.seed)]
         generator = np.random.default_rng([self.seed, _CHOICE, position])
-        return example(unit.item, record, position, generator)
+        return example(stratum.item, record, position, generator)
 
 
-def open_units(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> list[Unit]:
+def open_strata(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> list[Stratum]:
     """Opens every set and splits those with clusters.
 
     Raises:
         LusiferError: See `Mixture`.
     """
-    units: list[Unit] = []
+    strata: list[Stratum] = []
     for item in sets:
         records = open_set(item, seed=seed)
         clusters = records.clusters() if isinstance(records, Records) else None
         if clusters is None:
             rows = np.arange(len(records)) if isinstance(records, Records) else None
-            units.append(Unit(len(units), item, records, rows, len(records)))
-            _check_size(units[-1:], batch_size)
+            strata.append(Stratum(len(strata), item, records, rows, len(records)))
+            _check_size(strata[-1:], batch_size)
             continue
-        made = [Unit(len(units) + k, item, records, r, len(r), name) for k, (name, r) in enumerate(clusters.items())]
+        made = [
+            Stratum(len(strata) + k, item, records, r, len(r), name) for k, (name, r) in enumerate(clusters.items())
+        ]
         _check_size(made, batch_size)
-        units += made
-    return units
+        strata += made
+    return strata
 
 
-def hold_out(units: Sequence[Unit], count: int, batch_size: int, seed: int) -> list[tuple[Unit, np.ndarray]]:
-    """Takes rows away from units, in place: about ``count`` in all, at most a tenth of each and leaving a batch.
+def hold_out(strata: Sequence[Stratum], count: int, batch_size: int, seed: int) -> list[tuple[Stratum, np.ndarray]]:
+    """Takes rows away from strata, in place: about ``count`` in all, at most a tenth of each and leaving a batch.
 
     Streamed sets keep theirs.
 
     Returns:
-        The units that gave at least two rows, with those rows.
+        The strata that gave at least two rows, with those rows.
     """
     taken = []
-    total = sum(unit.size for unit in units if unit.rows is not None)
-    for unit in units:
-        share = min(unit.size // 10, unit.size - batch_size, -(-count * unit.size // max(total, 1)))
-        if unit.rows is None or share < 2:
+    total = sum(stratum.size for stratum in strata if stratum.rows is not None)
+    for stratum in strata:
+        share = min(stratum.size // 10, stratum.size - batch_size, -(-count * stratum.size // max(total, 1)))
+        if stratum.rows is None or share < 2:
             continue
-        order = np.random.default_rng([seed, _HELD_OUT, unit.number]).permutation(unit.rows)
-        taken.append((unit, order[:share]))
-        unit.rows, unit.size = np.sort(order[share:]), unit.size - share
+        order = np.random.default_rng([seed, _HELD_OUT, stratum.number]).permutation(stratum.rows)
+        taken.append((stratum, order[:share]))
+        stratum.rows, stratum.size = np.sort(order[share:]), stratum.size - share
     return taken
 
 
-def _check_size(units: list[Unit], batch_size: int) -> None:
-    item = units[0].item
-    small = [unit for unit in units if unit.size < batch_size]
+def _check_size(strata: list[Stratum], batch_size: int) -> None:
+    item = strata[0].item
+    small = [stratum for stratum in strata if stratum.size < batch_size]
     if item.task in ("reconstruct", "complete") or not item.in_batch_negatives or not small:
         return
     which = f"{item.source!r}"
     if small[0].cluster is not None:
-        which = f"{len(small)} of {len(units)} clusters of {which}, e.g. {small[0].cluster!r},"
+        which = f"{len(small)} of {len(strata)} clusters of {which}, e.g. {small[0].cluster!r},"
     have = f"{small[0].size} rows, fewer than the batch of {batch_size}"
     raise LusiferError(
         f"{which} has {have}: rows would be their own negatives; lower batch_size, join sets or clusters, "
@@ -185,14 +187,16 @@ def _check_size(units: list[Unit], batch_size: int) -> None:
     )
 
 
-def plan(units: Sequence[Unit], *, steps: int, seed: int) -> np.ndarray:
-    """The unit of every step: (steps,) int32.
+def plan(strata: Sequence[Stratum], *, steps: int, seed: int) -> np.ndarray:
+    """The stratum of every step: (steps,) int32.
 
-    Between the steps where sets come or go, a unit gets its share of the steps in proportion to weight * rows,
+    Between the steps where sets come or go, a stratum gets its share of the steps in proportion to weight * rows,
     rounded up or down (systematic sampling), in a shuffled order.
     """
-    bounds = np.array([[round(share * steps) for share in (unit.item.start, unit.item.end)] for unit in units])
-    shares = np.array([unit.item.weight * unit.size for unit in units])
+    bounds = np.array(
+        [[round(share * steps) for share in (stratum.item.start, stratum.item.end)] for stratum in strata]
+    )
+    shares = np.array([stratum.item.weight * stratum.size for stratum in strata])
     drawn = np.empty(steps, dtype=np.int32)
     edges = np.unique(np.clip([0, steps, *bounds.ravel()], 0, steps))
     for first, last in zip(edges[:-1], edges[1:], strict=True):
@@ -201,13 +205,13 @@ def plan(units: Sequence[Unit], *, steps: int, seed: int) -> np.ndarray:
         active = generator.permutation(active)
         ends = np.cumsum(shares[active])
         points = (np.arange(last - first) + generator.random()) * (ends[-1] / (last - first))
-        found = np.minimum(np.searchsorted(ends, points, side="right"), len(active) - 1)
-        drawn[first:last] = generator.permutation(active[found])
+        chosen = np.minimum(np.searchsorted(ends, points, side="right"), len(active) - 1)
+        drawn[first:last] = generator.permutation(active[chosen])
     return drawn
 
 
 def _occurrences(drawn: np.ndarray) -> np.ndarray:
-    """How many earlier steps drew the same unit: (steps,) int32."""
+    """How many earlier steps drew the same stratum: (steps,) int32."""
     order = np.argsort(drawn, kind="stable")
     counts = np.bincount(drawn)
     within = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,28 +1,24 @@
-"""Raw records of a data set, block by block with bounded memory, every record with its file and line."""
+"""The one reader of data: records of every format, block by block in bounded memory.
+
+Each record keeps its file and its line (or row), and the position behind it, from where reading can begin later.
+What is wrong with a single record is noted at the record; what makes a whole file unreadable is raised.
+"""
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from lusifer.errors import LusiferError
-from lusifer.recipes.schema import DataRecipe
-from lusifer.starter.text import resolve_data
+from lusifer.data.sources import InputFile, unit_of
+from lusifer.data.text_files import MAX_RECORD, Lines, not_utf8, records_of, refuse_repeated
+from lusifer.errors import LusiferError, first_line
+from lusifer.storage import open_file, storage_errors
 
-_BLOCK_ROWS = 4096
-_BLOCK_BYTES = _MAX_LINE = 1 << 26
-# What people do have lying around, and what we do not read.
-_OTHER = (".csv", ".tsv", ".txt", ".arrow", ".feather", ".xlsx", ".zip", ".gz", ".zst", ".bz2", ".xz", ".ndjson", ".pq")
-_READABLE = "name it .jsonl, .jsonl.gz or .parquet (one record per line or row)"
+BLOCK_ROWS = 4096
 
 
 @dataclass
@@ -32,198 +28,179 @@ class Block:
     Attributes:
         file: What to call the file.
         file_number: Its number among the files of the set.
-        numbers: Line (or row) of every record, from 1.
+        numbers: Line (or row, see `unit_of`) of every record, from 1, counted from where reading began.
         data: The records, as mappings or as a table.
+        header: All columns of the file, where it has the same for every record.
+        problems: What is wrong with a record, by its index; such a record is empty.
+        begin: Position of the first record: byte of the unpacked file, or row of a Parquet file.
+        ends: Position behind every record.
+        bytes_read: Bytes of the file read so far, as it is stored.
         names_of: Our column name -> theirs, where they differ.
     """
 
     file: str
     file_number: int
     numbers: Sequence[int]
-    data: list[dict[str, Any]] | pa.Table
-    names_of: Mapping[Any, str]
+    data: list[dict[str, Any]] | pa.RecordBatch | pa.Table
+    header: list[str] | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+    begin: int = 0
+    ends: Sequence[int] = ()
+    bytes_read: int = 0
+    names_of: Mapping[Any, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def where(self, index: int) -> str:
         """File and line (or row) of a record."""
-        return f"{self.file}, {unit(self.file)} {self.numbers[int(index)]}"
+        return f"{self.file}, {unit_of(self.file)} {self.numbers[int(index)]}"
 
     def names(self) -> list[str]:
-        """Columns of the file."""
-        if isinstance(self.data, list):
-            return sorted({name for record in self.data for name in record})
-        return self.data.column_names
+        """Columns of the file, or of the block's records."""
+        if self.header is not None:
+            return self.header
+        assert isinstance(self.data, list)
+        return list(dict.fromkeys(name for record in self.data for name in record))
 
     def has(self, name: str, index: int) -> bool:
         """Whether a record has our column ``name``, be it null."""
         theirs = self.names_of.get(name, name)
-        return theirs in (self.data[index] if isinstance(self.data, list) else self.data.column_names)
+        return theirs in (self.data[index] if isinstance(self.data, list) else self.data.schema.names)
 
     def column(self, name: str) -> list[Any] | pa.Array | None:
-        """Our column ``name``: Python values or one Arrow array; None where no record has it."""
+        """Our column ``name``, as Python values or one Arrow array; None where file or block have no such column."""
         theirs = self.names_of.get(name, name)
         if isinstance(self.data, list):
-            found = any(theirs in record for record in self.data)
-            return [record.get(theirs) for record in self.data] if found else None
-        return pa.concat_arrays(self.data[theirs].chunks) if theirs in self.data.column_names else None
+            known = theirs in self.header if self.header is not None else any(theirs in one for one in self.data)
+            return [record.get(theirs) for record in self.data] if known else None
+        if theirs not in self.data.schema.names:
+            return None
+        column = self.data[theirs]
+        return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
 
-
-@dataclass
-class Found:
-    """A set before it is read: ``files`` by name, and a ``key`` that changes when their content does."""
-
-    files: list[str]
-    key: list[Any]
-
-
-def unit(file: str) -> str:
-    """What a number within a file counts."""
-    return "line" if ".json" in file else "row"
-
-
-def local_files(source: str) -> list[Path] | None:
-    """The files behind a source, sorted by name, or None for a hub id or a folder of the hub's layout.
-
-    Raises:
-        LusiferError: If there is no such file, or its name tells no format that is read here.
-    """
-    path = Path(resolve_data(source)).expanduser()
-    if path.is_dir():
-        return None
-    stem = path.with_suffix("") if path.suffix == ".gz" else path
-    known = stem.suffix in (".jsonl", ".json") or path.suffix == ".parquet"
-    if any(sign in source for sign in "*?["):
-        paths = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not paths:
-            raise LusiferError(f"no such file: nothing matches {source!r}")
-        return [file for name in paths for file in local_files(str(name)) or []]
-    if not known and (path.is_file() or path.suffix.lower() in _OTHER):
-        raise LusiferError(f"unknown format: {source!r}; {_READABLE}")
-    if known or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        if not path.is_file():
-            raise LusiferError(f"no such file: {source!r} (relative paths start at {str(Path.cwd())!r})")
-        return [path]
-    return None
-
-
-def fingerprint(item: DataRecipe) -> Found:
-    """What a set consists of, without reading it.
-
-    Raises:
-        LusiferError: If there is no such file or hub data set.
-    """
-    paths = local_files(item.source)
-    if paths is None:
-        records = _hub(item, streaming=False)
-        return Found([item.source], [item.source, records._fingerprint, len(records)])
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
-    return Found([str(path) for path in paths], [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
-
-
-def read_blocks(item: DataRecipe) -> Iterator[Block]:
-    """The records of a set in their order.
-
-    Raises:
-        LusiferError: If a file is missing, broken, of another format or not valid UTF-8 or JSON.
-    """
-    paths = local_files(item.source)
-    if paths is None:
-        yield from _hub_blocks(item)
-        return
-    for number, path in enumerate(paths):
-        read = _parquet if path.suffix == ".parquet" else _jsonl
+    def values(self, name: str) -> list[Any]:
+        """Our column ``name`` as Python values; None where a record has none. Notes what is not valid UTF-8."""
+        column = self.column(name)
+        if column is None:
+            return [None] * len(self)
+        if isinstance(column, list):
+            return column
         try:
-            for numbers, data in read(path):
-                yield Block(str(path), number, numbers, data, item.columns)
-        except OSError as error:
-            raise LusiferError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            return [self._value(index, scalar) for index, scalar in enumerate(column)]
+
+    def _value(self, index: int, scalar: pa.Scalar) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            self.problems[index] = not_utf8(error)
+            return None
+
+    def refuse_problems(self) -> None:
+        """Raises what is wrong with the first broken record.
+
+        Raises:
+            LusiferError: If there is one.
+        """
+        if self.problems:
+            index = min(self.problems)
+            raise LusiferError(f"{self.where(index)}: {self.problems[index]}")
+
+    def refuse_without(self, names: Sequence[str], remedy: str) -> None:
+        """Refuses a file whose header lacks a column.
+
+        Args:
+            names: The columns needed.
+            remedy: What to do about it.
+
+        Raises:
+            LusiferError: If one is missing.
+        """
+        for name in names:
+            if self.header is not None and self.names_of.get(name, name) not in self.header:
+                raise LusiferError(f"{self.file!r} has no column {name!r}; it has {', '.join(self.header)} ({remedy})")
 
 
-def _parquet(path: Path) -> Iterator[tuple[range, pa.Table]]:
+def read_blocks(
+    files: Sequence[InputFile],
+    columns: Sequence[str] | None = None,
+    *,
+    text: str = "text",
+    start: tuple[int, int] = (0, 0),
+) -> Iterator[Block]:
+    """The records of files in their order, at most `BLOCK_ROWS` or about 64 MB at a time.
+
+    Args:
+        files: The files.
+        columns: The columns needed, which spares reading others of Parquet; all when None.
+        text: What to call the only column of a ``.txt`` file.
+        start: Number of the file to begin with, and a position in it: 0 or one of a block's ``ends``.
+
+    Raises:
+        LusiferError: If a file is missing, broken, not what its name says, or has a column twice.
+    """
+    for number in range(start[0], len(files)):
+        file, offset = files[number], start[1] if number == start[0] else 0
+        if file.format.kind == ".parquet":
+            yield from _parquet_blocks(file, number, offset, columns)
+        else:
+            yield from _text_blocks(file, number, offset, text)
+
+
+# -------------------------------------------------------------------------------------------------------- Parquet
+
+
+def _parquet_blocks(file: InputFile, number: int, offset: int, columns: Sequence[str] | None) -> Iterator[Block]:
     done = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BLOCK_ROWS):
-                if batch.num_rows:
-                    yield range(done + 1, done + batch.num_rows + 1), pa.Table.from_batches([batch])
-                done += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LusiferError(f"{path}: broken Parquet after row {done} ({reason}); fetch or write it again") from error
+        with storage_errors(file.url), open_file(file.url) as raw:
+            table = parquet.ParquetFile(raw)
+            header = table.schema_arrow.names
+            refuse_repeated(file.url, header)
+            wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]
+            total = max(table.metadata.num_rows, 1)
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if done + rows <= offset:
+                    done += rows
+                    continue
+                # Group by group: asked for several, Arrow fetches all of them ahead.
+                for batch in table.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted or None):
+                    skipped = max(0, min(batch.num_rows, offset - done))
+                    begin, done = done + skipped, done + batch.num_rows
+                    if begin < done:
+                        numbers = range(begin + 1, done + 1)
+                        read = file.size * done // total
+                        yield Block(
+                            *(file.url, number, numbers, batch.slice(skipped), header),
+                            begin=begin,
+                            ends=numbers,
+                            bytes_read=read,
+                        )
+    except pa.ArrowException as error:
+        problem = f"broken Parquet after row {done} ({first_line(error)})"
+        raise LusiferError(f"{file.url}: {problem}; fetch or write it again") from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    numbers: list[int] = []
-    records: list[dict[str, Any]] = []
-    size = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in _lines(path, file):
-            if not line.strip():
-                continue
-            numbers.append(number)
-            records.append(_record(f"{path}, line {number}", line, first=number == 1))
-            size += len(line)
-            if len(records) == _BLOCK_ROWS or size > _BLOCK_BYTES:
-                yield numbers, records
-                numbers, records, size = [], [], 0
-    if records:
-        yield numbers, records
+def _text_blocks(file: InputFile, number: int, offset: int, text: str) -> Iterator[Block]:
+    with storage_errors(file.url), open_file(file.url) as raw:
+        lines = Lines(file, raw)
+        header, records = records_of(lines, offset, text)
 
-
-def _lines(path: Path, file: Any) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while True:
-        try:
-            line = file.readline(_MAX_LINE)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise LusiferError(
-                f"{path}: broken gzip after line {number} ({error}); fetch or compress it again"
-            ) from error
-        if not line:
-            return
-        number += 1
-        if len(line) == _MAX_LINE and not line.endswith(b"\n"):
-            raise LusiferError(f"{path}, line {number}: longer than {_MAX_LINE >> 20} MB; write one record per line")
-        yield number, line
-
-
-def _record(where: str, line: bytes, *, first: bool) -> dict[str, Any]:
-    try:
-        # Windows editors open a file with a byte order mark.
-        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        problem = f"not valid UTF-8 ({error.reason} at byte {error.start + 1})"
-        raise LusiferError(f"{where}: {problem}; convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        hint = "write one JSON object per line" if line.lstrip()[:1] == b"[" else "mend or remove the line"
-        raise LusiferError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); {hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise LusiferError(f"{where}: not valid JSON ({error}); mend or remove the line") from error
-    if not isinstance(record, dict):
-        raise LusiferError(f'{where}: not a JSON object; write one record per line, such as {{"text": "..."}}')
-    return record
-
-
-def _hub(item: DataRecipe, *, streaming: bool) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return load_dataset(item.source, item.subset, split=item.split, revision=item.revision, streaming=streaming)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise LusiferError(f"cannot read the data set {item.source!r}: {reason}") from error
-
-
-def _hub_blocks(item: DataRecipe) -> Iterator[Block]:
-    records = _hub(item, streaming=item.streaming)
-    done = 0
-    try:
-        for data in records.with_format("arrow").iter(batch_size=_BLOCK_ROWS):
-            yield Block(item.source, 0, range(done + 1, done + len(data) + 1), data, item.columns)
-            done += len(data)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LusiferError(f"{item.source}: cannot read on after row {done} ({reason})") from error
+        begin, numbers, ends, problems = offset, list[int](), list[int](), dict[int, str]()
+        data: list[dict[str, Any]] = []
+        for line, end, record, problem in records:
+            if problem is not None:
+                problems[len(data)] = problem
+            numbers.append(line)
+            ends.append(end)
+            data.append(record)
+            if len(data) == BLOCK_ROWS or end - begin > MAX_RECORD:
+                read = lines.bytes_read(end)
+                yield Block(file.url, number, numbers, data, header, problems, begin, ends, read)
+                begin, numbers, ends, data, problems = end, [], [], [], {}
+        if data:
+            read = lines.bytes_read(ends[-1])
+            yield Block(file.url, number, numbers, data, header, problems, begin, ends, read)

@@ -1,4 +1,4 @@
-"""Training data: one record format, read from JSONL, Parquet or a hub data set, checked before any work starts.
+"""Training data: one record format, from files or a hub data set, checked before any work starts.
 
 A pair record has ``query``, ``positive`` (a text or a list) and, optionally, ``negative`` (none, a text or a list)
 and ``cluster``; a text record has ``text``; both may have an ``id``. A set is read once, in blocks, into an Arrow
@@ -8,8 +8,7 @@ file of the cache, which later runs and all ranks map into memory.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,22 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from lusifer.data.reading import Block, fingerprint, read_blocks, unit
-from lusifer.data.validation import MAX_CHARACTERS, canonical
-from lusifer.errors import LusiferError
+from lusifer.data.hub import hub_blocks, load_hub_set
+from lusifer.data.reading import Block, read_blocks
+from lusifer.data.sources import files_of_recipe, unit_of
+from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.datasets import fingerprint
+from lusifer.publishing import publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
 
 # Part of the cache's key: another layout or another check makes another file.
-_LAYOUT = 1
+_LAYOUT = 2
+_PAIR, _TEXT = ("query", "positive", "negative"), ("text",)
 _WHERE = {"subset", "split", "revision", "columns", "streaming", "cap"}
+
+_log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -48,6 +54,39 @@ def holds_texts(item: DataRecipe) -> bool:
     return item.task == "reconstruct"
 
 
+def _columns(item: DataRecipe) -> tuple[str, ...]:
+    return _TEXT if holds_texts(item) else _PAIR
+
+
+def look_up(item: DataRecipe) -> tuple[list[str], list[Any]]:
+    """What a set consists of, without reading it: names of its files, and a key that changes with their content.
+
+    Raises:
+        LusiferError: If there is no such file or hub data set.
+    """
+    files = files_of_recipe(item)
+    if files is None:
+        records = load_hub_set(item, streaming=False)
+        return [item.source], [item.source, fingerprint(records), len(records)]
+    return [file.url for file in files], [(file.url, file.size, file.version) for file in files]
+
+
+def _blocks(item: DataRecipe) -> Iterator[Block]:
+    files = files_of_recipe(item)
+    if files is None:
+        yield from hub_blocks(item)
+        return
+    names = [item.columns.get(name, name) for name in (*_TEXT, *_PAIR, "cluster", "id")]  # type: ignore[call-overload]
+    for block in read_blocks(files, names, text=names[0]):
+        block.names_of = item.columns
+        yield block
+
+
+def _batches(item: DataRecipe) -> Iterator[pa.RecordBatch]:
+    for block in _blocks(item):
+        yield canonical(block, texts=holds_texts(item))
+
+
 @dataclass
 class Records:
     """An opened, fully checked set, mapped from disk.
@@ -56,13 +95,15 @@ class Records:
         item: The set's recipe.
         path: The Arrow file.
         files: Names of the files it was made of.
-        chosen: Rows kept by the recipe's cap, or None for all.
+        chosen: Rows kept, or None for all.
+        left_out: Rows without the hard negatives that the recipe asks for.
     """
 
     item: DataRecipe
     path: Path
     files: list[str]
     chosen: np.ndarray | None = None
+    left_out: int = 0
     table: pa.Table = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +123,7 @@ class Records:
         return row if self.chosen is None else int(self.chosen[row])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        names = ("text",) if holds_texts(self.item) else ("query", "positive", "negative")
-        return {name: self.table[name][self._row(row)].as_py() for name in names}
+        return {name: self.table[name][self._row(row)].as_py() for name in _columns(self.item)}
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, of the rows kept."""
@@ -93,7 +133,7 @@ class Records:
         """File and line (or row) of a row, for messages."""
         row = self._row(row)
         file = self.files[self.table["file"][row].as_py()]
-        return f"{file}, {unit(file)} {self.table['number'][row].as_py()}"
+        return f"{file}, {unit_of(file)} {self.table['number'][row].as_py()}"
 
     def clusters(self) -> dict[str, np.ndarray] | None:
         """Rows (int64, increasing) of every cluster, or None for a set without clusters."""
@@ -113,69 +153,88 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
         item: The set; ``streaming`` is ignored.
         seed: Seed of the rows that ``cap`` keeps.
 
+    Rows without a hard negative are left out where the recipe asks for some, and counted.
+
     Raises:
-        LusiferError: If it cannot be read, a record is not usable or lacks the hard negatives asked for, an id
+        LusiferError: If it cannot be read, a record is not usable, no row has the hard negatives asked for, an id
             occurs twice, or a row is alone.
     """
-    key = [_LAYOUT, MAX_CHARACTERS, holds_texts(item), sorted(item.columns.items()), *(found := fingerprint(item)).key]
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-    path = cache_dir() / "data" / f"{name}.arrow"
+    files, version = look_up(item)
+    key = [_LAYOUT, MAX_CHARACTERS, holds_texts(item), sorted(item.columns.items()), *version]
+    path = cache_dir() / "data" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
+    if not path.is_file():  # Who may only read a cache can use what is there.
+        _fill_cache(item, path)
+    records = Records(item, path, files)
+    _check_set(records)
+    _choose_rows(records, seed)
+    return records
+
+
+def _fill_cache(item: DataRecipe, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.is_file():
                 _write(item, path)
     except OSError as error:
-        raise LusiferError(f"cannot write the data cache {str(path.parent)!r}: {error.strerror or error}") from error
-    records = Records(item, path, found.files)
-    if item.cap is not None and item.cap < len(records):
-        generator = np.random.default_rng([seed, *item.source.encode()])
-        records.chosen = np.sort(generator.choice(len(records), item.cap, replace=False))
-    _check_set(records)
-    return records
+        raise LusiferError(f"cannot write the data cache {str(path.parent)!r}: {first_line(error)}") from error
 
 
 def _write(item: DataRecipe, path: Path) -> None:
-    handle, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    try:
-        with (
-            open(handle, "wb") as file,
-            tqdm(desc=f"reading {item.source}", unit=" rows", disable=None, delay=2, leave=False) as bar,
-        ):
-            writer = None
-            for block in read_blocks(item):
-                batch = canonical(block, texts=holds_texts(item))
-                writer = writer or pa.ipc.new_file(file, batch.schema)
-                writer.write_batch(batch)
-                bar.update(batch.num_rows)
-            if writer is None:
-                raise LusiferError(f"the data set {item.source!r} is empty")
-            writer.close()
-        os.replace(staging, path)
-    finally:
-        Path(staging).unlink(missing_ok=True)
+    bar = tqdm(desc=f"reading {item.source}", unit=" rows", disable=None, delay=2, leave=False)
+    with publish_file(path) as staging, staging.open("wb") as file, bar:
+        writer = None
+        for batch in _batches(item):
+            writer = writer or pa.ipc.new_file(file, batch.schema)
+            writer.write_batch(batch)
+            bar.update(batch.num_rows)
+        if writer is None:
+            raise LusiferError(f"the data set {item.source!r} is empty")
+        writer.close()
 
 
 def _check_set(records: Records) -> None:
-    full = Records(records.item, records.path, records.files)
-    counts = records.table["id"].drop_null().value_counts()
+    ids = records.table["id"]
+    counts = ids.drop_null().value_counts()
     if len(counts) and (index := pc.greater(counts.field("counts"), 1).index(True).as_py()) >= 0:
         value = counts.field("values")[index]
-        first, second = np.flatnonzero(pc.fill_null(pc.equal(records.table["id"], value), False).to_numpy())[:2]
-        problem = f"the id {value.as_py()!r} is that of {full.where(int(first))} already"
-        raise LusiferError(f"{full.where(int(second))}: {problem}; give every record its own id, or remove one")
+        first, second = np.flatnonzero(pc.fill_null(pc.equal(ids, value), False).to_numpy())[:2]
+        raise repeated_id(value.as_py(), records.where(int(second)), records.where(int(first)))
     if not holds_texts(records.item):
         clusters = records.table["cluster"]
         if 0 < clusters.null_count < len(clusters):
-            row = full.where(clusters.is_null().index(True).as_py())
+            row = records.where(clusters.is_null().index(True).as_py())
             raise LusiferError(f"{row}: no 'cluster', but other records have one; give it one, or drop the column")
     if len(records) < 2:
         raise LusiferError(f"{records.where(0)}: the only record of its set; a set needs at least 2")
-    if records.item.hard_negatives and not holds_texts(records.item):
-        none = pc.equal(pc.list_value_length(records.column("negative")), 0)
-        if (index := none.index(True).as_py()) >= 0:
-            problem = f"no 'negative', but hard_negatives is {records.item.hard_negatives}"
-            raise LusiferError(f"{records.where(index)}: {problem}; mine some (lusifer data mine) or set it to 0")
+
+
+def _choose_rows(records: Records, seed: int) -> None:
+    """Leaves out rows that lack hard negatives, then what exceeds the cap."""
+    item = records.item
+    if item.hard_negatives and not holds_texts(item):
+        usable = np.flatnonzero(pc.list_value_length(records.table["negative"]).to_numpy())
+        records.left_out = len(records) - len(usable)
+        if len(usable) < 2:
+            problem = f"{len(usable)} rows have a 'negative', but hard_negatives is {item.hard_negatives}"
+            raise LusiferError(f"{item.source!r}: {problem}; mine some (lusifer data mine) or set it to 0")
+        if records.left_out:
+            records.chosen = usable
+            _log.warning("%s: %s", item.source, left_out(records.left_out, item.hard_negatives))
+    if item.cap is not None and item.cap < len(records):
+        generator = np.random.default_rng([seed, *item.source.encode()])
+        kept = np.sort(generator.choice(len(records), item.cap, replace=False))
+        records.chosen = kept if records.chosen is None else records.chosen[kept]
+
+
+def left_out(count: int, hard_negatives: int) -> str:
+    """One line on rows that are not trained on.
+
+    Args:
+        count: How many.
+        hard_negatives: What the recipe asks for.
+    """
+    return f"{count:,} rows have no 'negative' and are left out (hard_negatives is {hard_negatives})"
 
 
 def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
@@ -202,7 +261,8 @@ class StreamedRecords:
     """The first ``cap`` rows of a set, read in order with one block in memory; going back starts again.
 
     Raises:
-        LusiferError: From reading, if a record is not usable or the set holds fewer than ``cap`` rows.
+        LusiferError: From reading, if a record is not usable or the set holds fewer than ``cap`` rows (that have a
+            hard negative, where the recipe asks for some).
     """
 
     def __init__(self, item: DataRecipe) -> None:
@@ -212,7 +272,7 @@ class StreamedRecords:
         self._load(0)
 
     def _rewind(self) -> None:
-        self._blocks: Iterator[Block] = read_blocks(self.item)
+        self._batches = _batches(self.item)
         self._start = 0
         self._batch: pa.RecordBatch | None = None
 
@@ -235,19 +295,17 @@ class StreamedRecords:
             self._rewind()
         while self._batch is None or row >= self._start + self._batch.num_rows:
             self._start += 0 if self._batch is None else self._batch.num_rows
-            block = next(self._blocks, None)
-            if block is None:
+            batch = next(self._batches, None)
+            if batch is None:
                 have = f"holds only {self._start} rows, fewer than its cap of {self._cap}"
                 raise LusiferError(f"{self.item.source!r} {have}; lower the cap")
-            batch = self._batch = canonical(block, texts=holds_texts(self.item))
             if "cluster" in batch.schema.names and not batch["cluster"].null_count:
                 raise LusiferError(f"{self.item.source!r} has clusters, which need streaming: false")
+            if self.item.hard_negatives and not holds_texts(self.item):
+                batch = batch.filter(pc.greater(pc.list_value_length(batch["negative"]), 0))
+            self._batch = batch
         return self._batch
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         batch = self._load(row)
-        names = ("text",) if holds_texts(self.item) else ("query", "positive", "negative")
-        found = {name: batch[name][row - self._start].as_py() for name in names}
-        if self.item.hard_negatives and not found.get("negative", True):
-            raise LusiferError(f"{self.where(row)}: no 'negative', but hard_negatives is {self.item.hard_negatives}")
-        return found
+        return {name: batch[name][row - self._start].as_py() for name in _columns(self.item)}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lusifer.data.reading import fingerprint
+from lusifer.data.records import look_up
 from lusifer.errors import LusiferError
 from lusifer.interop.llm_embedder import LLMEmbedder, Note
 from lusifer.model.backbones import load_config
@@ -192,4 +192,4 @@ def check_data(source: str) -> None:
     Raises:
         LusiferError: If not.
     """
-    fingerprint(DataRecipe(source=source))
+    look_up(DataRecipe(source=source))

@@ -43,7 +43,8 @@ class DataRecipe(_Strict):
     """One data set of a mixture; `lusifer.data.mixture` says how sets are drawn.
 
     Attributes:
-        source: A file (.jsonl, .jsonl.gz, .json, .parquet or a glob of them), a starter name or a hub id.
+        source: A file, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also packed, or .parquet), a starter name or
+            a hub id.
         subset, split, revision: Which part of a hub data set.
         columns: Our column name -> theirs, e.g. ``{query: question}``.
         task: What stage 1 does with a record; stage 2 always contrasts.
@@ -52,7 +53,7 @@ class DataRecipe(_Strict):
         streaming: Read in order with bounded memory, instead of from a local table.
         instruction: Task instruction in front of every query; this and the next two are for stage 2.
         in_batch_negatives: Whether other rows' texts are negatives; off for classification-like sets.
-        hard_negatives: Negatives per row; a row with fewer repeats them.
+        hard_negatives: Negatives per row; a row with fewer repeats them, one without any is left out.
         reverse: Probability that the passage is the source and the query the target (completion).
         start, end: The set is drawn between these shares of the stage's steps.
     """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from lusifer.bulk.plan import make_plan
 from lusifer.data.prompts import Prompted
-from lusifer.data.rows import Columns, RowReader, find_files
+from lusifer.data.reading import Block
+from lusifer.data.rows import Columns, read_rows
+from lusifer.data.sources import find_files
+from lusifer.data.validation import repeated_id
 from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.search.filters import COLUMN_TYPES, Value
@@ -45,36 +47,65 @@ class Encoder(Protocol):
 
 
 def read_entries(
-    path: Path, *, text: str = "text", id: str | None = None, metadata: Sequence[str] = ()
+    source: str | Path,
+    *,
+    text: str = "text",
+    id: str | None = None,
+    metadata: Sequence[str] = (),
+    index: str | None = None,
 ) -> tuple[list[Entry], dict[str, str]]:
-    """Reads the texts of a file with their metadata.
+    """Reads texts with their metadata.
 
     A ``lang`` column gives the language; without one, or where it is empty, the script stands for it. Without an
     ``id`` column a text is named by a hash of itself, and repeated texts are kept once.
 
     Args:
-        path: ``.txt`` (one text per line), ``.jsonl`` or ``.parquet``.
+        source: A file, a folder or a glob; see `lusifer.data.sources.find_files`.
         text: Column of the text.
         id: Column of the id.
         metadata: Columns to keep: text, numbers or true/false.
+        index: Folder of the index, which is no input where it lies inside a folder of texts.
 
     Returns:
         The texts, and the types of the metadata columns as in `IndexInfo.columns`.
 
     Raises:
-        LusiferError: If the file cannot be read or a value is not as it should be; the message names the row.
+        LusiferError: If a file cannot be read or a value is not as it should be; the message names the row.
     """
-    texts = _texts(path, text)
-    wanted = [name for name in metadata if name not in ("lang", id, text)]
-    columns = _columns(path, [*wanted, "lang", *([id] if id else [])], needed=[*wanted, *([id] if id else [])])
-    types = {name: _column_type(path, name, columns[name]) for name in wanted}
-    names = _ids(path, id, columns[id]) if id else [_text_id(one) for one in texts]
-    tags = columns.get("lang") or [None] * len(texts)
-    found: dict[str, Entry] = {}
-    for row, (name, one, tag) in enumerate(zip(names, texts, tags, strict=True)):
-        values = {key: _as_type(columns[key][row], types[key]) for key in wanted}
-        found.setdefault(name, Entry(name, one, str(tag) if tag else script(one), values))
-    return list(found.values()), types
+    wanted = [name for name in dict.fromkeys(metadata) if name not in ("lang", id, text)]
+    texts: dict[str, tuple[str, str]] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    places: dict[str, str] = {}
+    missing = set(wanted)
+    known: list[str] = []
+    files = find_files(str(source), output=index)
+    for rows in read_rows(files, Columns(text, id), more=(*wanted, "lang")):
+        block = rows.block
+        block.refuse_problems()
+        known = list(dict.fromkeys([*known, *block.names()]))
+        missing -= set(block.names())
+        values = {name: _metadata(block, name) for name in wanted}
+        names = [_text_id(one) for one in rows.texts] if rows.ids is None else [str(one) for one in rows.ids]
+        for row, (name, one, tag) in enumerate(zip(names, rows.texts, block.values("lang"), strict=True)):
+            if name in texts and rows.ids is not None:
+                raise repeated_id(name, block.where(row), places[name])
+            if name not in texts:
+                texts[name] = (one, str(tag) if tag else script(one))
+                places[name] = block.where(row) if rows.ids is not None else ""
+                for column in wanted:
+                    columns[column].append(values[column][row])
+    if missing:
+        raise LusiferError(f"{str(source)!r} has no column {sorted(missing)[0]!r}; it has {', '.join(known)}")
+    if not texts:
+        raise LusiferError(f"{str(source)!r} holds no texts")
+    if all(file.format.kind in (".csv", ".tsv") for file in files):
+        columns = {name: _from_cells(cells) for name, cells in columns.items()}
+    types = {name: _column_type(columns[name]) for name in wanted}
+    entries = [
+        Entry(name, one, lang, {column: _as_type(columns[column][row], types[column]) for column in wanted})
+        for row, (name, (one, lang)) in enumerate(texts.items())
+    ]
+    return entries, types
 
 
 def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progress: bool = False) -> dict[str, int]:
@@ -148,62 +179,46 @@ def _complete(entry: Entry, store: Store) -> Entry:
     return Entry(entry.id, entry.text, entry.lang, values)
 
 
-def _texts(path: Path, column: str) -> list[str]:
-    """The texts of one file, every row checked."""
-    if path.suffix not in (".txt", ".jsonl", ".parquet") or path.is_dir():
-        raise LusiferError(f"cannot read {str(path)!r}: name it .txt, .jsonl, .parquet")
-    files, columns = find_files(str(path)), Columns(column)
-    plan = make_plan(files, columns, shard_rows=None)
-    return [text for _, text in RowReader(files, columns).read(plan.slices[0])]
-
-
-def _columns(path: Path, names: Sequence[str], *, needed: Sequence[str]) -> dict[str, list[Any]]:
-    """Values by column; the file has been read once, so its format is known to be right."""
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        have = parquet.read_schema(path).names
-        read = parquet.read_table(path, columns=[name for name in names if name in have])
-        found = {name: read[name].to_pylist() for name in read.column_names}
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        have = list(dict.fromkeys(key for row in rows for key in row))
-        found = {name: [row.get(name) for row in rows] for name in names if name in have}
-    else:
-        have, found = [], {}
-    if missing := [name for name in needed if name not in found]:
-        has = f"it has {', '.join(have)}" if have else "a .txt file has texts only"
-        raise LusiferError(f"{str(path)!r} has no column {missing[0]!r}; {has}")
-    return found
-
-
-def _column_type(path: Path, name: str, values: Sequence[Any]) -> str:
-    kinds = {type(value) for value in values if value is not None}
-    for row, value in enumerate(values, start=1):
-        if isinstance(value, list | dict | bytes):
-            raise LusiferError(f"{path}, row {row}: {name!r} must be text, a number or true/false to be metadata")
-    return next((kind for kind in ("bool", "int", "float") if kinds and kinds <= set(_HOLDS[kind])), "string")
-
-
+_INT64 = range(-(2**63), 2**63)
 # A column of true/false holds no numbers, though Python would let it; one of "int" no fractions.
 _HOLDS = {"bool": COLUMN_TYPES["bool"], "int": (int,), "float": COLUMN_TYPES["float"]}
+
+
+# What a cell of CSV looks like; 007 is a name, not a number.
+_CELLS: tuple[tuple[Callable[[str], Value], re.Pattern[str]], ...] = (
+    (int, re.compile(r"-?(0|[1-9]\d{0,17})")),
+    (float, re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")),
+    (lambda cell: cell.lower() == "true", re.compile(r"true|false", re.IGNORECASE)),
+)
+
+
+def _metadata(block: Block, name: str) -> list[Any]:
+    values = block.values(name)
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict | bytes):
+            problem = f"{name!r} must be text, a number or true/false to be metadata"
+            raise LusiferError(f"{block.where(row)}: {problem}")
+        if isinstance(value, int) and value not in _INT64:
+            raise LusiferError(f"{block.where(row)}: {name!r} is beyond 64 bits; write it as text")
+    return values
+
+
+def _from_cells(cells: list[str | None]) -> list[Value | None]:
+    for kind, pattern in _CELLS:
+        if all(cell is None or pattern.fullmatch(cell) for cell in cells):
+            return [None if cell is None else kind(cell) for cell in cells]
+    return list(cells)
+
+
+def _column_type(values: Sequence[Any]) -> str:
+    kinds = {type(value) for value in values if value is not None}
+    return next((kind for kind in ("bool", "int", "float") if kinds and kinds <= set(_HOLDS[kind])), "string")
 
 
 def _as_type(value: Any, kind: str) -> Value | None:
     if value is None:
         return None
     return {"string": str, "int": int, "float": float, "bool": bool}[kind](value)
-
-
-def _ids(path: Path, column: str, values: Sequence[Any]) -> list[str]:
-    seen: dict[str, int] = {}
-    for row, value in enumerate(values, start=1):
-        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            raise LusiferError(f"{path}, row {row}: the id in {column!r} must be a text or a whole number")
-        if str(value) in seen:
-            raise LusiferError(f"{path}, row {row}: the id {str(value)!r} stands in row {seen[str(value)]} already")
-        seen[str(value)] = row
-    return list(seen)
 
 
 def _text_id(text: str) -> str:
