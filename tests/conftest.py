@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Caches of this run alone, before any library reads where they are: what lies in somebody's home neither helps a test
+# nor is touched by it. Processes that a run starts inherit them.
+CACHES = {
+    "XDG_CACHE_HOME": "",
+    "HF_HOME": "huggingface",
+    "HF_HUB_CACHE": "huggingface/hub",
+    "HF_DATASETS_CACHE": "huggingface/datasets",
+    "MTEB_CACHE": "mteb",
+    "LUSIFER_CACHE": "lusifer",
+}
+if "LUSIFER_TEST_CACHES" not in os.environ:
+    os.environ["LUSIFER_TEST_CACHES"] = tempfile.mkdtemp(prefix="lusifer-tests-")
+    atexit.register(shutil.rmtree, os.environ["LUSIFER_TEST_CACHES"], ignore_errors=True)
+os.environ.update({name: os.path.join(os.environ["LUSIFER_TEST_CACHES"], part) for name, part in CACHES.items()})
 
 import pytest
 import torch

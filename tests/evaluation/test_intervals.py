@@ -9,15 +9,15 @@ mteb = pytest.importorskip("mteb")
 
 from lusifer.evaluation.intervals import ROUNDS, Recorder, standard_error  # noqa: E402
 from lusifer.evaluation.tasks import choose, mteb_task  # noqa: E402
-from support.mteb_folder import Bag, data  # noqa: E402, F401
+from support.mteb_folder import Bag  # noqa: E402
 
 TASKS = ["KLUE-STS", "FarsTail", "SIB200Classification", "Tatoeba", "XQuADRetrieval"]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_type_of_task_has_a_standard_error_of_its_main_score(data, tmp_path, name):  # noqa: F811
-    (task,), _ = choose(None, data, names=[name])
-    made = mteb_task(task, data)
+def test_every_type_of_task_has_a_standard_error_of_its_main_score(tasks_folder, tmp_path, name):
+    (task,), _ = choose(None, tasks_folder, names=[name])
+    made = mteb_task(task, tasks_folder)
     recorder = Recorder(made)
     result = mteb.evaluate(
         Bag(), made, cache=None, co2_tracker=False, show_progress_bar=False, prediction_folder=tmp_path / "none"
