@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,27 +72,20 @@ def evaluate(
         return
     try:
         from lusifer.evaluation.instructions import load_prompts
-        from lusifer.evaluation.run import main_scores, run
+        from lusifer.evaluation.results import main_scores
+        from lusifer.evaluation.run import run
         from lusifer.evaluation.tasks import choose
     except ModuleNotFoundError as error:
         raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
 
-    told = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
+    instructions = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
     names = _listed(tasks)
     chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names)
     where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
-    unwell = _share(device.split(",")) if device is not None and "," in device else 0
     records = run(
-        model,
-        chosen,
-        where,
-        data=data,
-        prompts=told,
-        absent=lost,
-        device=None if device is not None and "," in device else device,
-        batch_size=batch_size,
+        model, chosen, where, data=data, prompts=instructions, absent=lost, device=device, batch_size=batch_size,
         progress=not quiet,
-    )
+    )  # fmt: skip
     scores = main_scores(records)
     failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
     unscored = [t.name for t in chosen if t.name not in failed and not set(t.subsets) <= set(scores.get(t.name, {}))]
@@ -103,48 +94,23 @@ def evaluate(
     pairs = suite.pair_means(scores, asked)
     missing = [task.name for task in lost]
     if as_json:
-        shown = {"means": {key: mean.score for key, mean in means.items()}}
-        shown["pair means"] = {key: mean.score for key, mean in pairs.items()}
-        emit(
-            {"out": str(where), "scores": scores, **shown, "failed": failed, "absent": unscored, "not in data": missing}
-        )
+        facts = {"out": str(where), "scores": scores, "failed": failed, "absent": unscored, "not in data": missing}
+        facts["means"] = {key: mean.score for key, mean in means.items()}
+        emit({**facts, "pair means": {key: mean.score for key, mean in pairs.items()}})
     else:
         _show(scores, asked, means, where)
         for name, mean in pairs.items():
-            told_mean = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
-            typer.echo(f"{name}: {told_mean}{mean.scored} of {mean.of} pairs")
+            score = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
+            typer.echo(f"{name}: {score}{mean.scored} of {mean.of} pairs")
         if missing:
-            typer.echo(
-                f"not in {data}, or not all of it: {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", err=True
-            )
+            more = " ..." if len(missing) > 8 else ""
+            typer.echo(f"not in {data}, or not all of it: {', '.join(missing[:8])}{more}", err=True)
         for name in unscored:
             typer.echo(f"{name}: not scored yet; another process is at it", err=True)
     for name, reason in failed.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
-    if failed or unscored or unwell or (names and missing):
+    if failed or unscored or (names and missing):
         raise SystemExit(1)
-
-
-def _share(devices: list[str]) -> int:
-    """Runs this very command once per device; they take tasks from one list. How many of them broke down."""
-    begin = next(i for i, word in enumerate(sys.argv) if word == "evaluate")
-    words, skip = [], False
-    for word in sys.argv[begin:]:
-        if not skip and not word.startswith("--device"):
-            words.append(word)
-        skip = word == "--device"
-    commands = [[sys.executable, "-m", "lusifer", *words, "--device", device.strip()] for device in devices]
-    # One bar is enough, and the parent tells the results.
-    running = [
-        subprocess.Popen([*command, "-q"] if number else command, stdout=subprocess.DEVNULL)
-        for number, command in enumerate(commands)
-    ]
-    try:
-        # 1 tells of tasks that failed or that another one is at, which the results tell as well.
-        return sum(process.wait() not in (0, 1) for process in running)
-    finally:
-        for process in running:
-            process.terminate()
 
 
 def _listed(text: str | None) -> list[str] | None:

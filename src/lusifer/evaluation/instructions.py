@@ -1,4 +1,4 @@
-"""instructions."""
+"""Instructions in front of texts, by task or type of task."""
 
 from __future__ import annotations
 
