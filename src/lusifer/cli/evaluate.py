@@ -212,8 +212,7 @@ def report(
 
     Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
     """
-    from lusifer.evaluation.report.html import write
-    from lusifer.evaluation.report.results import read
+    from lusifer.evaluation.report import read, write
 
     paths = write(read(results), out, baseline, published=published)
     emit({"files": [str(path) for path in paths]}) if as_json else typer.echo("\n".join(str(path) for path in paths))
