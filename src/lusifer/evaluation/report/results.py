@@ -57,19 +57,19 @@ class System:
     Attributes:
         name: Its folder's name, made unique.
         model_hash: Hash of the model; empty where it was not recorded.
-        scores: What is scored.
+        rows: What is scored.
         bias: Language to what `lusifer.evaluation.everyday.language_bias` says.
         tokens: Tokenizer to language to mean tokens of a sentence.
         plan: Task to ``splits`` and ``subsets`` that were asked for; empty where that was not recorded.
         settings: What was recorded of how the model ran, to all values of it.
         revisions: Task to the revision of its data.
-        failed: Task to what went wrong; subsets that were scored before are in ``scores``.
+        failed: Task to what went wrong; subsets that were scored before are in ``rows``.
         problems: What could not be read.
     """
 
     name: str
     model_hash: str = ""
-    scores: list[Score] = field(default_factory=list)
+    rows: list[Score] = field(default_factory=list)
     bias: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     plan: dict[str, dict[str, list[str]]] = field(default_factory=dict)
@@ -80,19 +80,27 @@ class System:
 
     def cells(self) -> Shared:
         """Task and subset of every score."""
-        return {(score.task, score.subset) for score in self.scores}
+        return {(row.task, row.subset) for row in self.rows}
 
-    def tasks(self) -> dict[str, set[str]]:
-        """Task to its subsets that are scored."""
-        tasks: dict[str, set[str]] = {}
-        for score in self.scores:
-            tasks.setdefault(score.task, set()).add(score.subset)
-        return tasks
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Task to subset to main score, between -1 and 1."""
+        return _by_task(self.rows, lambda row: row.value)
+
+    @property
+    def languages(self) -> dict[str, dict[str, list[str]]]:
+        """Task to subset to its languages."""
+        return _by_task(self.rows, lambda row: list(row.languages))
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Task to its type."""
+        return {row.task: row.kind for row in self.rows}
 
     def _by_language(self, shared: Shared, kind: str | None = None) -> dict[str, dict[str, list[Score]]]:
         """Language to task to scores in that language alone, languages with the most resources first."""
         languages: dict[str, dict[str, list[Score]]] = {}
-        for score in self.scores:
+        for score in self.rows:
             if len(score.languages) == 1 and (score.task, score.subset) in shared and kind in (None, score.kind):
                 languages.setdefault(score.languages[0], {}).setdefault(score.task, []).append(score)
         return {code: languages[code] for code in sorted(languages, key=lambda code: (-RESOURCES.get(code, 0), code))}
@@ -132,7 +140,7 @@ class System:
         return _means(self._pairs(shared), lambda score: score.task)
 
     def _pairs(self, shared: Shared) -> list[Score]:
-        return [score for score in self.scores if len(score.languages) == 2 and (score.task, score.subset) in shared]
+        return [score for score in self.rows if len(score.languages) == 2 and (score.task, score.subset) in shared]
 
 
 def _means(scores: Sequence[Score], key: Callable[[Score], Any]) -> dict[Any, float]:
@@ -140,6 +148,13 @@ def _means(scores: Sequence[Score], key: Callable[[Score], Any]) -> dict[Any, fl
     for score in scores:
         groups.setdefault(key(score), []).append(score.value)
     return {name: 100 * fmean(groups[name]) for name in sorted(groups)}
+
+
+def _by_task(rows: Sequence[Score], value: Callable[[Score], Any]) -> dict[str, dict[str, Any]]:
+    tasks: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, {})[row.subset] = value(row)
+    return tasks
 
 
 def read(folders: Sequence[Path]) -> list[System]:
@@ -166,7 +181,7 @@ def read(folders: Sequence[Path]) -> list[System]:
         others = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         for path in [*run, *(path for path in others if path.name not in ("run.json", "model_meta.json"))]:
             _read_file(system, path)
-        if not system.scores:
+        if not system.rows:
             system.problems.append("no finished task in this folder")
         systems.append(system)
     return systems
@@ -222,10 +237,10 @@ def _read_record(system: System, record: dict[str, Any]) -> None:
     errors: dict[str, float] = {}
     if len(rows) == len(planned) and kind not in FIXED:
         errors = _over_splits(rows, lambda row: math.hypot(*row) / len(row))
-    system.scores = [score for score in system.scores if score.task != task]
+    system.rows = [row for row in system.rows if row.task != task]
     for subset, value in values.items():
         if subset in languages:
-            system.scores.append(Score(task, subset, kind, languages[subset], value, errors.get(subset)))
+            system.rows.append(Score(task, subset, kind, languages[subset], value, errors.get(subset)))
     if values:
         _read_settings(system, task, record)
 

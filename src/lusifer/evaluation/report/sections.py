@@ -104,7 +104,7 @@ def sections(systems: Sequence[System], baseline: str | None = None, *, publishe
 
 def shared_cells(systems: Sequence[System]) -> Shared:
     """What every system that has scores has scored: only that is compared."""
-    cells = [system.cells() for system in systems if system.scores]
+    cells = [system.cells() for system in systems if system.rows]
     return set.intersection(*cells) if cells else set()
 
 
@@ -160,7 +160,7 @@ def _summary(systems: Sequence[System], columns: Columns, shared: Shared) -> Sec
         [
             system.name,
             *[_text(_mean(found[system.name].values())) or "-" for found in shown.values()],
-            *[str(len(part)) for part in (columns[system.name], system.tasks(), system.failed)],
+            *[str(len(part)) for part in (columns[system.name], system.scores, system.failed)],
             system.model_hash,
         ]
         for system in systems
@@ -198,7 +198,7 @@ def _across(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
 
 def _details(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
     for system in systems:
-        kinds = {kind: system.by_language(shared, kind) for kind in sorted({score.kind for score in system.scores})}
+        kinds = {kind: system.by_language(shared, kind) for kind in sorted(set(system.types.values()))}
         kinds = {kind: column for kind, column in kinds.items() if column}
         if kinds:
             codes = list(system.by_language(shared))
@@ -270,32 +270,32 @@ def troubles(systems: Sequence[System]) -> list[str]:
     every = {cell for system in systems for cell in system.cells()}
     lines = []
     for system in systems:
-        tasks = system.tasks()
+        tasks = system.scores
         for task, error in system.failed.items():
             some = f"; the {len(tasks[task])} scores it had before count" if task in tasks else ""
             lines.append(f"{system.name}: {task} failed: {error}{some}")
         lines += [f"{system.name}: {problem}" for problem in system.problems]
         lines += _unscored(system)
-        if system.scores:  # A system without any takes nothing away from the others.
+        if system.rows:  # A system without any takes nothing away from the others.
             lines += _left_out(system, every - system.cells())
-    if len([system for system in systems if system.scores]) > 1 and not shared_cells(systems):
+    if len([system for system in systems if system.rows]) > 1 and not shared_cells(systems):
         lines.append("no score is there in all systems: nothing can be compared")
-    return lines + _differences([system for system in systems if system.scores])
+    return lines + _differences([system for system in systems if system.rows])
 
 
 def _unscored(system: System) -> list[str]:
     """What was asked for and is not there, and not among what failed."""
-    tasks = system.tasks()
+    tasks = system.scores
     absent = [task for task in sorted(system.plan) if task not in tasks and task not in system.failed]
     lines = [f"{system.name}: asked for, not scored: {few(absent)}"] if absent else []
     for task, asked in system.plan.items():
-        if task in tasks and (lacking := sorted(set(asked["subsets"]) - tasks[task])):
+        if task in tasks and (lacking := sorted(set(asked["subsets"]) - set(tasks[task]))):
             lines.append(f"{system.name}: {task}: asked for, not scored: {few(lacking)}")
     return lines
 
 
 def _left_out(system: System, lost: Shared) -> list[str]:
-    lines, tasks = [], system.tasks()
+    lines, tasks = [], system.scores
     if absent := sorted({task for task, _ in lost} - set(tasks)):
         lines.append(f"{system.name}: has no score of tasks that another system has; left out for all: {few(absent)}")
     for task in sorted({task for task, _ in lost} - set(absent)):
