@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -12,18 +11,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Caches of this run alone, before any library reads where they are: what lies in somebody's home neither helps a test
 # nor is touched by it. Processes that a run starts inherit them.
-CACHES = {
-    "XDG_CACHE_HOME": "",
-    "HF_HOME": "huggingface",
-    "HF_HUB_CACHE": "huggingface/hub",
-    "HF_DATASETS_CACHE": "huggingface/datasets",
-    "MTEB_CACHE": "mteb",
-    "LUSIFER_CACHE": "lusifer",
-}
-if "LUSIFER_TEST_CACHES" not in os.environ:
-    os.environ["LUSIFER_TEST_CACHES"] = tempfile.mkdtemp(prefix="lusifer-tests-")
-    atexit.register(shutil.rmtree, os.environ["LUSIFER_TEST_CACHES"], ignore_errors=True)
-os.environ.update({name: os.path.join(os.environ["LUSIFER_TEST_CACHES"], part) for name, part in CACHES.items()})
+os.environ.update({"LUSIFER_TEST_CACHES": os.environ.get("LUSIFER_TEST_CACHES") or tempfile.mkdtemp(prefix="lusifer-")})
+os.environ.update(
+    {
+        name: os.path.join(os.environ["LUSIFER_TEST_CACHES"], part)
+        for name, part in {
+            "XDG_CACHE_HOME": "",
+            "HF_HOME": "huggingface",
+            "HF_HUB_CACHE": "huggingface/hub",
+            "HF_DATASETS_CACHE": "huggingface/datasets",
+            "MTEB_CACHE": "mteb",
+            "LUSIFER_CACHE": "lusifer",
+        }.items()
+    }
+)
 
 import pytest
 import torch
@@ -93,6 +94,11 @@ def tiny_st(tiny_model, tiny_encoder):
 
 # Files that take longest, so that a process of several does not end with one of them alone.
 LONGEST = ("distributed", "bulk_remote", "bulk_resume", "evaluation", "trainer", "hub", "fuzz_loading", "serving")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["LUSIFER_TEST_CACHES"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

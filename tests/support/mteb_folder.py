@@ -40,7 +40,7 @@ def write_tasks(folder):
     text = lambda i: f"{WORDS[i % 8]} {WORDS[i // 8 % 8]} {i}"  # noqa: E731
     # Pairs are the same text, or one or two steps apart; raters agree with that, more or less.
     real = 4 - 1.5 * (np.arange(48) % 3) + np.random.default_rng(0).random(48)
-    # As in KLUE-STS: the mean of the ratings, the same rounded to a tenth (which mteb reads), and whether it is 3 or more.
+    # As in KLUE-STS: mean of the ratings, the same to a tenth (which mteb reads), and whether it is at least 3.
     label = [{"label": round(float(x), 1), "real-label": float(x), "binary-label": int(x >= 3)} for x in real]
     pair = [{"sentence1": text(i), "sentence2": text(i + i % 3)} for i in range(48)]
     save(

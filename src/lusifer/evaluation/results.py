@@ -1,8 +1,9 @@
 """The folder of results of one model, which mteb's own tools read too.
 
-``OUT/results/MODEL/HASH/TASK.json`` is mteb's result of a task, where `mteb.ResultCache` looks for it, with keys of ours
-that mteb passes over: standard errors, what stood in front of the texts, and what the model ran with.
-``OUT/failures/TASK.json`` says why a task failed, ``OUT/run.json`` which model the folder is about and what was asked for.
+* ``OUT/results/MODEL/HASH/TASK.json`` is mteb's result of a task, where `mteb.ResultCache` looks for it, with keys of
+  ours that mteb passes over: standard errors, what stood in front of the texts, and what the model ran with.
+* ``OUT/failures/TASK.json`` says why a task failed.
+* ``OUT/run.json`` says which model the folder is about, and what was asked for.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Results(ResultCache):
 
 
 def describe_model(model: str, revision: str) -> Any:
-    """mteb's description of a model of ours.
+    """The description of a model by which mteb names results.
 
     Args:
         model: What was asked for: a path, a hub id, ``encoder:NAME``, ...
@@ -181,7 +182,9 @@ def check_claim(out: Path, asked: Mapping[str, str]) -> None:
         LusiferError: If it does.
     """
     known = read_object(out / "run.json")
-    for key in () if known is None else ("model_hash", "prompts"):
+    if known is None:
+        return
+    for key in ("model_hash", "prompts"):
         if known.get(key) != asked[key]:
             raise LusiferError(
                 f"{out} holds results of another run ({key} is {known.get(key)!r} there and {asked[key]!r} now); "

@@ -1,4 +1,4 @@
-"""mteb's task objects for the benchmarks of `lusifer.evaluation.benchmarks`, from a hub or from a folder without a network.
+"""mteb's task objects for the benchmarks of `lusifer.evaluation.benchmarks`, from a hub or from a local folder.
 
 Importing this module imports mteb (seconds) and makes the benchmarks known to ``mteb.get_benchmark``.
 """

@@ -224,8 +224,8 @@ def _bias(systems: Sequence[System]) -> Iterator[Section]:
         for system in known
     }
     note = (
-        "Everyday sentences of all languages in one corpus. Bars, same language: share of same-language sentences among "
-        "the ten nearest, per cent. 0 is best: every sentence has its translations to find. How often a sentence finds "
+        "Everyday sentences of all languages in one corpus. Bars, same language: share of same-language sentences "
+        "among the ten nearest, per cent. 0 is best: every sentence has its translations to find. How often a sentence finds "
         "its translation, per cent: alone, among English sentences only; mixed, as the nearest of all sentences in all "
         "languages."
     )
