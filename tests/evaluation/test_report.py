@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from lusifer import LusiferError
-from lusifer.evaluation.report import markdown, page, read, write
+from lusifer.evaluation.report import read, render, write
+
+
+def page(systems, baseline=None, **options):
+    return render(systems, "html", baseline, **options)
+
+
+def markdown(systems, baseline=None, **options):
+    return render(systems, "md", baseline, **options)
 
 
 def record(task, kind, scores, languages, **changed):
@@ -243,9 +251,8 @@ def test_the_command_writes_both_files_and_reading_needs_no_torch(folders, tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["files"] == [str(tmp_path / "out" / name) for name in ("report.html", "report.md")]
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
-    code = (
-        "import sys; sys.argv[0] = 'bin/lusifer'\nfrom lusifer import cli\nfrom lusifer.evaluation.report import page\n"
-    )
-    code += "page([])\nprint([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
+    code = "import sys; sys.argv[0] = 'bin/lusifer'\nfrom lusifer import cli\n"
+    code += "from lusifer.evaluation.report import render\n"
+    code += "render([], 'html')\nprint([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mteb
 from mteb.abstasks import AbsTask
-from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation import benchmarks as suite
@@ -60,7 +59,7 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
         prepared.metadata = prepared.metadata.model_copy(update={"dataset": pinned})
         return prepared
     entry = _entry(data, task.name)
-    prepared = _own_task(entry) if entry.get("custom") else mteb.get_task(task.name)
+    prepared = mteb.get_task(task.name)
     local = {"path": str((data / entry["dir"]).resolve()), "revision": data_revision(task, data)}
     changes: dict[str, Any] = {"dataset": {**prepared.metadata.dataset, **local}}
     if entry.get("more_subsets"):
@@ -69,14 +68,6 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
     prepared.metadata = prepared.metadata.model_copy(update=changes)
     restrict(prepared, splits=task.splits, subsets=list(task.subsets))
     return prepared
-
-
-def _own_task(entry: dict[str, Any]) -> AbsTask:
-    # A retrieval task mteb has no class for; metadata needs a full record to start from.
-    given = {key: entry[key] for key in ("name", "eval_langs", "eval_splits")}
-    metadata = mteb.get_task("SQuADKorV1Retrieval").metadata.model_copy(update={**given, "bibtex_citation": ""})
-    task: AbsTask = type(entry["name"], (AbsTaskRetrieval,), {"metadata": metadata})()
-    return task
 
 
 def data_revision(task: Task, data: Path | None) -> str:
@@ -140,27 +131,23 @@ def tasks_in(data: Path) -> list[Task]:
         LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
     """
     groups = {task.name: task.group for task in suite.tasks(suite.MAIN)}
-    found = []
+    tasks = []
     for entry in _entries(data):
         name = entry["name"]
         try:
-            made = None if entry.get("custom") else mteb.get_task(name).metadata
+            metadata = mteb.get_task(name).metadata
         except KeyError:
             raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} knows no task {name!r}") from None
-        kind: str = entry["custom"] if made is None else made.type
-        sides: Any = {} if made is None else made.eval_langs
-        subsets = {
-            key: _both(told, sides.get(key) if isinstance(sides, dict) else None)
-            for key, told in entry["subsets"].items()
-        }
-        group: str = groups.get(name, kind)
-        found.append(Task(name, name, group, kind, "local", tuple(entry["eval_splits"]), subsets))
-    return found
+        sides: Any = metadata.eval_langs if isinstance(metadata.eval_langs, dict) else {}
+        subsets = {key: _both(codes, sides.get(key)) for key, codes in entry["subsets"].items()}
+        splits, kind = tuple(entry["eval_splits"]), str(metadata.type)
+        tasks.append(Task(name, name, groups.get(name, kind), kind, "local", splits, subsets))
+    return tasks
 
 
-def _both(told: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
+def _both(listed: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
     """Languages of a subset: a pair of two may not count as one of them (``es`` of Tatoeba's ``spa-eng``)."""
-    codes = (told,) if isinstance(told, str) else tuple(told)
+    codes = (listed,) if isinstance(listed, str) else tuple(listed)
     names = [side.split("-")[0] for side in sides or []]
     if len(codes) > 1 or len(set(names)) < 2:
         return codes
@@ -213,13 +200,8 @@ def choose(
         # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
         chosen = [_within(task, held[task.name]) for task in wanted if task.name in held]
         got = {task.name: task.subsets for task in chosen}
-        lost = [
-            replace(
-                task, subsets={key: codes for key, codes in task.subsets.items() if key not in got.get(task.name, {})}
-            )
-            for task in wanted
-        ]
-        chosen, absent = [task for task in chosen if task.subsets], [task for task in lost if task.subsets]
+        absent = [_without(task, got.get(task.name, {})) for task in wanted]
+        chosen, absent = ([task for task in part if task.subsets] for part in (chosen, absent))
     if not chosen:
         raise LusiferError("no task is left; ask for fewer restrictions")
     return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), absent
@@ -228,6 +210,10 @@ def choose(
 def _within(task: Task, held: Task) -> Task:
     subsets = {key: value for key, value in task.subsets.items() if key in held.subsets}
     return replace(task, subsets=subsets, splits=held.splits, revision=held.revision)
+
+
+def _without(task: Task, subsets: Container[str]) -> Task:
+    return replace(task, subsets={key: codes for key, codes in task.subsets.items() if key not in subsets})
 
 
 def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
@@ -247,9 +233,9 @@ def cost(task: Task) -> int:
         return 10_000
     total = 0
     for split in task.splits:
-        found = statistics.get(split, {})
-        by_subset = found.get("hf_subset_descriptive_stats") or {}
-        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [found]
+        whole = statistics.get(split, {})
+        by_subset = whole.get("hf_subset_descriptive_stats") or {}
+        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [whole]
         total += sum(int(part.get("num_samples") or 0) for part in parts)
     return total or 10_000
 

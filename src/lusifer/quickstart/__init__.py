@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["quickstart", "write_report"]
+__all__ = ["quickstart"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name at its first use, so that the report alone needs no torch."""
-    if name == "quickstart":
-        from lusifer.quickstart.run import quickstart
+    """Loads `quickstart` at its first use, so that the report alone needs no torch."""
+    if name != "quickstart":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lusifer.quickstart.run import quickstart
 
-        return quickstart
-    if name == "write_report":
-        from lusifer.quickstart.report import write_report
-
-        return write_report
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quickstart

@@ -5,7 +5,7 @@ puts them into two templates of ``lusifer/resources``: a page that loads nothing
 nor mteb.
 """
 
-from lusifer.evaluation.report.render import markdown, page, write
+from lusifer.evaluation.report.render import render, write
 from lusifer.evaluation.report.results import read
 
-__all__ = ["markdown", "page", "read", "write"]
+__all__ = ["read", "render", "write"]

@@ -13,27 +13,19 @@ from lusifer.evaluation.report.results import System
 from lusifer.evaluation.report.sections import sections
 from lusifer.publishing import publish_file
 
-
-def page(systems: Sequence[System], baseline: str | None = None, *, published: bool = False) -> str:
-    """The report as HTML.
-
-    Args:
-        systems: What `lusifer.evaluation.report.results.read` gave.
-        baseline: Name of the system to compare with.
-        published: Whether to add the paper's tables.
-    """
-    return _template("report.html.j2").render(sections=sections(systems, baseline, published=published))
+FORMS = ("html", "md")
 
 
-def markdown(systems: Sequence[System], baseline: str | None = None, *, published: bool = False) -> str:
-    """The report as Markdown: the tables of the page, without its bars.
+def render(systems: Sequence[System], form: str, baseline: str | None = None, *, published: bool = False) -> str:
+    """The report as text; Markdown has the tables of the page, without its bars.
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
+        form: One of `FORMS`.
         baseline: Name of the system to compare with.
         published: Whether to add the paper's tables.
     """
-    return _template("report.md.j2").render(sections=sections(systems, baseline, published=published))
+    return _template(f"report.{form}.j2").render(sections=sections(systems, baseline, published=published))
 
 
 def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, published: bool = False) -> list[Path]:
@@ -52,15 +44,15 @@ def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, 
     if baseline is not None and baseline not in names:
         raise LusiferError(f"no system {baseline!r} to compare with; there are {', '.join(names)}")
     paths = []
-    for name, render in (("report.html", page), ("report.md", markdown)):
-        text = render(systems, baseline, published=published)
+    for form in FORMS:
+        text, path = render(systems, form, baseline, published=published), out / f"report.{form}"
         try:
             out.mkdir(parents=True, exist_ok=True)
-            with publish_file(out / name) as staging:
+            with publish_file(path) as staging:
                 staging.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise LusiferError(f"cannot write {str(out / name)!r}: {first_line(error)}") from error
-        paths.append(out / name)
+            raise LusiferError(f"cannot write {str(path)!r}: {first_line(error)}") from error
+        paths.append(path)
     return paths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import NamedTuple
 
 from lusifer.evaluation import benchmarks as suite
 from lusifer.evaluation.report.results import BIAS, RESOURCES, Shared, System, few
@@ -18,14 +19,7 @@ Columns = Mapping[str, Mapping[str, float]]  # Column to row to number.
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        header: Titles of the columns.
-        rows: Cells of each row.
-        means: Cells of a last row that is set apart.
-        heat: Whether cells are per cent to shade.
-    """
+    """A table of text; ``means`` is a last row set apart, ``heat`` says that the cells are per cent to shade."""
 
     header: list[str]
     rows: list[list[str]]
@@ -33,16 +27,8 @@ class Table:
     heat: bool = False
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar of the page.
-
-    Attributes:
-        column: Number of its column.
-        share: Its length in per cent of the line.
-        half: Half of its interval in per cent of the line; None without an interval.
-        text: What stands beside it.
-    """
+class Bar(NamedTuple):
+    """A bar: number of its column, length and half of its interval in per cent of the line, text beside it."""
 
     column: int
     share: float
@@ -52,16 +38,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A part of the report: what to know before the figures, and these.
 
-    Attributes:
-        title: Its heading; empty for none.
-        note: What to know before the figures.
-        tables: Tables, shown everywhere.
-        bars: Row title to bars, which the page shows.
-        columns: Names of the bars' columns.
-        lines: A list.
-        wordy: Whether the tables hold what the bars show, so that the page leaves them out.
+    Bars, by the title of their row, are for the page; ``columns`` names their columns. ``wordy`` tables hold what the
+    bars show, so the page leaves them out.
     """
 
     title: str
@@ -129,16 +109,13 @@ def _keys(columns: Columns) -> list[str]:
     return list(dict.fromkeys(key for column in columns.values() for key in column))
 
 
-def _columns_table(
-    first: str, columns: Columns, means: str = "", widths: Columns | None = None, *, heat: bool = False
-) -> Table:
-    """Columns side by side, with a last row of their means if it is named."""
+def _columns_table(first: str, columns: Columns, means: str, widths: Columns | None = None) -> Table:
+    """Columns side by side, with a last row of their means."""
     rows = [
         [key, *[_text(column.get(key), (widths or {}).get(name, {}).get(key)) for name, column in columns.items()]]
         for key in _keys(columns)
     ]
-    last = [means, *[_text(_mean(column.values())) for column in columns.values()]] if means else []
-    return Table([first, *columns], rows, last, heat)
+    return Table([first, *columns], rows, [means, *[_text(_mean(column.values())) for column in columns.values()]])
 
 
 def _bars(columns: Columns, widths: Columns | None = None, full: float = 100) -> dict[str, list[Bar]]:
@@ -155,11 +132,11 @@ def _bars(columns: Columns, widths: Columns | None = None, full: float = 100) ->
 def _summary(systems: Sequence[System], columns: Columns, shared: Shared) -> Section:
     pairs = {system.name: system.by_pair_task(shared) for system in systems}
     means = {"mean over languages": columns, "mean over pairs": pairs}
-    shown = {title: found for title, found in means.items() if any(found.values())}
+    shown = {title: part for title, part in means.items() if any(part.values())}
     rows = [
         [
             system.name,
-            *[_text(_mean(found[system.name].values())) or "-" for found in shown.values()],
+            *[_text(_mean(part[system.name].values())) or "-" for part in shown.values()],
             *[str(len(part)) for part in (columns[system.name], system.scores, system.failed)],
             system.model_hash,
         ]
@@ -224,10 +201,10 @@ def _bias(systems: Sequence[System]) -> Iterator[Section]:
         for system in known
     }
     note = (
-        "Everyday sentences of all languages in one corpus. Bars, same language: share of same-language sentences "
-        "among the ten nearest, per cent. 0 is best: every sentence has its translations to find. How often a sentence finds "
-        "its translation, per cent: alone, among English sentences only; mixed, as the nearest of all sentences in all "
-        "languages."
+        "Everyday sentences of all languages in one corpus. Bars, same language: the share of same-language ones among "
+        "the ten nearest, per cent; 0 is best, since every sentence has its translations to find. How often a sentence "
+        "finds its translation, per cent: alone, among English sentences only; mixed, as the nearest of all sentences "
+        "in all languages."
     )
     table = Table(["language", *titles], rows)
     yield Section("Language bias", note, [table], bars=_bars(shares), columns=list(shares))
