@@ -253,6 +253,7 @@ def test_the_command_writes_both_files_and_reading_needs_no_torch(folders, tmp_p
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
     code = "import sys; sys.argv[0] = 'bin/lusifer'\nfrom lusifer import cli\n"
     code += "from lusifer.evaluation.report import render\n"
-    code += "render([], 'html')\nprint([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
+    code += "render([], 'html')\n"
+    code += "print([name for name in ('torch', 'transformers', 'mteb', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
