@@ -233,19 +233,15 @@ def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
         load_embedder(f"llm:{encoder}")
 
 
-def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder):
-    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "--device", "cpu,cpu"]
-    command += ["--data", str(data), "--out", str(tmp_path / "out"), "--json", "-q"]
-    environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["scores"]) == {"KLUE-STS", "FarsTail"}
-    # Once each, by one of the workers; the command itself found them done.
-    dates = [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("results/*/*/[KF]*.json")]
-    assert len(dates) == 2
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == json.loads(done.stdout)
-    assert dates == [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("results/*/*/[KF]*.json")]
+def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tasks, _ = choose(None, data)
+    options = {"data": data, "device": "cpu,cpu", "progress": False}
+    records = evaluation.run(f"encoder:{tiny_encoder}", tasks, tmp_path / "out", **options)
+    assert {name: record["status"] for name, record in records.items()} == {"KLUE-STS": "done", "FarsTail": "done"}
+    # Once each, by one of the workers: the second call finds them done, and starts none.
+    monkeypatch.setattr(evaluation, "_run_on_devices", None)
+    assert evaluation.run(f"encoder:{tiny_encoder}", tasks, tmp_path / "out", **options) == records
 
 
 def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
