@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Caches of this run alone, before any library reads where they are: what lies in somebody's home neither helps a test
+# nor is touched by it. Processes that a run starts inherit them.
+os.environ.update({"LUSIFER_TEST_CACHES": os.environ.get("LUSIFER_TEST_CACHES") or tempfile.mkdtemp(prefix="lusifer-")})
+os.environ.update(
+    {
+        name: os.path.join(os.environ["LUSIFER_TEST_CACHES"], part)
+        for name, part in {
+            "XDG_CACHE_HOME": "",
+            "HF_HOME": "huggingface",
+            "HF_HUB_CACHE": "huggingface/hub",
+            "HF_DATASETS_CACHE": "huggingface/datasets",
+            "MTEB_CACHE": "mteb",
+            "LUSIFER_CACHE": "lusifer",
+        }.items()
+    }
+)
 
 import pytest
 import torch
@@ -75,6 +94,11 @@ def tiny_st(tiny_model, tiny_encoder):
 
 # Files that take longest, so that a process of several does not end with one of them alone.
 LONGEST = ("distributed", "bulk_remote", "bulk_resume", "evaluation", "trainer", "hub", "fuzz_loading", "serving")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["LUSIFER_TEST_CACHES"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -311,17 +311,17 @@ def test_an_interrupted_quickstart_keeps_what_it_has(tmp_path):
 
         return torch.from_numpy(ones[: len(texts)])
 
-    run.system("encoder", lambda: embed, progress=False)
+    run.score("encoder", lambda: embed, progress=False)
 
     def killed():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.system("lusifer", killed, progress=False)
+        run.score("lusifer", killed, progress=False)
     spent = run.state["seconds"]
     again = quickstart._Run(tmp_path, "hash")
     assert list(again.state["systems"]) == ["encoder"] and again.state["seconds"] == spent
-    again.system("encoder", killed, progress=False)
+    again.score("encoder", killed, progress=False)
     again.save()
     assert again.state["seconds"] >= spent
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]

@@ -23,6 +23,8 @@ from lusifer.model.sentence_transformer import save_atomically
 mteb = pytest.importorskip("mteb")
 evaluation = pytest.importorskip("lusifer.evaluation.run")
 
+from lusifer.evaluation.instructions import load_prompts  # noqa: E402
+from lusifer.evaluation.results import main_scores  # noqa: E402
 from lusifer.evaluation.tasks import choose, mteb_task  # noqa: E402
 
 EVAL_DATA = Path(__file__).parents[3] / "shared" / "eval-data"
@@ -71,9 +73,10 @@ def counting(monkeypatch):
     return seen
 
 
-@pytest.fixture
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
+def result_file(out, name):
+    """Where a task's result lies, for mteb's tools and ours."""
+    (path,) = (out / "results").glob(f"*/*/{name}.json")
+    return path
 
 
 @pytest.mark.parametrize("name", suite.BENCHMARKS)
@@ -86,14 +89,14 @@ def test_mteb_knows_the_benchmarks_and_every_task_resolves(name):
         assert made.metadata.type == task.type
 
 
-def test_what_is_done_is_not_embedded_again(data, tmp_path, monkeypatch, cache_dir):
+def test_what_is_done_is_not_embedded_again(data, tmp_path, monkeypatch):
     seen = counting(monkeypatch)
     tasks, missing = choose(None, data)
     assert not missing and {task.name for task in tasks} == {"KLUE-STS", "FarsTail"}
     first = evaluation.run("some-model", tasks[:1], tmp_path / "out", data=data, progress=False)
     name = tasks[0].name
     assert first[name]["status"] == "done" and seen
-    for fact in ("model_hash", "versions", "max_seq_length", "prefixes", "seed", "seconds", "revision"):
+    for fact in ("model_hash", "versions", "max_seq_length", "prefixes", "seed", "evaluation_time", "dataset_revision"):
         assert fact in first[name]
     count = len(seen)
     again = evaluation.run("some-model", tasks, tmp_path / "out", data=data, progress=False)
@@ -103,14 +106,14 @@ def test_what_is_done_is_not_embedded_again(data, tmp_path, monkeypatch, cache_d
     count = len(seen)
     # In another folder everything is scored anew, and nothing embedded.
     third = evaluation.run("some-model", tasks, tmp_path / "other", data=data, progress=False)
-    assert len(seen) == count and third[name]["embedded"] == 0
-    assert evaluation.main_scores(third) == evaluation.main_scores(again)
+    assert len(seen) == count
+    assert main_scores(third) == main_scores(again)
 
 
-def test_scores_are_mtebs_own(data, tmp_path, monkeypatch, cache_dir):
+def test_scores_are_mtebs_own(data, tmp_path, monkeypatch):
     counting(monkeypatch)
     tasks, _ = choose(None, data)
-    found = evaluation.main_scores(evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False))
+    found = main_scores(evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False))
     embed = evaluation.load_embedder("m").embed
 
     class Plain(mteb.models.abs_encoder.AbsEncoder):
@@ -125,10 +128,10 @@ def test_scores_are_mtebs_own(data, tmp_path, monkeypatch, cache_dir):
         assert found[task.name]["default"] == pytest.approx(row["main_score"], abs=1e-6)
 
 
-def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monkeypatch, cache_dir):
+def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monkeypatch):
     seen = counting(monkeypatch)
     tasks, _ = choose(None, data, names=["KLUE-STS"])
-    prompts = evaluation.load_prompts()
+    prompts = load_prompts()
     records = evaluation.run("m", tasks, tmp_path / "out", data=data, prompts=prompts, progress=False)
     own = {text for texts in load_everyday().sentences.values() for text in texts}  # Of the profile of languages.
     assert all(text.startswith(f"Instruct: {prompts['STS']}\nQuery: ") for text in set(seen) - own)
@@ -138,18 +141,18 @@ def test_instructions_stand_before_queries_and_are_recorded(data, tmp_path, monk
         evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
 
 
-def test_a_failing_task_is_recorded_and_tried_again(data, tmp_path, monkeypatch, cache_dir):
+def test_a_failing_task_is_recorded_and_tried_again(data, tmp_path, monkeypatch):
     counting(monkeypatch)
     tasks, _ = choose(None, data)
-    real, broken, calls = evaluation.mteb_task, [True], []
+    real, broken, calls = mteb.evaluate, [True], []
 
-    def make(task, folder):
-        calls.append(task.name)
-        if broken[0] and task.name == "FarsTail":
+    def evaluate(model, task, **options):
+        calls.append(task.metadata.name)
+        if broken[0] and task.metadata.name == "FarsTail":
             raise ConnectionError("the hub is away")
-        return real(task, folder)
+        return real(model, task, **options)
 
-    monkeypatch.setattr(evaluation, "mteb_task", make)
+    monkeypatch.setattr(mteb, "evaluate", evaluate)
     records = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
     assert records["FarsTail"]["status"] == "failed" and calls.count("FarsTail") == 2
     assert "the hub is away" in records["FarsTail"]["error"]
@@ -159,13 +162,13 @@ def test_a_failing_task_is_recorded_and_tried_again(data, tmp_path, monkeypatch,
     assert records["FarsTail"]["status"] == "done" and calls.count("KLUE-STS") == 1
 
 
-def test_a_damaged_result_is_scored_again(data, tmp_path, monkeypatch, cache_dir):
+def test_a_damaged_result_is_scored_again(data, tmp_path, monkeypatch):
     counting(monkeypatch)
     tasks, _ = choose(None, data, names=["KLUE-STS"])
     first = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
-    (tmp_path / "out" / "KLUE-STS.json").write_text('{"task": "KLUE-')
+    result_file(tmp_path / "out", "KLUE-STS").write_text('{"task_name": "KLUE-')
     again = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
-    assert evaluation.main_scores(again) == evaluation.main_scores(first)
+    assert main_scores(again) == main_scores(first)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_the_command_says_what_failed_and_exits_with_1(data, tmp_path, tiny_enco
 
 
 def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
-    data, tmp_path, cache_dir, tiny_encoder, tiny_llm, tiny_st
+    data, tmp_path, tiny_encoder, tiny_llm, tiny_st
 ):
     tasks, _ = choose(None, data, names=["KLUE-STS"])
     encoder, llm, ours = str(tiny_encoder), str(tiny_llm), str(tmp_path / "model")
@@ -230,18 +233,15 @@ def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
         load_embedder(f"llm:{encoder}")
 
 
-def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder):
-    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "--device", "cpu,cpu"]
-    command += ["--data", str(data), "--out", str(tmp_path / "out"), "--json", "-q"]
-    environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["scores"]) == {"KLUE-STS", "FarsTail"}
-    # Once each, by one of the workers; the command itself found them done.
-    dates = [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == json.loads(done.stdout)
-    assert dates == [json.loads(path.read_text())["date"] for path in (tmp_path / "out").glob("[KF]*.json")]
+def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tasks, _ = choose(None, data)
+    options = {"data": data, "device": "cpu,cpu", "progress": False}
+    records = evaluation.run(f"encoder:{tiny_encoder}", tasks, tmp_path / "out", **options)
+    assert {name: record["status"] for name, record in records.items()} == {"KLUE-STS": "done", "FarsTail": "done"}
+    # Once each, by one of the workers: the second call finds them done, and starts none.
+    monkeypatch.setattr(evaluation, "_run_on_devices", None)
+    assert evaluation.run(f"encoder:{tiny_encoder}", tasks, tmp_path / "out", **options) == records
 
 
 def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
@@ -258,7 +258,7 @@ def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
     assert sorted(given) == ["a", "bb", "ccc"]
     other = EmbeddingCache(tmp_path / "c.sqlite", embed)
     assert other([*texts, "d"]).tolist() == [*expected, [1, 100]]
-    assert given[3:] == ["d"] and other.computed == 1 and other.reused == 4
+    assert given[3:] == ["d"] and other.computed == 1
     assert cache([]).shape[0] == 0
 
 
@@ -296,7 +296,7 @@ PAIR = {"query": "the cat ", "document": "rain fell on the roof "}
     ],
     ids=str,
 )
-def test_a_model_with_prompts_is_scored_as_by_mteb(data, e5_like, tmp_path, cache_dir, facts):
+def test_a_model_with_prompts_is_scored_as_by_mteb(data, e5_like, tmp_path, facts):
     from sentence_transformers import SentenceTransformer
 
     tasks, _ = choose(None, data, names=["KLUE-STS"])
@@ -331,35 +331,79 @@ def sib(tmp_path):
     return tmp_path / "sib"
 
 
-def test_another_language_joins_what_is_scored(sib, tmp_path, monkeypatch, cache_dir):
+def test_another_language_joins_what_is_scored(sib, tmp_path, monkeypatch):
     counting(monkeypatch)
     out, name = tmp_path / "out", "SIB200Classification"
     for code in ("te", "ko"):
         tasks, _ = choose(None, sib, languages=[code])
         evaluation.run("m", tasks, out, data=sib, progress=False)
-    record = json.loads((out / f"{name}.json").read_text())
-    assert set(record["main_scores"]["test"]) == set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
-    assert {row["hf_subset"] for row in record["scores"]["test"]} == {"kor_Hang", "tel_Telu"}
+    record = json.loads(result_file(out, name).read_text())
+    assert set(record["languages"]) == set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
+    assert [row["hf_subset"] for row in record["scores"]["test"]] == ["tel_Telu", "kor_Hang"]
     plan = json.loads((out / "run.json").read_text())["plan"]
     assert plan == {name: {"splits": ["test"], "subsets": {"tel_Telu": ["te"], "kor_Hang": ["ko"]}}}
 
 
-def test_a_failure_takes_nothing_away(sib, tmp_path, monkeypatch, cache_dir):
+def test_mtebs_own_tools_read_the_results(data, tmp_path, monkeypatch):
+    counting(monkeypatch)
+    tasks, _ = choose(None, data)
+    records = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)
+    (model,) = mteb.ResultCache(tmp_path / "out").load_results().model_results
+    assert model.model_name == "local/m" and model.model_revision == records["FarsTail"]["model_hash"]
+    ours = main_scores(records)
+    # To the last digit: mteb's own files are rounded to six places.
+    assert {result.task_name: {"default": result.main_score} for result in model.task_results} == ours
+    # And its own runner takes them for done.
+    results = mteb.evaluate(
+        mteb.models.ModelMeta.create_empty(overwrites={"name": "local/m", "revision": model.model_revision}),
+        [mteb_task(task, data) for task in tasks],
+        cache=mteb.ResultCache(tmp_path / "out"),
+        overwrite_strategy="only-cache",
+        show_progress_bar=False,
+    )
+    assert {result.task_name: {"default": result.main_score} for result in results.task_results} == ours
+
+
+def test_a_kill_between_two_subsets_loses_neither_score_nor_interval_of_the_first(sib, tmp_path, monkeypatch):
+    seen = counting(monkeypatch)
+    out, name = tmp_path / "out", "SIB200Classification"
+    real, killed = evaluation.Results.save_to_cache, []
+
+    def save(self, result, *args, **kwargs):
+        real(self, result, *args, **kwargs)
+        if not killed:
+            killed.append(result)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.Results, "save_to_cache", save)
+    tasks, _ = choose(None, sib)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run("m", tasks, out, data=sib, progress=False)
+    first = json.loads(result_file(out, name).read_text())
+    (row,) = first["scores"]["test"]
+    assert set(first["standard_errors"]["test"]) == {row["hf_subset"]}
+    count = len(seen)
+    record = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
+    assert record["status"] == "done" and set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
+    assert record["scores"]["test"][0] == row and len(seen) == count
+
+
+def test_a_failure_takes_nothing_away(sib, tmp_path, monkeypatch):
     counting(monkeypatch)
     out, name = tmp_path / "out", "SIB200Classification"
     tasks, _ = choose(None, sib, languages=["te"])
     before = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
-    real = evaluation.mteb_task
-    monkeypatch.setattr(evaluation, "mteb_task", lambda *a: (_ for _ in ()).throw(RuntimeError("no such luck")))
+    real = mteb.evaluate
+    monkeypatch.setattr(mteb, "evaluate", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no such luck")))
     after = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
     assert after["status"] == "failed" and "no such luck" in after["error"]
-    assert after["main_scores"] == before["main_scores"] and evaluation.main_scores({name: after})[name]
-    monkeypatch.setattr(evaluation, "mteb_task", real)
+    assert after["scores"] == before["scores"] and main_scores({name: after})[name]
+    monkeypatch.setattr(mteb, "evaluate", real)
     mended = evaluation.run("m", choose(None, sib)[0], out, data=sib, progress=False)[name]
-    assert mended["status"] == "done" and "error" not in mended and len(mended["main_scores"]["test"]) == 2
+    assert mended["status"] == "done" and "error" not in mended and len(mended["scores"]["test"]) == 2
 
 
-def test_changed_data_are_scored_again(sib, tmp_path, monkeypatch, cache_dir):
+def test_changed_data_are_scored_again(sib, tmp_path, monkeypatch):
     counting(monkeypatch)
     out, name = tmp_path / "out", "SIB200Classification"
     tasks, _ = choose(None, sib, languages=["te"])
@@ -368,21 +412,21 @@ def test_changed_data_are_scored_again(sib, tmp_path, monkeypatch, cache_dir):
     for split in ("train", "test"):
         datasets.Dataset.from_list(rows).to_parquet(sib / "sib" / "tel_Telu" / f"{split}.parquet")
     after = evaluation.run("m", tasks, out, data=sib, progress=False)[name]
-    assert after["fingerprint"] != before["fingerprint"]
-    assert after["main_scores"]["test"]["tel_Telu"] < before["main_scores"]["test"]["tel_Telu"]
+    assert after["dataset_revision"] != before["dataset_revision"]
+    assert main_scores({name: after})[name]["tel_Telu"] < main_scores({name: before})[name]["tel_Telu"]
 
 
-def test_a_score_that_is_no_number_is_a_failure(data, tmp_path, monkeypatch, cache_dir):
+def test_a_main_score_of_nan_is_a_failure(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluation, "load_embedder", lambda m, **k: Embedder(lambda texts: np.ones((len(texts), 4), "f4"))
     )
     tasks, _ = choose(None, data, names=["KLUE-STS"])
     record = evaluation.run("m", tasks, tmp_path / "out", data=data, progress=False)["KLUE-STS"]
-    assert record["status"] == "failed" and "is no number" in record["error"]
-    assert "NaN" not in (tmp_path / "out" / "KLUE-STS.json").read_text().replace(record["traceback"], "")
+    assert record["status"] == "failed" and "is NaN" in record["error"]
+    assert not list((tmp_path / "out" / "results").rglob("KLUE-STS.json"))
 
 
-def test_what_a_benchmark_asks_for_and_a_folder_lacks_is_named(data, tmp_path, monkeypatch, cache_dir, capsys):
+def test_what_a_benchmark_asks_for_and_a_folder_lacks_is_named(data, tmp_path, monkeypatch, capsys):
     tasks, lost = choose(suite.MAIN, data, languages=["ko"], names=["KLUE-STS", "SIB200Classification"])
     assert [task.name for task in tasks] == ["KLUE-STS"]
     assert [(task.name, set(task.subsets)) for task in lost] == [("SIB200Classification", {"kor_Hang"})]
@@ -426,7 +470,7 @@ def test_a_damaged_cache_is_set_aside(tmp_path):
 def test_prompts_that_match_nothing_are_refused(tmp_path, content):
     (tmp_path / "p.yaml").write_text(content)
     with pytest.raises(LusiferError, match="no task or type 'STTS'; STS|must map"):
-        evaluation.load_prompts(tmp_path / "p.yaml")
+        load_prompts(tmp_path / "p.yaml")
 
 
 def test_long_texts_are_cut_to_what_an_encoder_reads(tiny_encoder):

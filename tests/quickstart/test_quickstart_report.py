@@ -11,7 +11,7 @@ import pytest
 
 import lusifer.quickstart.report
 from lusifer.data.everyday_set import load_everyday
-from lusifer.quickstart.report import language_order, markdown, plot, read_results, write_report
+from lusifer.quickstart.report import language_order, markdown, plot, write_report
 
 LANGUAGES = list(load_everyday().sentences)
 SEEN = ["ar", "de", "en", "es", "fr"]
@@ -122,11 +122,6 @@ def test_plot_of_one_system(tmp_path):
     results["systems"] = {"lusifer": results["systems"]["lusifer"]}
     plot(results, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 10_000
-
-
-def test_read_results(tmp_path):
-    (tmp_path / "results.json").write_text('{"a": "é"}', encoding="utf-8")
-    assert read_results(tmp_path / "results.json") == {"a": "é"}
 
 
 def test_the_report_itself_imports_no_torch():

@@ -23,7 +23,7 @@ class Hub:
         broken: Paths whose download breaks off in the middle, once.
     """
 
-    def __init__(self):
+    def __init__(self, handler=None):
         self.repos = {}
         self.blobs = {}
         self.requests = []
@@ -31,7 +31,7 @@ class Hub:
         self.down = False
         outer = self
 
-        class Handler(_Handler):
+        class Handler(handler or RepositoryHandler):
             hub = outer
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -64,7 +64,7 @@ class Hub:
         return self.commit(name, "main", files, [])
 
 
-class _Handler(BaseHTTPRequestHandler):
+class RepositoryHandler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 

@@ -103,38 +103,6 @@ def mine(
     emit(facts) if as_json else _print_mined(facts, output)
 
 
-@data_app.command("export-eval")
-def export_eval(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for `lusifer evaluate --data`.")],
-    benchmark: Annotated[str, typer.Option(help="See `lusifer benchmark show`.")] = "LUSIFER",
-    langs: Annotated[str | None, typer.Option(help="Comma-separated codes.")] = None,
-    types: Annotated[str | None, typer.Option(help="Comma-separated types: STS,Retrieval,...")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Downloads a benchmark's data into a folder that scores without a network.
-
-    Call it again after an interruption and it goes on. A data set that cannot be had is named, the others go on, the
-    exit code is 1. No remote code is run.
-
-    Example: `lusifer data export-eval eval-data --benchmark LUSIFER-quick --langs es,te`
-    """
-    quiet_libraries(quiet)
-    from lusifer.evaluation.offline import export
-    from lusifer.evaluation.tasks import choose
-
-    parts = [[one.strip() for one in part.split(",")] if part else None for part in (langs, types, tasks)]
-    chosen, _ = choose(benchmark, None, languages=parts[0], types=parts[1], names=parts[2])
-    failed = export(chosen, output, progress=not quiet)
-    facts = {"out": str(output), "tasks": len(chosen) - len(failed), "failed": failed}
-    emit(facts) if as_json else typer.echo(f"{facts['tasks']} of {len(chosen)} tasks -> {output}")
-    for name, error in failed.items():
-        typer.echo(f"failed: {name}: {error}", err=True)
-    if failed:
-        raise typer.Exit(1)
-
-
 def _print_mined(facts: dict[str, Any], output: Path) -> None:
     typer.echo(f"{facts['rows']:,} rows, {facts['mean_negatives']:.2f} negatives each -> {output}")
     if facts["rows_short"]:

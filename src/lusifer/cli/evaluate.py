@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,98 +69,80 @@ def evaluate(
     quiet_libraries(quiet)
     codes = _listed(langs)
     if benchmark is None and data is None:
-        given = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
-        if found := [name for name, value in given.items() if value is not None] + ["--prompts"] * (prompts != "none"):
-            raise LusiferError(f"{found[0]} needs --benchmark or --data; without them the everyday set is scored")
+        values = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
+        given = [name for name, value in values.items() if value is not None] + ["--prompts"] * (prompts != "none")
+        if given:
+            raise LusiferError(f"{given[0]} needs --benchmark or --data; without them the everyday set is scored")
         _everyday(model, codes, prompt, prompt_name, as_json=as_json, quiet=quiet)
         return
     try:
         from lusifer.evaluation.instructions import load_prompts
-        from lusifer.evaluation.run import main_scores, run
+        from lusifer.evaluation.run import run
         from lusifer.evaluation.tasks import choose
     except ModuleNotFoundError as error:
         raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
 
-    told = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
+    instructions = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
     names = _listed(tasks)
     chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names)
     where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
-    unwell = _share(device.split(",")) if device is not None and "," in device else 0
     records = run(
-        model,
-        chosen,
-        where,
-        data=data,
-        prompts=told,
-        prompt=prompt,
-        prompt_name=prompt_name,
-        absent=lost,
-        device=None if device is not None and "," in device else device,
-        batch_size=batch_size,
-        progress=not quiet,
-    )
-    scores = main_scores(records)
+        model, chosen, where, data=data, prompts=instructions, prompt=prompt, prompt_name=prompt_name, absent=lost,
+        device=device, batch_size=batch_size, progress=not quiet,
+    )  # fmt: skip
+    missing = [task.name for task in lost]
+    complete = _print_records(records, chosen, [*chosen, *lost], benchmark, where, missing, as_json=as_json)
+    if not complete or (names and missing):
+        raise SystemExit(1)
+
+
+def _print_records(
+    records: dict[str, dict[str, Any]],
+    chosen: list[suite.Task],
+    asked: list[suite.Task],
+    benchmark: str | None,
+    out: Path,
+    missing: list[str],
+    *,
+    as_json: bool,
+) -> bool:
+    """Prints scores and means, and what failed or is not there; whether all of ``chosen`` is scored."""
+    from lusifer.evaluation.results import main_scores
+
+    scores, asked = main_scores(records), suite.joined(asked)
     failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
     unscored = [t.name for t in chosen if t.name not in failed and not set(t.subsets) <= set(scores.get(t.name, {}))]
-    asked = suite.joined([*chosen, *lost])
     means = suite.language_means(scores, asked) if benchmark not in (suite.CROSS_LINGUAL, suite.BITEXT) else {}
     pairs = suite.pair_means(scores, asked)
-    missing = [task.name for task in lost]
     if as_json:
-        shown = {"means": {key: mean.score for key, mean in means.items()}}
-        shown["pair means"] = {key: mean.score for key, mean in pairs.items()}
-        emit(
-            {"out": str(where), "scores": scores, **shown, "failed": failed, "absent": unscored, "not in data": missing}
-        )
+        facts = {"out": str(out), "scores": scores, "failed": failed, "absent": unscored, "not in data": missing}
+        facts["means"] = {key: mean.score for key, mean in means.items()}
+        emit({**facts, "pair means": {key: mean.score for key, mean in pairs.items()}})
     else:
-        _show(scores, asked, means, where)
+        _print_tables(scores, asked, means, out)
         for name, mean in pairs.items():
-            told_mean = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
-            typer.echo(f"{name}: {told_mean}{mean.scored} of {mean.of} pairs")
+            score = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
+            typer.echo(f"{name}: {score}{mean.scored} of {mean.of} pairs")
         if missing:
-            typer.echo(
-                f"not in {data}, or not all of it: {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}", err=True
-            )
+            more = " ..." if len(missing) > 8 else ""
+            typer.echo(f"not in --data, or not all of it: {', '.join(missing[:8])}{more}", err=True)
         for name in unscored:
             typer.echo(f"{name}: not scored yet; another process is at it", err=True)
     for name, reason in failed.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
-    if failed or unscored or unwell or (names and missing):
-        raise SystemExit(1)
-
-
-def _share(devices: list[str]) -> int:
-    """Runs this very command once per device; they take tasks from one list. How many of them broke down."""
-    begin = next(i for i, word in enumerate(sys.argv) if word == "evaluate")
-    words, skip = [], False
-    for word in sys.argv[begin:]:
-        if not skip and not word.startswith("--device"):
-            words.append(word)
-        skip = word == "--device"
-    commands = [[sys.executable, "-m", "lusifer", *words, "--device", device.strip()] for device in devices]
-    # One bar is enough, and the parent tells the results.
-    running = [
-        subprocess.Popen([*command, "-q"] if number else command, stdout=subprocess.DEVNULL)
-        for number, command in enumerate(commands)
-    ]
-    try:
-        # 1 tells of tasks that failed or that another one is at, which the results tell as well.
-        return sum(process.wait() not in (0, 1) for process in running)
-    finally:
-        for process in running:
-            process.terminate()
+    return not failed and not unscored
 
 
 def _listed(text: str | None) -> list[str] | None:
     return [part.strip() for part in text.split(",") if part.strip()] if text else None
 
 
-def _show(scores: suite.Scores, chosen: list[suite.Task], means: dict[str, suite.Mean], where: Path) -> None:
+def _print_tables(scores: suite.Scores, chosen: list[suite.Task], means: dict[str, suite.Mean], where: Path) -> None:
     console = Console()
     table = Table("task", "type", "main scores, %")
     for task in chosen:
-        found = scores.get(task.name, {})
-        shown = sorted((">".join(codes), found[subset]) for subset, codes in task.subsets.items() if subset in found)
+        row = scores.get(task.name, {})
+        shown = sorted((">".join(codes), row[subset]) for subset, codes in task.subsets.items() if subset in row)
         cells = "  ".join(f"{code} {100 * value:.1f}" for code, value in shown[:40]) or "-"
         table.add_row(task.name, task.type, cells + (f"  and {len(shown) - 40} more" if len(shown) > 40 else ""))
     console.print(table)
@@ -260,8 +240,7 @@ def report(
 
     Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
     """
-    from lusifer.evaluation.report.html import write
-    from lusifer.evaluation.report.results import read
+    from lusifer.evaluation.report import read, write
 
     paths = write(read(results), out, baseline, published=published)
     emit({"files": [str(path) for path in paths]}) if as_json else typer.echo("\n".join(str(path) for path in paths))

@@ -1,4 +1,8 @@
-"""Embeddings of texts that tasks share, computed once and kept on disk."""
+"""Embeddings of texts that tasks share, computed once and kept on disk.
+
+mteb's `CachedEmbeddingWrapper` keeps a cache per task and side, writes its index after a whole corpus only, and is not
+safe with several processes: one that opens it before another has written fails, and two writers give one row twice.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +37,16 @@ class EmbeddingCache:
     Args:
         path: SQLite file; made when missing.
         embed: Maps texts to (n, dim) float32.
-        progress: Is told after each chunk how many texts were embedded; may be None.
+
+    Attributes:
+        computed: Texts embedded so far, those found on disk aside.
+        progress: Called after each chunk that was embedded.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        embed: Callable[[list[str]], Vectors],
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, embed: Callable[[list[str]], Vectors]) -> None:
         self.embed = embed
-        self.progress = progress
+        self.progress: Callable[[], None] = lambda: None
         self.computed = 0
-        self.reused = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.base = _open(path)
@@ -69,7 +70,6 @@ class EmbeddingCache:
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         found = self._known(set(keys))
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
-        self.reused += len(texts) - len(new)
         for begin in range(0, len(new), _ROWS):
             part = list(new)[begin : begin + _ROWS]
             vectors = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
@@ -79,8 +79,7 @@ class EmbeddingCache:
             self.base.execute("COMMIT")
             found.update(zip(part, vectors, strict=True))
             self.computed += len(part)
-            if self.progress is not None:
-                self.progress(len(part))
+            self.progress()
         return np.stack([found[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
 
     def _known(self, keys: set[bytes]) -> dict[bytes, Vectors]:

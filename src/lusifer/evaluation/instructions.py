@@ -1,4 +1,4 @@
-"""instructions."""
+"""Instructions in front of texts, by task or type of task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import mteb
 import yaml
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 
 Prompts = dict[str, str | dict[str, str]]
 
@@ -29,7 +29,7 @@ def load_prompts(path: Path | None = None) -> Prompts:
     try:
         found = yaml.safe_load(where.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise LusiferError(f"cannot read instructions from {where}: {str(error).splitlines()[0]}") from None
+        raise LusiferError(f"cannot read instructions from {where}: {first_line(error)}") from None
     if not isinstance(found, dict) or not all(_is_prompt(value) for value in found.values()):
         raise LusiferError(
             f"{where} must map task names or types to instructions, each a line of text or 'query' and 'document'"

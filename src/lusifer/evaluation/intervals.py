@@ -1,7 +1,6 @@
 """Standard errors of main scores by bootstrap over items: queries, pairs or texts.
 
-mteb hands what a model predicts to ``task._save_task_predictions`` and, in retrieval, the scores of every query to
-``task.task_specific_scores``. Both are replaced on one task object, so that nothing is written:
+mteb says what a model predicts and, in retrieval, what every query scores (`lusifer.hooks.mteb.listen`):
 
 1. `Recorder` keeps, per split and subset, a function from item numbers to the main score.
 2. `Recorder.errors` takes it over resampled items. A function that does not give mteb's own main score on all items
@@ -13,13 +12,15 @@ much a score depends on the draw, and its mean can be made as certain as one lik
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
+
+from lusifer.hooks.mteb import listen
 
 ROUNDS = 300  # The standard error of a standard error is then 4 %.
 _TOLERANCE = 1e-5  # mteb rounds retrieval scores to five places.
@@ -38,58 +39,60 @@ class Recorder:
     """Listens to one mteb task while it is evaluated.
 
     Args:
-        task: An mteb task object; two of its methods are replaced.
+        task: An mteb task object; what it predicts is not written.
     """
 
     def __init__(self, task: Any) -> None:
         self.task = task
-        self.found: dict[tuple[str, str], Statistic] = {}
+        self.statistics: dict[tuple[str, str], Statistic] = {}
+        self.known: dict[tuple[str, str, float], float | None] = {}
         self.kind: str = task.metadata.type
         self.metric: str = task.metadata.main_score
-        task._save_task_predictions = self._predictions
-        if hasattr(task, "task_specific_scores"):
-            self._own_scores = task.task_specific_scores
-            task.task_specific_scores = self._queries
+        listen(task, self._predictions, self._queries)
 
-    def _queries(self, scores: Mapping[str, Mapping[str, float]], *args: Any, **kwargs: Any) -> Any:
+    def _queries(self, scores: Mapping[str, Mapping[str, float]], split: str, subset: str) -> None:
         name, _, depth = self.metric.rpartition("_at_")
         key = f"{_RETRIEVAL.get(name, name)}_{depth}"
         values = np.array([row[key] for row in scores.values() if key in row])
         if len(values) == len(scores):
-            self.found[kwargs["hf_split"], kwargs["hf_subset"]] = _mean(values)
-        return self._own_scores(scores, *args, **kwargs)
+            self.statistics[split, subset] = _mean(values)
 
     def _predictions(self, predictions: Any, model: Any, folder: Path, *, hf_split: str, hf_subset: str) -> None:
         if self.kind == "BitextMining":
             for pair, neighbours in predictions.items():
                 subset = pair if hf_subset == "parallel" else hf_subset
-                self.found[hf_split, subset] = _mean(_bitext_scores(neighbours, self.metric))
+                self.statistics[hf_split, subset] = _mean(_bitext_scores(neighbours, self.metric))
             return
         data = self.task.dataset.get(hf_subset, self.task.dataset)[hf_split]
         if self.kind == "STS" and self.metric == "cosine_spearman":
             gold, ours = np.asarray(data["score"], dtype=float), np.asarray(predictions["cosine_scores"], dtype=float)
-            self.found[hf_split, hf_subset] = (lambda rows: float(spearmanr(gold[rows], ours[rows])[0]), len(gold))
+            self.statistics[hf_split, hf_subset] = (lambda rows: float(spearmanr(gold[rows], ours[rows])[0]), len(gold))
         elif self.kind == "PairClassification" and self.metric.endswith("_ap"):
-            self.found[hf_split, hf_subset] = _pairs(predictions, data[self.task.label_column_name], self.metric)
+            self.statistics[hf_split, hf_subset] = _pairs(predictions, data[self.task.label_column_name], self.metric)
         elif self.kind == "Classification" and self.metric in ("accuracy", "f1"):
             labels = data[self.task.label_column_name]
             if all(len(run) == len(labels) for run in predictions):
-                self.found[hf_split, hf_subset] = _classified(predictions, labels, self.metric)
+                self.statistics[hf_split, hf_subset] = _classified(predictions, labels, self.metric)
 
-    def errors(self, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    def errors(self, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
         """Split to subset to standard error, of those whose statistic we know.
 
         Args:
-            scores: mteb's rows of the same evaluation: split to subset to metrics.
+            scores: mteb's rows of the same evaluation, so far: split to metrics by subset.
         """
-        known: dict[str, dict[str, float]] = {}
+        errors: dict[str, dict[str, float]] = {}
         for split, rows in scores.items():
-            for subset, row in rows.items():
-                statistic = self.found.get((split, subset))
-                error = None if statistic is None else standard_error(*statistic, main=float(row["main_score"]))
+            for row in rows:
+                subset, main = str(row["hf_subset"]), float(row["main_score"])
+                statistic = self.statistics.get((split, subset))
+                if statistic is None:
+                    continue
+                if (split, subset, main) not in self.known:  # Asked after every subset, computed once.
+                    self.known[split, subset, main] = standard_error(*statistic, main=main)
+                error = self.known[split, subset, main]
                 if error is not None:
-                    known.setdefault(split, {})[subset] = error
-        return known
+                    errors.setdefault(split, {})[subset] = error
+        return errors
 
 
 def standard_error(score: Callable[[np.ndarray], float], count: int, *, main: float) -> float | None:

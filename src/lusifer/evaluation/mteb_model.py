@@ -1,11 +1,10 @@
-"""mteb_model."""
+"""A model as mteb wants it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import datasets
-from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from sentence_transformers import SimilarityFunction
 from torch.utils.data import DataLoader
@@ -13,9 +12,7 @@ from torch.utils.data import DataLoader
 from lusifer.data.prompts import prompt_for, with_instruction
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.instructions import Prompts
-from lusifer.evaluation.systems import (
-    Embedder,
-)
+from lusifer.evaluation.systems import Embedder
 
 
 class CachedModel(AbsEncoder):
@@ -24,19 +21,19 @@ class CachedModel(AbsEncoder):
     Args:
         cache: Embeds texts.
         prompts: Instructions by task name or type; the model's own prompts hold where there are none.
-        name: What results call it.
+        description: What results call it, see `lusifer.evaluation.results.describe_model`.
         model: The model.
         prompt: A prompt that stands in front of every text, whatever the task.
     """
 
     def __init__(
-        self, cache: EmbeddingCache, prompts: Prompts, name: str, model: Embedder, *, prompt: str | None = None
+        self, cache: EmbeddingCache, prompts: Prompts, description: Any, model: Embedder, *, prompt: str | None = None
     ) -> None:
         self.cache = cache
         self.prompts = prompts
         self.prompt = prompt
         self.loaded = model
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": "local"})
+        self.mteb_model_meta = description
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """(n, m) similarities, by the model's own function where it has one."""

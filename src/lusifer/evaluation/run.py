@@ -1,8 +1,8 @@
-"""Scoring a model on mteb tasks, resumably: one file per task, each score with what made it.
+"""Scoring a model on mteb tasks, resumably.
 
-1. `evaltasks.choose` says which tasks, those that tell most in little time first.
-2. Every task runs through mteb's own runner; embeddings come from a cache on disk that tasks share.
-3. ``OUT/<task>.json`` appears whole when a task is done (or has failed), and is not run again when done.
+1. `lusifer.evaluation.tasks.choose` says which tasks, those that tell most in little time first.
+2. Every task runs through `mteb.evaluate`; embeddings come from a cache on disk that tasks share.
+3. `lusifer.evaluation.results` keeps what is scored after every subset, and is asked what is left.
 
 Several processes may work on one folder: each takes the next task that no other has locked.
 """
@@ -10,43 +10,34 @@ Several processes may work on one folder: each takes the next task that no other
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
-import os
-import time
-import traceback
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import datasets
 import mteb
 from filelock import FileLock, Timeout
 from mteb.types import PromptType
 from tqdm.auto import tqdm
 
 from lusifer.data.prompts import prompt_for
+from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.cache import EmbeddingCache
-from lusifer.evaluation.instructions import Prompts, load_prompts
+from lusifer.evaluation.instructions import Prompts
 from lusifer.evaluation.intervals import Recorder
 from lusifer.evaluation.mteb_model import CachedModel
-from lusifer.evaluation.result_files import check_claim, claim, lacking, main_scores, merged, read_record, write
-from lusifer.evaluation.systems import (
-    Embedder,
-    _resolved,
-    language_profile,
-    load_embedder,
-    model_hash,
-)
-from lusifer.evaluation.tasks import cost, mteb_task, task_fingerprint
+from lusifer.evaluation.results import Results, check_claim, describe_model
+from lusifer.evaluation.systems import Embedder, _resolved, language_profile, load_embedder, model_hash
+from lusifer.evaluation.tasks import cost, data_revision, mteb_task
+from lusifer.hooks.datasets import arrow_cache
+from lusifer.hooks.mteb import PREDICTIONS_TAKEN
+from lusifer.publishing import write_json
+from lusifer.quiet import quiet_libraries
 from lusifer.starter.fetch import cache_dir
-
-__all__ = ["CachedModel", "load_prompts", "main_scores", "model_hash", "run"]
-
-logger = logging.getLogger(__name__)
 
 PROFILE = "languages.json"
 _PACKAGES = (
@@ -74,159 +65,149 @@ def run(
         model: See `load_embedder`.
         tasks: Tasks in order.
         out: Folder of results.
-        data: Folder of an offline run.
+        data: Folder with a ``tasks.json``; None takes data from the hub, or its cache.
         prompts: Instructions; the model's own prompts when None or empty.
         prompt: What stands in front of every text, whatever the task and the side.
         prompt_name: Name of the model's prompt to use so instead.
         absent: What was asked for too and cannot be scored here, for the plan in ``run.json``.
-        device: Torch device.
+        device: Torch device; several, between commas, share the tasks, a process each.
         batch_size: Texts per forward pass.
         progress: Whether to show a bar.
 
     Returns:
-        Every task's record: those done before too; ``status`` is ``done`` or ``failed``.
+        Every task's record, see `Results.outcome`: those scored before too.
 
     Raises:
         LusiferError: If the model cannot be loaded, or ``out`` holds another model's results.
     """
-    digest = model_hash(_resolved(model))
-    told = prompts or {}
     everywhere = {name: text for name, text in (("prompt", prompt), ("prompt_name", prompt_name)) if text is not None}
-    asked = [*sorted(told.items()), *everywhere.items()]
-    hashed = hashlib.sha256(repr(asked).encode()).hexdigest()[:16] if asked else "own"
-    settings = {"model": model, "model_hash": digest, "prompts": hashed}
-    check_claim(out, settings)
-    prints = {task.name: task_fingerprint(task, data) for task in tasks}
-    left = [task for task in tasks if lacking(task, _current(out, task, prints)).subsets]
-    if left or not (out / PROFILE).is_file():
-        loaded = load_embedder(model, device=device, batch_size=batch_size)
-        chosen = prompt_for(loaded, None, **everywhere) if everywhere else None
-        claim(out, settings, [*tasks, *absent])
-        total = sum(cost(task) for task in left)
-        with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
-            cache = EmbeddingCache(cache_dir() / "embeddings" / f"{digest}.sqlite", loaded.embed)
-            cache.progress = lambda count: bar.set_postfix_str(f"{cache.computed:,} embedded")
-            name = "local/" + model.strip("./").replace("/", "-").replace(":", "-")
-            wrapped = CachedModel(cache, told, name, loaded, prompt=chosen)
-            facts = {
-                **settings,
-                "max_seq_length": loaded.max_seq_length,
-                "device": loaded.device,
-                "dtype": loaded.dtype,
-                "batch_size": batch_size,
-                "versions": {package: version(package) for package in _PACKAGES},
-            }
-            if not (out / PROFILE).is_file():
-                write(out / PROFILE, {**facts, **_profile(cache, loaded)})
-            for task in left:
-                bar.set_description(task.name)
-                _run_locked(wrapped, task, out, data, facts, prints)
-                bar.update(cost(task))
+    results = _open(model, tasks, out, data, {**(prompts or {}), **everywhere}, batch_size)
+    left = [task for task in tasks if not results.is_complete(mteb_task(task, data))]
+    devices = [part.strip() for part in (device or "").split(",") if part.strip()]
+    if left and len(devices) > 1:
+        options = {"data": data, "prompts": prompts, "absent": absent, "batch_size": batch_size, **everywhere}
+        _run_on_devices(devices, model, tasks, out, progress=progress, **options)
     else:
-        claim(out, settings, [*tasks, *absent])
-    records = {task.name: _current(out, task, prints) for task in tasks}
-    return {name: record for name, record in records.items() if record is not None}
+        one = devices[0] if devices else None
+        given = (prompts or {}, everywhere)
+        _run_here(results, left, *given, data, [*tasks, *absent], device=one, progress=progress)
+    outcomes = {task.name: results.outcome(task.name) for task in tasks}
+    return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
-def _current(out: Path, task: Task, prints: dict[str, str | None]) -> dict[str, Any] | None:
-    """A task's record, unless its data have changed since."""
-    record = read_record(out, task.name)
-    known = None if record is None else record.get("fingerprint")
-    if known is not None and prints[task.name] not in (None, known):
-        logger.warning("%s: the data have changed since it was scored; it is scored again", task.name)
-        return None
-    return record
+def _open(
+    model: str, tasks: Sequence[Task], out: Path, data: Path | None, prompts: Prompts, batch_size: int
+) -> Results:
+    """The results of a model, once it is sure that the folder is not another's."""
+    digest = model_hash(_resolved(model))
+    hashed = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16] if prompts else "own"
+    asked = {"model": model, "model_hash": digest, "prompts": hashed}
+    check_claim(out, asked)
+    revisions = {task.name: data_revision(task, data) for task in tasks}
+    return Results(out, describe_model(model, digest), {**asked, "batch_size": batch_size}, revisions)
 
 
-def _profile(cache: EmbeddingCache, loaded: Embedder) -> dict[str, Any]:
+def _run_on_devices(devices: Sequence[str], *arguments: Any, progress: bool, **options: Any) -> None:
+    """Runs `run` in a process per device; these take tasks from one list."""
+    with ProcessPoolExecutor(len(devices), get_context("spawn"), quiet_libraries, (True,)) as pool:
+        jobs = [
+            # One bar is enough.
+            pool.submit(run, *arguments, device=device, progress=progress and not number, **options)
+            for number, device in enumerate(devices)
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        except BrokenProcessPool as error:
+            raise LusiferError(
+                f"a process of --device {','.join(devices)} was killed; is there enough memory?"
+            ) from error
+
+
+def _run_here(
+    results: Results,
+    left: Sequence[Task],
+    prompts: Prompts,
+    everywhere: dict[str, str],
+    data: Path | None,
+    asked: Sequence[Task],
+    *,
+    device: str | None,
+    progress: bool,
+) -> None:
+    """Loads the model, if anything is left to do, and scores what is left."""
+    out, settings = Path(results.cache_path), results.settings
+    if not left and (out / PROFILE).is_file():
+        results.claim(asked)
+        return
+    # Before anything is written: a model that cannot be loaded leaves no folder.
+    loaded = load_embedder(settings["model"], device=device, batch_size=settings["batch_size"])
+    prompt = prompt_for(loaded, None, **everywhere) if everywhere else None
+    results.claim(asked)
+    settings |= {key: getattr(loaded, key) for key in ("max_seq_length", "device", "dtype")}
+    settings["versions"] = {package: version(package) for package in _PACKAGES}
+    cache = EmbeddingCache(cache_dir() / "embeddings" / f"{settings['model_hash']}.sqlite", loaded.embed)
+    if not (out / PROFILE).is_file():
+        write_json(out / PROFILE, {**settings, **_profile(cache, loaded)})
+    model = CachedModel(cache, prompts, results.model, loaded, prompt=prompt)
+    total = sum(map(cost, left))
+    with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
+        cache.progress = lambda: bar.set_postfix_str(f"{cache.computed:,} embedded")
+        for task in left:
+            bar.set_description(task.name)
+            _score_locked(model, task, data, results)
+            bar.update(cost(task))
+
+
+def _profile(cache: EmbeddingCache, loaded: Embedder) -> Mapping[str, Any]:
     """Facts about languages, which no score depends on: a model that cannot give them is scored all the same."""
     try:
         return language_profile(cache, loaded.tokenizers)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
 
 
-def _run_locked(
-    model: CachedModel, task: Task, out: Path, data: Path | None, facts: dict[str, Any], prints: dict[str, str | None]
-) -> None:
-    lock = FileLock(out / f".{task.name}.lock")
+def _score_locked(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:
+    """Scores what is left of a task, unless another process is at it."""
+    lock = FileLock(Path(results.cache_path) / f".{task.name}.lock")
     try:
         with lock.acquire(blocking=False):
-            before = _current(out, task, prints)
-            left = lacking(task, before)
-            if not left.subsets:
-                return
-            for attempt in range(2):  # A hub that stumbles once is no failure.
-                record = _score(model, left, data, {**facts, "fingerprint": prints[task.name]})
-                if record["status"] == "done" or attempt:
-                    break
-            write(out / f"{task.name}.json", merged(before, record))
-    except Timeout:  # Another process is at it.
+            for last in (False, True):  # A hub that stumbles once is no failure.
+                try:
+                    if not results.is_complete(mteb_task(task, data)):
+                        _score(model, task, data, results)
+                    results.succeed(task.name)
+                    return
+                except Exception as error:  # Whatever a data set or a metric throws, the other tasks go on.
+                    if last:
+                        results.fail(task.name, error)
+    except Timeout:
         return
 
 
-def _score(model: CachedModel, task: Task, data: Path | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """A record of some of a task's subsets, also of a failure."""
-    started, computed = time.monotonic(), model.cache.computed
-    record: dict[str, Any] = {"task": task.name, "type": task.type, "group": task.group, "revision": task.revision}
-    arrow = datasets.config.HF_DATASETS_CACHE
-    try:
-        if facts["fingerprint"] is not None:  # Else changed files would be answered from what was read of them before.
-            datasets.config.HF_DATASETS_CACHE = cache_dir() / "datasets" / facts["fingerprint"]
-        made = mteb_task(task, data)
-        record |= _mteb_scores(model, made, task, facts["batch_size"])
-    except Exception as error:  # Whatever a data set or a metric throws, the other tasks go on.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-        record |= {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
-    finally:
-        datasets.config.HF_DATASETS_CACHE = arrow
-    return {
-        **record,
-        "languages": {key: list(codes) for key, codes in task.subsets.items()},
-        "seconds": round(time.monotonic() - started, 2),
-        "embedded": model.cache.computed - computed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **facts,
-    }
-
-
-def _mteb_scores(model: CachedModel, made: Any, task: Task, batch_size: int) -> dict[str, Any]:
-    recorder = Recorder(made)
-    result = mteb.evaluate(
-        model,
-        made,
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-        prediction_folder=Path(os.devnull),  # The recorder takes them, nothing is written.
-        encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-    ).task_results[0]
-    scores = {
-        split: {row["hf_subset"]: row for row in rows if row["hf_subset"] in task.subsets}
-        for split, rows in result.scores.items()
-    }
-    main = {split: {key: float(row["main_score"]) for key, row in rows.items()} for split, rows in scores.items()}
-    for rows in main.values():
-        if wrong := sorted(key for key, value in rows.items() if not math.isfinite(value)):
-            raise ValueError(f"the main score of {wrong[0]} is no number; are all embeddings the same?")
-    roles = {"query": PromptType.query, "document": PromptType.document, "symmetric": None}
+def _score(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:
+    prepared = mteb_task(task, data)
     prefixes = None
     if model.loaded.native is None:
-        prefixes = {role: model.prefix(made.metadata, kind) for role, kind in roles.items()}
-    return {
-        "status": "done",
-        "main_scores": main,
-        "standard_errors": recorder.errors(scores),
-        "scores": _finite(result.to_dict()["scores"]),
+        roles = {"query": PromptType.query, "document": PromptType.document, "symmetric": None}
+        prefixes = {role: model.prefix(prepared.metadata, kind) for role, kind in roles.items()}
+    details = {
+        "type": task.type,
+        "group": task.group,
+        "languages": {key: list(codes) for key, codes in task.subsets.items()},
         "prefixes": prefixes,
-        "seed": made.seed,
+        "seed": prepared.seed,
     }
-
-
-def _finite(value: Any) -> Any:
-    """The same without infinite numbers, which JSON has no names for."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    results.begin(Recorder(prepared), details)
+    revision = results.revisions[task.name]
+    with arrow_cache(None if data is None else cache_dir() / "datasets" / revision):
+        mteb.evaluate(
+            model,
+            prepared,
+            cache=results,
+            overwrite_strategy="only-missing",
+            co2_tracker=False,
+            show_progress_bar=False,
+            prediction_folder=PREDICTIONS_TAKEN,
+            encode_kwargs={"batch_size": results.settings["batch_size"], "show_progress_bar": False},
+        )

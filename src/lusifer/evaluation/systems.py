@@ -14,7 +14,7 @@ import torch
 from transformers.utils import cached_file
 
 from lusifer.data.everyday_set import load_everyday
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.diagnosis import pieces
 from lusifer.evaluation.everyday import language_bias
 from lusifer.loading import load_checkpoint
@@ -70,7 +70,7 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
     try:
         torch.device(device or "cpu")
     except RuntimeError as error:
-        raise LusiferError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from None
+        raise LusiferError(f"there is no device {device!r}: {first_line(error)}") from None
     if model.startswith("mteb:"):
         return _from_mteb(model.removeprefix("mteb:"), device)
     if model.startswith("encoder:"):
@@ -119,8 +119,7 @@ def _from_mteb(name: str, device: str | None) -> Embedder:
     try:
         native: Any = mteb.get_model(name, **({"device": device} if device else {}))
     except Exception as error:  # Loaders of all kinds, with errors of all kinds.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"mteb cannot load {name!r}: {reason}") from error
+        raise LusiferError(f"mteb cannot load {name!r}: {first_line(error)}") from error
     sentences = mteb.get_task("STSBenchmark").metadata
 
     def embed(texts: list[str]) -> Any:
@@ -155,7 +154,8 @@ def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, An
     """What a model does with languages at large, from the bundled parallel sentences.
 
     Returns:
-        ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens``, by tokenizer and language: mean tokens of a sentence.
+        ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens`` by tokenizer and language, the mean of a
+        sentence.
     """
     sentences = load_everyday().sentences
     found = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)

@@ -1,26 +1,24 @@
-"""mteb's task objects for the benchmarks of `lusifer.evaluation.benchmarks`, from a hub or from a folder without a network.
+"""mteb's task objects for the benchmarks of `lusifer.evaluation.benchmarks`, from a hub or from a local folder.
 
 Importing this module imports mteb (seconds) and makes the benchmarks known to ``mteb.get_benchmark``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mteb
-import mteb.benchmarks.benchmarks as known_benchmarks
 from mteb.abstasks import AbsTask
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.benchmarks import get_benchmark as _lookup
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation import benchmarks as suite
 from lusifer.evaluation.benchmarks import Task
-from lusifer.evaluation.result_files import fingerprint
+from lusifer.hooks.mteb import add_benchmark, restrict
 
 _DESCRIPTIONS = {
     suite.MAIN: "The 14-language benchmark of LUSIFER (arXiv 2501.00874, Figure 2).",
@@ -44,18 +42,8 @@ def benchmark(name: str) -> mteb.Benchmark:
     )
 
 
-def register() -> None:
-    """Makes ``mteb.get_benchmark("LUSIFER")`` and its siblings work."""
-    for name in suite.BENCHMARKS:
-        setattr(known_benchmarks, name.replace("-", "_").upper(), benchmark(name))
-    # mteb reads the module once and keeps what it found.
-    registry: Any = getattr(__import__(_lookup.__module__, fromlist=["_build_registry"]), "_build_registry", None)
-    if registry is not None:
-        registry.cache_clear()
-
-
 def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
-    """The task as mteb runs it, cut to our splits and subsets.
+    """The task as mteb runs it, with our splits and subsets alone.
 
     Args:
         task: The task.
@@ -65,73 +53,75 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
         LusiferError: If the folder does not hold the task.
     """
     if data is None:
-        made = mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
+        prepared = mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
         # What was pinned, also where a later mteb names another.
-        made.metadata = made.metadata.model_copy(
-            update={"dataset": {**made.metadata.dataset, "revision": task.revision}}
-        )
-        return made
-    entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
-    if entry is None:
-        raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
-    found = _own_task(entry) if entry.get("custom") else mteb.get_task(task.name)
-    changed: dict[str, Any] = {
-        "dataset": {**found.metadata.dataset, "path": str((data / entry["dir"]).resolve()), "revision": "local"}
-    }
+        pinned = {**prepared.metadata.dataset, "revision": task.revision}
+        prepared.metadata = prepared.metadata.model_copy(update={"dataset": pinned})
+        return prepared
+    entry = _entry(data, task.name)
+    prepared = mteb.get_task(task.name)
+    local = {"path": str((data / entry["dir"]).resolve()), "revision": data_revision(task, data)}
+    changes: dict[str, Any] = {"dataset": {**prepared.metadata.dataset, **local}}
     if entry.get("more_subsets"):
-        languages: Any = found.metadata.eval_langs
-        changed["eval_langs"] = {**languages, **entry["more_subsets"]}
-    found.metadata = found.metadata.model_copy(update=changed)
-    found.hf_subsets, found._eval_splits = list(task.subsets), list(task.splits)
-    return found
+        languages: Any = prepared.metadata.eval_langs
+        changes["eval_langs"] = {**languages, **entry["more_subsets"]}
+    prepared.metadata = prepared.metadata.model_copy(update=changes)
+    restrict(prepared, splits=task.splits, subsets=list(task.subsets))
+    return prepared
 
 
-def _own_task(entry: dict[str, Any]) -> AbsTask:
-    # A retrieval task mteb has no class for; metadata needs a full record to start from.
-    metadata = mteb.get_task("SQuADKorV1Retrieval").metadata.model_copy(
-        update={
-            "name": entry["name"],
-            "eval_langs": entry["eval_langs"],
-            "eval_splits": entry["eval_splits"],
-            "bibtex_citation": "",
-        }
-    )
-    made: AbsTask = type(entry["name"], (AbsTaskRetrieval,), {"metadata": metadata})()
-    return made
+def data_revision(task: Task, data: Path | None) -> str:
+    """What a result's data are told by: the hub's commit, or a hash of the local files' paths, sizes and times.
+
+    Args:
+        task: The task.
+        data: Folder with a ``tasks.json``, or None.
+
+    Raises:
+        LusiferError: If the folder does not hold the task, or its files are not there.
+    """
+    if data is None:
+        return task.revision
+    entry = _entry(data, task.name)
+    folder = data / entry["dir"]
+    if not folder.is_dir():
+        raise LusiferError(f"{data / 'tasks.json'}: {task.name} should be in {str(folder)!r}, which is no folder")
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 _FIELDS: dict[str, type] = {"name": str, "dir": str, "eval_splits": list, "subsets": dict}
 
 
-def _listed(data: Path) -> list[dict[str, Any]]:
+def _entry(data: Path, name: str) -> dict[str, Any]:
+    for entry in _entries(data):
+        if entry["name"] == name:
+            return entry
+    raise LusiferError(f"{data / 'tasks.json'} lists no task {name!r}")
+
+
+def _entries(data: Path) -> list[dict[str, Any]]:
     path = data / "tasks.json"
-    hint = "--data needs a folder with tasks.json as `lusifer data export-eval` writes it"
+    hint = "docs/evaluation.md says what --data needs"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LusiferError(f"{path} is no list of tasks ({error}); {hint}") from None
-    if not isinstance(found, list):
+        raise LusiferError(f"{path} is no list of tasks ({first_line(error)}); {hint}") from None
+    if not isinstance(entries, list):
         raise LusiferError(f"{path} is no list of tasks; {hint}")
-    for number, entry in enumerate(found):
+    for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise LusiferError(f"{path}: entry {number} is no object; {hint}")
         for field, kind in _FIELDS.items():
             if not isinstance(entry.get(field), kind) or not entry[field]:
-                told = entry.get("name", number)
-                raise LusiferError(f"{path}: entry {told!r} needs a {field!r} that is a {kind.__name__}; {hint}")
+                name = entry.get("name", number)
+                raise LusiferError(f"{path}: entry {name!r} needs a {field!r} that is a {kind.__name__}; {hint}")
         if wrong := [key for key, value in entry["subsets"].items() if not isinstance(value, str | list) or not value]:
             raise LusiferError(f"{path}: entry {entry['name']!r}: subset {wrong[0]!r} needs a language; {hint}")
-    return found
-
-
-def task_fingerprint(task: Task, data: Path | None) -> str | None:
-    """Hash of an offline task's files, see `lusifer.evaluation.result_files.fingerprint`; None for tasks from a hub."""
-    if data is None:
-        return None
-    entry = next((entry for entry in _listed(data) if entry["name"] == task.name), None)
-    if entry is None:
-        raise LusiferError(f"{data / 'tasks.json'} lists no task {task.name!r}")
-    return fingerprint(data / entry["dir"], entry)
+    return entries
 
 
 def tasks_in(data: Path) -> list[Task]:
@@ -141,27 +131,23 @@ def tasks_in(data: Path) -> list[Task]:
         LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
     """
     groups = {task.name: task.group for task in suite.tasks(suite.MAIN)}
-    found = []
-    for entry in _listed(data):
+    tasks = []
+    for entry in _entries(data):
         name = entry["name"]
         try:
-            made = None if entry.get("custom") else mteb.get_task(name).metadata
+            metadata = mteb.get_task(name).metadata
         except KeyError:
             raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} knows no task {name!r}") from None
-        kind: str = entry["custom"] if made is None else made.type
-        sides: Any = {} if made is None else made.eval_langs
-        subsets = {
-            key: _both(told, sides.get(key) if isinstance(sides, dict) else None)
-            for key, told in entry["subsets"].items()
-        }
-        group: str = groups.get(name, kind)
-        found.append(Task(name, name, group, kind, "local", tuple(entry["eval_splits"]), subsets))
-    return found
+        sides: Any = metadata.eval_langs if isinstance(metadata.eval_langs, dict) else {}
+        subsets = {key: _both(codes, sides.get(key)) for key, codes in entry["subsets"].items()}
+        splits, kind = tuple(entry["eval_splits"]), str(metadata.type)
+        tasks.append(Task(name, name, groups.get(name, kind), kind, "local", splits, subsets))
+    return tasks
 
 
-def _both(told: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
+def _both(listed: str | list[str], sides: list[str] | None) -> tuple[str, ...]:
     """Languages of a subset: a pair of two may not count as one of them (``es`` of Tatoeba's ``spa-eng``)."""
-    codes = (told,) if isinstance(told, str) else tuple(told)
+    codes = (listed,) if isinstance(listed, str) else tuple(listed)
     names = [side.split("-")[0] for side in sides or []]
     if len(codes) > 1 or len(set(names)) < 2:
         return codes
@@ -214,13 +200,8 @@ def choose(
         # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
         chosen = [_within(task, held[task.name]) for task in wanted if task.name in held]
         got = {task.name: task.subsets for task in chosen}
-        lost = [
-            replace(
-                task, subsets={key: codes for key, codes in task.subsets.items() if key not in got.get(task.name, {})}
-            )
-            for task in wanted
-        ]
-        chosen, absent = [task for task in chosen if task.subsets], [task for task in lost if task.subsets]
+        absent = [_without(task, got.get(task.name, {})) for task in wanted]
+        chosen, absent = ([task for task in part if task.subsets] for part in (chosen, absent))
     if not chosen:
         raise LusiferError("no task is left; ask for fewer restrictions")
     return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), absent
@@ -229,6 +210,10 @@ def choose(
 def _within(task: Task, held: Task) -> Task:
     subsets = {key: value for key, value in task.subsets.items() if key in held.subsets}
     return replace(task, subsets=subsets, splits=held.splits, revision=held.revision)
+
+
+def _without(task: Task, subsets: Container[str]) -> Task:
+    return replace(task, subsets={key: codes for key, codes in task.subsets.items() if key not in subsets})
 
 
 def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
@@ -248,11 +233,12 @@ def cost(task: Task) -> int:
         return 10_000
     total = 0
     for split in task.splits:
-        found = statistics.get(split, {})
-        by_subset = found.get("hf_subset_descriptive_stats") or {}
-        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [found]
+        whole = statistics.get(split, {})
+        by_subset = whole.get("hf_subset_descriptive_stats") or {}
+        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [whole]
         total += sum(int(part.get("num_samples") or 0) for part in parts)
     return total or 10_000
 
 
-register()
+for _name in suite.BENCHMARKS:
+    add_benchmark(_name, benchmark(_name))

@@ -1,1 +1,1 @@
-"""Private parts of other libraries that we depend on, one file per library; each has a test that names what moved."""
+"""Private parts of other libraries, one file per library: each hook says what it touches, a canary test guards it."""

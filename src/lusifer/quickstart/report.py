@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 NAMES = {"encoder": "encoder alone", "llm": "English LLM alone", "lusifer": "LUSIFER"}
-_COLOURS = {
-    "encoder": "#999999",
-    "llm": "#D55E00",
-    "lusifer": "#0072B2",
-}  # Okabe and Ito's, safe for the colour blind
+_COLOURS = {"encoder": "#999999", "llm": "#D55E00", "lusifer": "#0072B2"}  # Okabe and Ito's, for all kinds of sight.
 _HATCHES = {"encoder": "", "llm": "//", "lusifer": ""}
+_HEAD = """# Quickstart: zero-shot scores
+
+Trained on English only. Accuracy in per cent on the bundled everyday set (64 sentences, chance 1.6).
+Languages marked † are not on the list of those the encoder was trained on.
+
+![scores by language](scores.png)
+"""
 TASKS = {"translation_retrieval": "Translation retrieval", "topic_retrieval": "Topic retrieval"}
 
 
@@ -25,39 +28,36 @@ def language_order(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report: one table per task, means over seen and unseen languages, how the run went."""
-    systems = list(results["systems"])
+    """The report: one table per task, means over seen and unseen languages, how the run went.
+
+    Args:
+        results: What ``results.json`` holds.
+    """
+    systems = {name: NAMES.get(name, name) for name in results["systems"]}
     seen, order = set(results["seen_languages"]), language_order(results)
-    lines = [
-        "# Quickstart: zero-shot scores",
-        "",
-        "Trained on English only. Accuracy in per cent on the bundled everyday set (64 sentences, chance 1.6).",
-        "Languages marked † are not on the list of those the encoder was trained on.",
-        "",
-        "![scores by language](scores.png)",
-        "",
-    ]
+    groups = {"seen, en aside": [code for code in order if code in seen and code != "en"]}
+    groups["not seen †"] = [code for code in order if code not in seen]
+    lines = [_HEAD]
     for task, title in TASKS.items():
-        lines += [f"## {title}", "", "| language | " + " | ".join(NAMES.get(s, s) for s in systems) + " |"]
-        lines.append("|---|" + "---:|" * len(systems))
-        rows = {name: results["systems"][name][task] for name in systems}
-        codes = [code for code in order if code in rows["lusifer"]]
-        for code in codes:
-            cells = " | ".join(f"{100 * rows[name][code]:.1f}" for name in systems)
-            lines.append(f"| {code}{'' if code in seen else ' †'} | {cells} |")
-        groups = (
-            ("seen, en aside", lambda c: c in seen and c != "en"),
-            ("not seen †", lambda c: c not in seen),
-        )
-        for label, member in groups:
-            chosen = [code for code in codes if member(code)]
-            if chosen:
-                means = (sum(rows[name][code] for code in chosen) / len(chosen) for name in systems)
-                lines.append(f"| **mean, {label}** | " + " | ".join(f"**{100 * m:.1f}**" for m in means) + " |")
-        lines.append("")
-    lines += ["## Run", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in _facts(results).items()]
-    return "\n".join(lines) + "\n"
+        scores = {name: results["systems"][name][task] for name in systems}
+        codes = [code for code in order if code in scores["lusifer"]]
+        rows = [[code if code in seen else f"{code} †", *[_cell([s[code]]) for s in scores.values()]] for code in codes]
+        for label, group in groups.items():
+            members = [code for code in group if code in codes]
+            if members:
+                means = [_cell([column[code] for code in members]) for column in scores.values()]
+                rows.append([f"**{cell}**" for cell in (f"mean, {label}", *means)])
+        lines += [f"## {title}", "", _row(["language", *systems.values()]), "|---|" + "---:|" * len(systems)]
+        lines += [*map(_row, rows), ""]
+    return "\n".join([*lines, "## Run", "", "| | |", "|---|---|", *map(_row, _facts(results).items())]) + "\n"
+
+
+def _cell(accuracies: list[float]) -> str:
+    return f"{100 * sum(accuracies) / len(accuracies):.1f}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _facts(results: dict[str, Any]) -> dict[str, str]:
@@ -124,10 +124,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         results: What the quickstart measured.
         folder: Existing folder.
     """
+    from lusifer.publishing import publish_file
+
     plot(results, folder / "scores.png")
-    (folder / "report.md").write_text(markdown(results), encoding="utf-8")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads a ``results.json``."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    with publish_file(folder / "report.md") as staging:
+        staging.write_text(markdown(results), encoding="utf-8")

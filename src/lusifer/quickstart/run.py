@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -20,9 +19,10 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from lusifer.errors import LusiferError
-from lusifer.evaluation.everyday import Scores, embedder, score
+from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import Embed, encoder_alone
+from lusifer.publishing import write_json
 from lusifer.quickstart.report import write_report
 from lusifer.recipes.files import load_recipe
 from lusifer.recipes.schema import Recipe
@@ -44,12 +44,6 @@ def peak_rss_mb() -> float:
     """Peak resident memory of this process in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
-
-
-def _write_json(path: Path, value: Any) -> None:
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, path)
 
 
 class _Run:
@@ -74,19 +68,26 @@ class _Run:
         self.since = time.monotonic()
 
     def save(self) -> None:
+        """Writes the results so far, and what they cost."""
         now = time.monotonic()
         self.state["seconds"] = round(self.state["seconds"] + now - self.since, 1)
         self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_rss_mb()), 1)
         self.since = now
-        _write_json(self.path, self.state)
+        write_json(self.path, self.state)
 
-    def system(self, name: str, make: Callable[[], Embed], progress: bool) -> None:
+    def score(self, name: str, load: Callable[[], Embed], progress: bool) -> None:
+        """Scores a system, unless it is scored already.
+
+        Args:
+            name: ``encoder``, ``llm`` or ``lusifer``.
+            load: Trains what is left to train, and loads the system.
+            progress: Whether to show a progress bar.
+        """
         if name in self.state["systems"]:
             logger.info("%s is scored already", name)
             return
         try:
-            scores: Scores = score(make(), progress=progress)
-            self.state["systems"][name] = scores
+            self.state["systems"][name] = score(load(), progress=progress)
         finally:
             self.save()
 
@@ -109,9 +110,9 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     output.mkdir(parents=True, exist_ok=True)
     run = _Run(output, fingerprint(recipe, STAGES[-1]))
     fetch()
-    run.system("encoder", lambda: encoder_alone(recipe.model.encoder)[0], progress)
-    run.system("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
-    run.system("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
+    run.score("encoder", lambda: encoder_alone(recipe.model.encoder)[0], progress)
+    run.score("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
+    run.score("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
     stages = {}
     for name in STAGES:
         path = output / name / "stage.json"
@@ -125,6 +126,6 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
         "peak_rss_mb": run.state["peak_rss_mb"],
         "stages": stages,
     }
-    _write_json(output / "results.json", results)
+    write_json(output / "results.json", results)
     write_report(results, output)
     return results

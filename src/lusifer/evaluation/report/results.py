@@ -1,7 +1,7 @@
-"""Results of `lusifer.evaluation.run`, read from their folders. Imports neither torch nor mteb.
+"""Results of an evaluation, read from their folders.
 
-Reads what is there: folders may be partial, empty or of another version, single files may be damaged. Whatever cannot
-be read is kept as a line to show.
+Reads what is there: folders may be partial, empty or of an earlier version (whose files lie in the folder itself, with
+``main_scores`` in place of mteb's rows), single files may be damaged. What cannot be read is kept as a line to show.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 
 # Joshi et al. 2020 (arXiv 2004.09095): 5 has the most labelled and unlabelled data, 0 none.
 RESOURCES = {
@@ -23,11 +23,31 @@ RESOURCES = {
     "it": 4, "nl": 4, "pl": 4, "pt": 4, "tr": 4, "id": 3, "bn": 3, "th": 3, "sw": 2, "te": 1,
 }  # fmt: skip
 BIAS = ("same_language", "alone", "mixed")
-# mteb's repeats of a clustering are no sample of documents: no standard error, and older records' are wrong.
+# mteb's repeats of a clustering are no sample of documents: no standard error, and earlier versions' are wrong.
 FIXED = ("Clustering",)
-_NO_SETTINGS = ("model", "model_hash", "plan", "date", "seconds")
-_RECORDED = ("prompts", "max_seq_length", "token_budget", "max_tokens", "dtype")
-_DATA = ("revision", "fingerprint", "data_fingerprint", "data_hash")
+_SETTINGS = ("prompts", "max_seq_length", "dtype")
+Shared = set[tuple[str, str]]  # Task and subset.
+
+
+@dataclass(frozen=True)
+class Score:
+    """A main score.
+
+    Attributes:
+        task: Task.
+        subset: Its subset.
+        kind: Type of the task.
+        languages: The subset's languages: one, or those of queries and of documents.
+        value: Mean over splits, between -1 and 1.
+        error: Standard error, where it is known.
+    """
+
+    task: str
+    subset: str
+    kind: str
+    languages: tuple[str, ...]
+    value: float
+    error: float | None
 
 
 @dataclass
@@ -36,99 +56,112 @@ class System:
 
     Attributes:
         name: Its folder's name, made unique.
-        facts: ``run.json``.
-        scores: Task to subset to main score, between -1 and 1.
-        languages: Task to subset to languages.
-        errors: Task to subset to standard error, where it is known.
-        types: Task to type.
+        model_hash: Hash of the model; empty where it was not recorded.
+        rows: What is scored.
         bias: Language to what `lusifer.evaluation.everyday.language_bias` says.
         tokens: Tokenizer to language to mean tokens of a sentence.
-        plan: Task to the subsets that were asked for; empty where that was not recorded.
-        plan_splits: Task to the splits that were asked for.
+        plan: Task to ``splits`` and ``subsets`` that were asked for; empty where that was not recorded.
         settings: What was recorded of how the model ran, to all values of it.
-        data: What was recorded of the data, to task to value.
-        failed: Task to what went wrong; subsets that were scored before are in ``scores``.
+        revisions: Task to the revision of its data.
+        failed: Task to what went wrong; subsets that were scored before are in ``rows``.
         problems: What could not be read.
     """
 
     name: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    languages: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
+    model_hash: str = ""
+    rows: list[Score] = field(default_factory=list)
     bias: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
-    plan: dict[str, list[str]] = field(default_factory=dict)
-    plan_splits: dict[str, list[str]] = field(default_factory=dict)
+    plan: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     settings: dict[str, set[str]] = field(default_factory=dict)
-    data: dict[str, dict[str, str]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def _cells(
-        self, shared: set[tuple[str, str]], kind: str | None
-    ) -> dict[str, dict[str, list[tuple[float, float | None]]]]:
-        """Scores with standard errors by language and task, languages with the most resources first."""
-        found: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-        for task, subsets in self.scores.items():
-            for subset, score in subsets.items():
-                codes = self.languages[task].get(subset, [])
-                if len(codes) == 1 and (task, subset) in shared and kind in (None, self.types[task]):
-                    cell = (score, self.errors.get(task, {}).get(subset))
-                    found.setdefault(codes[0], {}).setdefault(task, []).append(cell)
-        return dict(sorted(found.items(), key=lambda item: (-RESOURCES.get(item[0], 0), item[0])))
+    def cells(self) -> Shared:
+        """Task and subset of every score."""
+        return {(row.task, row.subset) for row in self.rows}
 
-    def by_language(self, shared: set[tuple[str, str]], kind: str | None = None) -> dict[str, float]:
-        """Per cent by language: the mean over tasks of the mean over subsets, of the cells that are shared."""
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Task to subset to main score, between -1 and 1."""
+        return _by_task(self.rows, lambda row: row.value)
+
+    @property
+    def languages(self) -> dict[str, dict[str, list[str]]]:
+        """Task to subset to its languages."""
+        return _by_task(self.rows, lambda row: list(row.languages))
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Task to its type."""
+        return {row.task: row.kind for row in self.rows}
+
+    def _by_language(self, shared: Shared, kind: str | None = None) -> dict[str, dict[str, list[Score]]]:
+        """Language to task to scores in that language alone, languages with the most resources first."""
+        languages: dict[str, dict[str, list[Score]]] = {}
+        for score in self.rows:
+            if len(score.languages) == 1 and (score.task, score.subset) in shared and kind in (None, score.kind):
+                languages.setdefault(score.languages[0], {}).setdefault(score.task, []).append(score)
+        return {code: languages[code] for code in sorted(languages, key=lambda code: (-RESOURCES.get(code, 0), code))}
+
+    def by_language(self, shared: Shared, kind: str | None = None) -> dict[str, float]:
+        """Per cent by language: the mean over tasks of the mean over subsets.
+
+        Args:
+            shared: The cells to count.
+            kind: Only tasks of this type; all when None.
+        """
         return {
-            code: 100 * fmean(fmean(score for score, _ in cells) for cells in tasks.values())
-            for code, tasks in self._cells(shared, kind).items()
+            code: 100 * fmean(fmean(score.value for score in scores) for scores in tasks.values())
+            for code, tasks in self._by_language(shared, kind).items()
         }
 
-    def half_widths(self, shared: set[tuple[str, str]]) -> dict[str, float]:
+    def half_widths(self, shared: Shared) -> dict[str, float]:
         """Half of the 95 % interval of `by_language`, per cent, where every score has a standard error.
 
         Tasks are taken as independent, the bootstrap distribution of a mean as normal, scores of clustering as fixed.
         """
-        found = {}
-        for code, tasks in self._cells(shared, None).items():
-            known = [error for name, cells in tasks.items() if self.types[name] not in FIXED for _, error in cells]
-            if not known or None in known:
-                continue
-            variances = [
-                sum((error or 0.0) ** 2 for _, error in cells) / len(cells) ** 2
-                for name, cells in tasks.items()
-                if self.types[name] not in FIXED
-            ]
-            found[code] = 100 * 1.96 * math.sqrt(sum(variances)) / len(tasks)
-        return found
+        widths = {}
+        for code, tasks in self._by_language(shared).items():
+            drawn = [scores for scores in tasks.values() if scores[0].kind not in FIXED]
+            errors = [[score.error for score in scores if score.error is not None] for scores in drawn]
+            if drawn and list(map(len, errors)) == list(map(len, drawn)):
+                variance = sum(sum(error**2 for error in row) / len(row) ** 2 for row in errors)
+                widths[code] = 100 * 1.96 * math.sqrt(variance) / len(tasks)
+        return widths
 
-    def pairs(self, shared: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """Per cent by query language and document language, of the cells that are shared."""
-        found: dict[tuple[str, str], list[float]] = {}
-        for _, codes, score in self._cross_lingual(shared):
-            found.setdefault(codes, []).append(score)
-        return {key: 100 * fmean(values) for key, values in found.items()}
+    def by_pair(self, shared: Shared) -> dict[tuple[str, str], float]:
+        """Per cent by query language and document language."""
+        return _means(self._pairs(shared), lambda score: (score.languages[0], score.languages[1]))
 
-    def by_pair_task(self, shared: set[tuple[str, str]]) -> dict[str, float]:
-        """Per cent by task: the mean over its pairs of two languages, of the cells that are shared."""
-        found: dict[str, list[float]] = {}
-        for task, _, score in self._cross_lingual(shared):
-            found.setdefault(task, []).append(score)
-        return {task: 100 * fmean(found[task]) for task in sorted(found)}
+    def by_pair_task(self, shared: Shared) -> dict[str, float]:
+        """Per cent by task: the mean over its pairs of two languages."""
+        return _means(self._pairs(shared), lambda score: score.task)
 
-    def _cross_lingual(self, shared: set[tuple[str, str]]) -> list[tuple[str, tuple[str, str], float]]:
-        return [
-            (task, (codes[0], codes[1]), score)
-            for task, subsets in self.scores.items()
-            for subset, score in subsets.items()
-            if len(codes := self.languages[task].get(subset, [])) == 2 and (task, subset) in shared
-        ]
+    def _pairs(self, shared: Shared) -> list[Score]:
+        return [score for score in self.rows if len(score.languages) == 2 and (score.task, score.subset) in shared]
+
+
+def _means(scores: Sequence[Score], key: Callable[[Score], Any]) -> dict[Any, float]:
+    groups: dict[Any, list[float]] = {}
+    for score in scores:
+        groups.setdefault(key(score), []).append(score.value)
+    return {name: 100 * fmean(groups[name]) for name in sorted(groups)}
+
+
+def _by_task(rows: Sequence[Score], value: Callable[[Score], Any]) -> dict[str, dict[str, Any]]:
+    tasks: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, {})[row.subset] = value(row)
+    return tasks
 
 
 def read(folders: Sequence[Path]) -> list[System]:
     """Reads folders of results.
+
+    Args:
+        folders: What `lusifer evaluate --out` wrote.
 
     Raises:
         LusiferError: If a folder does not exist.
@@ -142,100 +175,115 @@ def read(folders: Sequence[Path]) -> list[System]:
         while name in [system.name for system in systems]:
             name = f"{whole.parent.name}/{name}" if "/" not in name else name + "'"
         system = System(name)
-        # What was asked for comes first: it says which splits a task needs.
-        for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "run.json", path.name)):
-            _take(system, path)
-        if not system.scores:
+        # What was asked for comes first: it says which splits a task needs. Newer files replace an earlier version's.
+        run = [folder / "run.json"] if (folder / "run.json").is_file() else []
+        patterns = ("[!.]*.json", "results/*/*/[!.]*.json", "failures/[!.]*.json")
+        others = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        for path in [*run, *(path for path in others if path.name not in ("run.json", "model_meta.json"))]:
+            _read_file(system, path)
+        if not system.rows:
             system.problems.append("no finished task in this folder")
         systems.append(system)
     return systems
 
 
-def _take(system: System, path: Path) -> None:
-    take = {"run.json": _take_run, "languages.json": _take_profile}.get(path.name, _take_record)
+def _read_file(system: System, path: Path) -> None:
+    read_content = {"run.json": _read_run, "languages.json": _read_profile}.get(path.name, _read_record)
     try:
-        take(system, dict(json.loads(path.read_text(encoding="utf-8"))))
+        read_content(system, dict(json.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
-        system.problems.append(f"{path.name}: {error.strerror}")
+        system.problems.append(f"{path.name}: {first_line(error)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = "damaged" if isinstance(error, json.JSONDecodeError) else f"not in this version's form ({error!r})"
         system.problems.append(f"{path.name}: {reason}; score it again")
 
 
-def _take_run(system: System, found: dict[str, Any]) -> None:
-    system.facts = found
-    for key, value in found.items():
-        if key not in _NO_SETTINGS:
-            _set(system, key, value)
-    for task, asked in dict(found.get("plan") or {}).items():
-        system.plan[str(task)] = [str(subset) for subset in asked["subsets"]]
-        system.plan_splits[str(task)] = [str(split) for split in asked["splits"]]
+def _read_run(system: System, run: dict[str, Any]) -> None:
+    system.model_hash = str(run.get("model_hash", ""))
+    if "prompts" in run:
+        _set(system, "prompts", run["prompts"])
+    for task, asked in dict(run.get("plan") or {}).items():
+        system.plan[str(task)] = {key: [str(name) for name in asked[key]] for key in ("splits", "subsets")}
 
 
 def _set(system: System, key: str, value: Any) -> None:
-    if key == "versions":
-        for name, number in dict(value).items():
-            system.settings.setdefault(f"version of {name}", set()).add(str(number))
-    elif isinstance(value, dict):
-        system.data.setdefault(key, {}).update({str(name): json.dumps(part) for name, part in value.items()})
-    else:
-        system.settings.setdefault(key, set()).add("none" if value is None else str(value))
+    system.settings.setdefault(key, set()).add("none" if value is None else str(value))
 
 
-def _take_profile(system: System, found: dict[str, Any]) -> None:
-    bias = {str(code): _numbers(system, f"bias of {code}", row) for code, row in found["bias"].items()}
+def _read_profile(system: System, profile: dict[str, Any]) -> None:
+    bias = {str(code): _numbers(system, f"bias of {code}", row) for code, row in profile["bias"].items()}
     system.bias = {code: {key: row[key] for key in BIAS} for code, row in bias.items() if set(BIAS) <= set(row)}
-    if any(not set(BIAS) <= set(row) for row in found["bias"].values()):
+    if any(not set(BIAS) <= set(row) for row in profile["bias"].values()):
         system.problems.append("languages.json: not in this version's form (bias without all its parts)")
-    system.tokens = {str(part): _numbers(system, f"tokens of {part}", row) for part, row in found["tokens"].items()}
+    system.tokens = {str(part): _numbers(system, f"tokens of {part}", row) for part, row in profile["tokens"].items()}
 
 
-def _take_record(system: System, found: dict[str, Any]) -> None:
-    task, failed = str(found["task"]), found["status"] == "failed"
-    if failed:
-        system.failed[task] = " ".join(str(found["error"]).split())
-        if not found.get("main_scores"):
+def _read_record(system: System, record: dict[str, Any]) -> None:
+    task = str(record["task_name"] if "task_name" in record else record["task"])
+    if record.get("status") == "failed":
+        system.failed[task] = " ".join(str(record["error"]).split())
+        if not record.get("main_scores"):
             return
-    splits = {str(name): _numbers(system, task, split) for name, split in found["main_scores"].items()}
-    languages = {str(subset): list(codes) for subset, codes in found["languages"].items()}
+    languages = {str(subset): tuple(codes) for subset, codes in record["languages"].items()}
     if not all(isinstance(code, str) for codes in languages.values() for code in codes):
         raise TypeError("languages are not named by text")
-    kind = str(found["type"])
+    kind = str(record["type"])
+    splits = {str(name): _numbers(system, task, split) for name, split in _by_split(record).items()}
     # A run that broke off between two splits has the first alone: no mean over splits.
-    wanted = system.plan_splits.get(task, list(splits)) if failed else list(splits)
-    rows = [splits.get(split, {}) for split in wanted]
-    scores = _over_splits(rows, lambda values: fmean(values))
-    if not scores:
-        return
-    errors = [
-        _numbers(system, f"standard error of {task}", split) for split in (found.get("standard_errors") or {}).values()
-    ]
-    if len(errors) == len(rows) and kind not in FIXED:
-        system.errors[task] = _over_splits(errors, lambda values: math.hypot(*values) / len(values))
-    system.types[task], system.languages[task], system.scores[task] = kind, languages, scores
-    for key in ("versions", *_RECORDED):
-        if key in found:
-            _set(system, key, found[key])
-    for key in _DATA:
-        if key in found:
-            system.data.setdefault(key, {})[task] = str(found[key])
+    planned = system.plan[task]["splits"] if task in system.plan else list(splits)
+    values = _over_splits([splits.get(split, {}) for split in planned], fmean)
+    standard_errors = (record.get("standard_errors") or {}).values()
+    rows = [_numbers(system, f"standard error of {task}", split) for split in standard_errors]
+    errors: dict[str, float] = {}
+    if len(rows) == len(planned) and kind not in FIXED:
+        errors = _over_splits(rows, lambda row: math.hypot(*row) / len(row))
+    system.rows = [row for row in system.rows if row.task != task]
+    for subset, value in values.items():
+        if subset in languages:
+            system.rows.append(Score(task, subset, kind, languages[subset], value, errors.get(subset)))
+    if values:
+        _read_settings(system, task, record)
 
 
-def _over_splits(rows: Sequence[Mapping[str, float]], mean: Any) -> dict[str, float]:
+def _by_split(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split to subset to main score, of mteb's rows or of an earlier version's own numbers."""
+    if "main_scores" in record:
+        return dict(record["main_scores"])
+    return {name: {row["hf_subset"]: row["main_score"] for row in rows} for name, rows in record["scores"].items()}
+
+
+def _read_settings(system: System, task: str, record: Mapping[str, Any]) -> None:
+    for key in _SETTINGS:
+        if key in record:
+            _set(system, key, record[key])
+    for package, number in dict(record.get("versions") or {}).items():
+        _set(system, f"version of {package}", number)
+    for key in ("dataset_revision", "fingerprint", "revision"):
+        if record.get(key) is not None:
+            system.revisions[task] = str(record[key])
+            break
+
+
+def _over_splits(rows: Sequence[Mapping[str, float]], mean: Callable[[list[float]], float]) -> dict[str, float]:
     """By subset, a mean over splits, of the subsets that all splits have."""
-    shared = set.intersection(*(set(row) for row in rows))
+    shared = set.intersection(*(set(row) for row in rows)) if rows else set()
     return {subset: mean([row[subset] for row in rows]) for subset in sorted(shared)}
 
 
 def _numbers(system: System, what: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's numbers; what is none, as older versions wrote, is left out and named."""
-    found = {str(key): math.nan if value is None else float(value) for key, value in row.items()}
-    if wrong := [key for key, value in found.items() if not math.isfinite(value)]:
-        system.problems.append(f"{what}: no number, ignored: {few(wrong)}")
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+    """A row's numbers; NaN and None are left out and named."""
+    numbers = {str(key): math.nan if value is None else float(value) for key, value in row.items()}
+    if broken := [key for key, value in numbers.items() if not math.isfinite(value)]:
+        system.problems.append(f"{what}: NaN, ignored: {few(broken)}")
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def few(names: Sequence[str], most: int = 12) -> str:
-    """Names in a line, the rest of a long list as a count."""
+    """Names in a line, the rest of a long list as a count.
+
+    Args:
+        names: The names.
+        most: Names to show.
+    """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,0 +1,221 @@
+"""The folder of results of one model, which mteb's own tools read too.
+
+* ``OUT/results/MODEL/HASH/TASK.json`` is mteb's result of a task, where `mteb.ResultCache` looks for it, with keys of
+  ours that mteb passes over: standard errors, what stood in front of the texts, and what the model ran with.
+* ``OUT/failures/TASK.json`` says why a task failed.
+* ``OUT/run.json`` says which model the folder is about, and what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mteb import ResultCache, TaskResult
+from mteb.models import ModelMeta
+from pydantic import ValidationError
+
+from lusifer.errors import LusiferError, first_line
+from lusifer.evaluation.benchmarks import Task
+from lusifer.evaluation.intervals import Recorder
+from lusifer.publishing import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Results(ResultCache):
+    """mteb's cache of results over one model's folder; `mteb.evaluate` reads it to resume, and writes to it.
+
+    mteb's own writes files in place (a kill leaves half a file), rounds scores to six places, and shares two files
+    between tasks without a lock. Here a task's file is written whole, unrounded, and by nobody else.
+
+    Args:
+        out: The folder.
+        model: mteb's description of the model; name and revision say where results lie.
+        settings: What is recorded with each result; ``model``, ``model_hash`` and ``prompts`` are among it.
+        revisions: Task name to the revision of its data now. A result of another revision is scored again.
+    """
+
+    def __init__(self, out: Path, model: Any, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
+        super().__init__(out)
+        self.model = model
+        self.settings = settings
+        self.revisions = revisions
+        self.recorder: Recorder | None = None
+        self.details: dict[str, Any] = {}
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """A task's file; None where there is none, it cannot be read, or its data have changed since."""
+        record = read_object(self.get_task_result_path(name, self.model))
+        try:
+            TaskResult.model_validate(record)
+        except ValidationError:
+            return None
+        if record is None or not all(map(math.isfinite, _main_scores(record["scores"]))):
+            return None
+        if record["dataset_revision"] != self.revisions[name]:
+            logger.warning("%s: the data have changed since it was scored; it is scored again", name)
+            return None
+        return record
+
+    def load_task_result(self, task_name: str, model_name: Any, *args: Any, **kwargs: Any) -> TaskResult | None:
+        """What `mteb.evaluate` need not score again."""
+        record = self.record(task_name)
+        return None if record is None else TaskResult.model_validate(record)
+
+    def is_complete(self, task: Any) -> bool:
+        """Whether all splits and subsets of an mteb task are scored."""
+        result = self.load_task_result(task.metadata.name, self.model)
+        return result is not None and not result.get_missing_evaluations(task)
+
+    def begin(self, recorder: Recorder, details: dict[str, Any]) -> None:
+        """Says what is recorded with the task that `mteb.evaluate` runs next.
+
+        Args:
+            recorder: Listens to the task.
+            details: Keys of the task's file besides mteb's own; ``languages`` joins what the file has.
+        """
+        self.recorder, self.details = recorder, details
+
+    def save_to_cache(self, task_result: TaskResult, model_name: Any, *args: Any, **kwargs: Any) -> None:
+        """Writes a task's file; mteb calls it after every subset.
+
+        Raises:
+            ValueError: If a main score is NaN.
+        """
+        result = task_result.model_dump(mode="json")
+        for split, rows in task_result.scores.items():
+            if broken := sorted(row["hf_subset"] for row in rows if not math.isfinite(row["main_score"])):
+                raise ValueError(f"the main score of {broken[0]} ({split}) is NaN; are all embeddings the same?")
+        before = self.record(task_result.task_name) or {}
+        errors: dict[str, dict[str, float]] = before.get("standard_errors") or {}
+        assert self.recorder is not None
+        for split, fresh in self.recorder.errors(task_result.scores).items():
+            errors[split] = {**errors.get(split, {}), **fresh}
+        languages = {**(before.get("languages") or {}), **self.details["languages"]}
+        extra = {**self.details, "languages": languages, "standard_errors": errors, **self.settings}
+        path = self.get_task_result_path(task_result.task_name, self.model)
+        write_json(path, {**_json_numbers(result), **extra})
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Records why a task failed; what it had scored before stays."""
+        reason = f"{type(error).__name__}: {first_line(error)}"[:500]
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        failure = {"task": name, "status": "failed", "error": reason, "date": date}
+        write_json(self._failure(name), {**failure, "traceback": traceback.format_exc()})
+
+    def succeed(self, name: str) -> None:
+        """Forgets that a task had failed."""
+        self._failure(name).unlink(missing_ok=True)
+
+    def outcome(self, name: str) -> dict[str, Any] | None:
+        """A task's file, and of a failure its ``error``; ``status`` is ``done`` or ``failed``; None of neither."""
+        record, failure = self.record(name), read_object(self._failure(name))
+        if record is None and failure is None:
+            return None
+        return {"scores": {}, **(record or {}), "status": "done", **(failure or {})}
+
+    def _failure(self, name: str) -> Path:
+        return Path(self.cache_path) / "failures" / f"{name}.json"
+
+    def claim(self, tasks: Sequence[Task]) -> None:
+        """Writes what the folder is about and what it shall hold: the plan joins what was asked for before.
+
+        Args:
+            tasks: What is asked for now.
+
+        Raises:
+            LusiferError: If the folder cannot be written.
+        """
+        out = Path(self.cache_path)
+        before = read_object(out / "run.json") or {}
+        plan: dict[str, Any] = dict(before.get("plan") or {})
+        for task in tasks:
+            planned = plan.get(task.name) or {"splits": [], "subsets": {}}
+            subsets = {**planned["subsets"], **{key: list(codes) for key, codes in task.subsets.items()}}
+            plan[task.name] = {"splits": list(dict.fromkeys([*planned["splits"], *task.splits])), "subsets": subsets}
+        folder = self.get_task_result_path("any", self.model).parent
+        try:
+            for path in (folder, out / "failures"):
+                path.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "model_meta.json", json.loads(json.dumps(self.model.to_dict(), default=str)))
+            asked = {key: self.settings[key] for key in ("model", "model_hash", "prompts")}
+            write_json(out / "run.json", {**before, **asked, "plan": plan})
+        except OSError as error:
+            raise LusiferError(f"cannot write into {str(out)!r}: {first_line(error)}") from error
+
+
+def describe_model(model: str, revision: str) -> Any:
+    """The description of a model by which mteb names results.
+
+    Args:
+        model: What was asked for: a path, a hub id, ``encoder:NAME``, ...
+        revision: Hash of the model.
+    """
+    name = "local/" + model.strip("./").replace("/", "-").replace(":", "-")
+    return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check_claim(out: Path, asked: Mapping[str, str]) -> None:
+    """Refuses a folder that holds another model's results, or those of other prompts.
+
+    Args:
+        out: The folder; may be missing.
+        asked: ``model``, its ``model_hash`` and the hash of the ``prompts``; only the name may have changed.
+
+    Raises:
+        LusiferError: If it does.
+    """
+    known = read_object(out / "run.json")
+    if known is None:
+        return
+    for key in ("model_hash", "prompts"):
+        if known.get(key) != asked[key]:
+            raise LusiferError(
+                f"{out} holds results of another run ({key} is {known.get(key)!r} there and {asked[key]!r} now); "
+                "choose another --out"
+            )
+
+
+def main_scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Task to subset to main score, averaged over splits, of subsets that all splits have.
+
+    Args:
+        records: Task name to its record, as `Results.outcome` gives it.
+    """
+    scores = {}
+    for name, record in records.items():
+        splits = [{row["hf_subset"]: float(row["main_score"]) for row in rows} for rows in record["scores"].values()]
+        if splits:
+            shared = set.intersection(*map(set, splits))
+            scores[name] = {key: sum(split[key] for split in splits) / len(splits) for key in shared}
+    return scores
+
+
+def _main_scores(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
+    values = [row["main_score"] for rows in scores.values() for row in rows]
+    return [float(value) if isinstance(value, float | int) else math.nan for value in values]
+
+
+def _json_numbers(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has no names for."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_json_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
