@@ -15,7 +15,7 @@ from lusifer.evaluation.report.results import read
 from lusifer.model.card import is_hub_id, make_card, write_card
 from lusifer.recipes.schema import Recipe
 from lusifer.storage import without_paths
-from lusifer.training.run import told
+from lusifer.training.run import recipe_for_provenance
 
 RECIPE = {
     "output": "/home/me/runs/x",
@@ -34,7 +34,7 @@ CONFIG = {
     "pooling": "mean",
     "max_seq_length": 64,
     "provenance": {
-        "recipe": told(Recipe.model_validate(RECIPE)),
+        "recipe": recipe_for_provenance(Recipe.model_validate(RECIPE)),
         "stages": {"contrast": {"loss": 0.5, "seconds": 3.0}, "warm_start": {"seconds": 1.0}},
     },
 }

@@ -122,7 +122,7 @@ def _align(found: LLMEmbedder, text: str, pairs: str, small: bool) -> dict[str, 
             "target_max_seq_length": 64,
         }
         return {**shared, **batch, "max_tokens": 1024}
-    batch = {"encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
+    batch = {"train_encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
     return {**shared, **batch, "precision": "bfloat16", "gradient_checkpointing": True}
 
 
@@ -144,7 +144,7 @@ def _contrast(pairs: str, small: bool) -> dict[str, Any]:
         }
     return {
         "data": [{"source": pairs}],
-        "encoder": "lora",
+        "train_encoder": "lora",
         "steps": 4000,
         "batch_size": 1024,
         "learning_rate": 1.0e-4,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,13 +32,14 @@ from lusifer.model.lm_head import load_lm_head
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
-from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, ModelRecipe, Optimisation, Recipe
+from lusifer.publishing import publish_file, write_json
+from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, GradientStage, ModelRecipe, Recipe
 from lusifer.storage import without_paths
-from lusifer.training import warm_start as warmstart
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.gradient_stage import optimise
-from lusifer.training.trainer import load_learning
+from lusifer.training.gradient_stage import run_gradient_stage
+from lusifer.training.trainer import load_trained
+from lusifer.training.warm_start import fit_connector, start_connector
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTok
     Raises:
         LusiferError: If a backbone cannot be loaded.
     """
-    fields = recipe.model_dump(exclude={"encoder", "llm", "encoder_lora", "llm_lora", "prompts"})
-    model = LusiferModel.from_backbones(recipe.encoder, recipe.llm, **fields)
+    model = LusiferModel.from_backbones(**recipe.architecture())
     if recipe.encoder_lora is not None:
         model.add_adapter("encoder", recipe.encoder_lora.fields())
     tokenizer = load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
@@ -70,26 +69,36 @@ def build_model(recipe: ModelRecipe) -> tuple[SentenceTransformer, PreTrainedTok
 
 
 def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, progress: bool) -> dict[str, Any]:
-    """Stage 0; returns what it found."""
-    source = recipe.warm_start_data()
+    """Stage 0.
+
+    Args:
+        recipe: The recipe.
+        model: The untrained model; its connector is changed in place.
+        llm_tokenizer: The LLM's tokenizer.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``explained``, the share of held-out variance that the map explains, and the numbers of ``words``.
+    """
+    settings, source = recipe.warm_start, recipe.warm_start_data()
     assert source is not None
     inner = lusifer_model(model)
-    start = warmstart.fit(
-        inner,
-        model.tokenizer,
-        llm_tokenizer,
-        read_texts(source, recipe.warm_start.texts),
-        ridge=recipe.warm_start.ridge,
-        spectrum=recipe.warm_start.spectrum,
-        progress=progress,
-    )
-    warmstart.apply(inner, start, scale=recipe.warm_start.scale)
+    texts = read_texts(source, settings.texts)
+    options: dict[str, Any] = {"ridge": settings.ridge, "spectrum": settings.spectrum, "progress": progress}
+    start = fit_connector(inner, model.tokenizer, llm_tokenizer, texts, **options)
+    start_connector(inner, start, scale=settings.scale)
     logger.info("stage 0: %.1f%% of held-out variance explained, %d words", 100 * start.explained, start.words)
     return {"explained": start.explained, "words": start.words, "held_out_words": start.held_out_words}
 
 
-def prepare(recipe: Recipe, name: str, model: LusiferModel) -> None:
-    """Gives a model the adapters and the depth of a stage, and chooses what learns in it."""
+def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
+    """Gives a model the adapters and the depth of a stage, and chooses its trainable parameters.
+
+    Args:
+        recipe: The recipe.
+        name: ``align`` or ``contrast``.
+        model: The model as the stage before left it; changed in place.
+    """
     lora = recipe.model.llm_lora
     if name == "contrast":
         depth = recipe.contrast.llm_layers
@@ -100,12 +109,13 @@ def prepare(recipe: Recipe, name: str, model: LusiferModel) -> None:
         if lora is not None and not model.config.llm_adapter:
             model.add_adapter("llm", lora.fields())
     stage = recipe.align if name == "align" else recipe.contrast
-    model.set_trainable(encoder=stage.encoder, connector=stage.connector, llm=name == "contrast" and lora is not None)
+    train_llm = name == "contrast" and lora is not None
+    model.set_trainable(encoder=stage.train_encoder, connector=stage.train_connector, llm=train_llm)
 
 
 def stage_mixture(recipe: Recipe, name: str) -> Mixture:
-    """The examples of a gradient stage, with some rows kept out of training."""
-    stage: Optimisation = getattr(recipe, name)
+    """The examples of the stage ``align`` or ``contrast``, with some rows held out of training."""
+    stage: GradientStage = getattr(recipe, name)
     seed = recipe.seed + STAGES.index(name)
     return Mixture(stage.data, steps=stage.steps, batch_size=stage.batch_size, seed=seed, held_out=_HELD_OUT)
 
@@ -113,10 +123,10 @@ def stage_mixture(recipe: Recipe, name: str) -> Mixture:
 def run_align(
     recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """Stage 1; returns losses, and what held-out texts show before and after."""
+    """Stage 1; returns losses, and metrics of held-out texts before and after."""
     stage: AlignRecipe = recipe.align
     inner = lusifer_model(model)
-    prepare(recipe, "align", inner)
+    prepare_stage(recipe, "align", inner)
     seed = recipe.seed + STAGES.index("align")
     loss = AlignmentLoss(
         load_lm_head(recipe.model.llm, inner.llm, revision=recipe.model.llm_revision),
@@ -135,13 +145,10 @@ def run_align(
     batch = collator(examples) if len(examples) > 1 else None
 
     def metrics(wrapped: Any) -> dict[str, float]:
-        assert batch is not None
-        device = loss.lm_head.weight.device
-        moved = {key: _to(value, device) for key, value in batch.items()}
-        return held_out_metrics(loss, wrapped, moved)
+        return held_out_metrics(loss, wrapped, _to(batch, loss.lm_head.weight.device))
 
     before = metrics(inner) if batch else {}
-    result = optimise(
+    result = run_gradient_stage(
         inner, loss, mixture, collator, stage, folder, seed=seed, scale=recipe.scale,
         evaluator=metrics if batch else None, progress=progress,
     )  # fmt: skip
@@ -159,7 +166,7 @@ def run_contrast(
 ) -> dict[str, Any]:
     """Stage 2; returns losses."""
     inner = lusifer_model(model)
-    prepare(recipe, "contrast", inner)
+    prepare_stage(recipe, "contrast", inner)
     limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
     return contrast(recipe, inner, model.tokenizer, limit, folder, progress)
 
@@ -184,11 +191,14 @@ def contrast(
 
     Args:
         recipe: Its stage 2 says data, steps and loss.
-        model: The model; what learns has been chosen already.
+        model: The model; its trainable parameters have been chosen.
         tokenizer: Its tokenizer.
         max_seq_length: Tokens of a text.
         folder: Where checkpoints go.
         progress: Whether to show a progress bar.
+
+    Returns:
+        What `run_gradient_stage` does, and ``metrics``, a function of a model, or None without held-out rows.
     """
     stage: ContrastRecipe = recipe.contrast
     seed = recipe.seed + STAGES.index("contrast")
@@ -213,11 +223,11 @@ def contrast(
         mode = wrapped.training
         wrapped.eval()
         with torch.no_grad():
-            losses = [float(loss(wrapped, {k: _to(v, device) for k, v in batch.items()})) for batch in batches]
+            losses = [float(loss(wrapped, _to(batch, device))) for batch in batches]
         wrapped.train(mode)
         return {"loss": sum(losses) / len(losses)}
 
-    result = optimise(
+    result = run_gradient_stage(
         model, loss, mixture, collator, stage, folder, seed=seed, scale=recipe.scale,
         evaluator=metrics if batches else None, progress=progress,
     )  # fmt: skip
@@ -230,9 +240,8 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         LusiferError: If one is missing, broken or of the wrong kind; see `lusifer.data.records`.
     """
-    encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
+    load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
     llm = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
-    del encoder
     for adapter in recipe.model.llm_base_adapters:
         read_base_adapter(adapter)
     depth = recipe.model.llm_layers or llm.num_hidden_layers
@@ -246,19 +255,23 @@ def check_inputs(recipe: Recipe) -> None:
             stage_mixture(recipe, name)
 
 
+# What may change when a run goes on: it decides speed, memory and logs, not the result.
+_VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
+
+
 def fingerprint(recipe: Recipe, stage: str) -> str:
-    """Hash of everything that decides a stage's result: the model and every stage up to it."""
-    upto = STAGES[: STAGES.index(stage) + 1]
-    volatile = {
-        "save_steps",
-        "logging_steps",
-        "eval_steps",
-        "save_total_limit",
-        "report_to",
-        "max_tokens",
-        "graph_tokens",
-    }
-    tree = {name: getattr(recipe, name).model_dump(exclude=volatile) for name in ("model", *upto)}
+    """SHA-256 in hex of everything that decides a stage's result: the model and every stage up to it.
+
+    Args:
+        recipe: The recipe.
+        stage: ``warm_start``, ``align`` or ``contrast``.
+    """
+    tree = {}
+    for name in ("model", *STAGES[: STAGES.index(stage) + 1]):
+        section = getattr(recipe, name)
+        # By the keys' first names, so that a run begun under them goes on.
+        earlier = {today: before for before, today in section.renamed.items()}
+        tree[name] = {earlier.get(key, key): value for key, value in section.model_dump(exclude=_VOLATILE).items()}
     return hashlib.sha256(json.dumps([recipe.seed, tree], sort_keys=True).encode()).hexdigest()
 
 
@@ -290,13 +303,13 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             logger.info("%s is finished, skipping it", name)
             previous, model = folder / "model", None
             continue
-        make = partial(_model_before, recipe, previous)
-        model = make() if model is None else model
+        model_before = partial(_model_before, recipe, previous)
+        model = model_before() if model is None else model
         if llm_tokenizer is None:
             llm_tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
         # Again, because a resumed run has drawn other numbers on its way here.
         set_seed(recipe.seed + number)
-        model = _run_stage(recipe, name, model, llm_tokenizer, folder, progress, make)
+        model = _run_stage(recipe, name, model, llm_tokenizer, folder, progress, model_before)
         previous = folder / "model"
     assert previous is not None
     if model is None:
@@ -309,8 +322,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     return final
 
 
-def told(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's settings for the checkpoint: what differs from the defaults, without paths of this machine."""
+def recipe_for_provenance(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a checkpoint keeps it: what differs from the defaults, paths shortened to file names."""
     return without_paths(recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output"}))
 
 
@@ -323,25 +336,22 @@ def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
 
 
 def _finished(folder: Path, expected: str) -> bool:
-    try:
-        found = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["fingerprint"]
-    except FileNotFoundError:
-        try:
-            found = (folder / "fingerprint").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return False
-        if found != expected:
-            raise _other_recipe(folder) from None
+    """Whether a stage's folder holds its result; an unfinished one only has the fingerprint it was begun with.
+
+    Raises:
+        LusiferError: If it was begun with another recipe.
+    """
+    report, begun = folder / "stage.json", folder / "fingerprint"
+    finished = report.is_file()
+    if not finished and not begun.is_file():
         return False
-    if found != expected:
-        raise _other_recipe(folder)
-    return True
-
-
-def _other_recipe(folder: Path) -> LusiferError:
-    return LusiferError(
-        f"{str(folder)!r} holds a run of another recipe; choose another output, or remove that folder to start again"
-    )
+    stored = json.loads(report.read_text(encoding="utf-8"))["fingerprint"] if finished else begun.read_text("utf-8")
+    if stored != expected:
+        raise LusiferError(
+            f"{str(folder)!r} holds a run of another recipe; choose another output, or remove that "
+            "folder to start again"
+        )
+    return finished
 
 
 def _run_stage(
@@ -351,41 +361,44 @@ def _run_stage(
     llm_tokenizer: Any,
     folder: Path,
     progress: bool,
-    again: Callable[[], SentenceTransformer],
+    model_before: Callable[[], SentenceTransformer],
 ) -> SentenceTransformer:
     """Runs one stage and writes its model; returns it.
 
-    ``again`` makes the model as it was before the stage: a sharded one cannot be put together in place.
+    ``model_before`` makes the model as it was before the stage: a sharded one cannot be put together in place.
     """
-    started = time.monotonic()
-    state = processes()
+    started, state, inputs = time.monotonic(), processes(), fingerprint(recipe, name)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fingerprint").write_text(fingerprint(recipe, name), encoding="utf-8")
+        with publish_file(folder / "fingerprint") as staging:
+            staging.write_text(inputs, encoding="utf-8")
     state.wait_for_everyone()
     if name == "warm_start":
         result = run_warm_start(recipe, model, llm_tokenizer, progress)
     else:
         run = run_align if name == "align" else run_contrast
         result = run(recipe, model, llm_tokenizer, folder / "checkpoints", progress)
-        learned, metrics = result.pop("learned"), result.pop("metrics")
+        trained, metrics = result.pop("trained"), result.pop("metrics")
         if metrics is not None:
             result["held_out"] = metrics(lusifer_model(model))
         if recipe.scale.strategy == "fsdp2" and state.num_processes > 1:
-            model = again()
-            prepare(recipe, name, lusifer_model(model))
-            load_learning(lusifer_model(model), learned)
+            model = model_before()
+            prepare_stage(recipe, name, lusifer_model(model))
+            load_trained(lusifer_model(model), trained)
     seconds = time.monotonic() - started
-    inner = lusifer_model(model)
-    facts = {key: value for key, value in result.items() if key != "history"}
-    done = {**inner.config.provenance.get("stages", {}), name: {**facts, "seconds": round(seconds, 1)}}
-    inner.config.provenance = {**inner.config.provenance, "seed": recipe.seed, "stages": done, "recipe": told(recipe)}
+    _add_provenance(lusifer_model(model), recipe, name, {**result, "seconds": round(seconds, 1)})
     model.eval()
     if state.is_main_process:
         save_atomically(model, folder / "model")
-        report = {"stage": name, "fingerprint": fingerprint(recipe, name), "seconds": seconds, **result}
-        staging = folder / ".stage.json"
-        staging.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        os.replace(staging, folder / "stage.json")
+        report = {"stage": name, "fingerprint": inputs, "seconds": seconds, **result}
+        write_json(folder / "stage.json", report)
     state.wait_for_everyone()
     return model
+
+
+def _add_provenance(model: LusiferModel, recipe: Recipe, name: str, result: dict[str, Any]) -> None:
+    """Notes in the model's configuration what a stage came to, without its history."""
+    earlier = model.config.provenance
+    stages = {**earlier.get("stages", {}), name: {key: value for key, value in result.items() if key != "history"}}
+    settings = recipe_for_provenance(recipe)
+    model.config.provenance = {**earlier, "seed": recipe.seed, "stages": stages, "recipe": settings}

@@ -30,7 +30,7 @@ _SPACED = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What stage 0 found.
+    """A fitted linear map from encoder states to LLM input embeddings.
 
     Attributes:
         weight: (llm_dim, encoder_dim) float32.
@@ -185,7 +185,7 @@ class _Moments:
         return linear.T.float().contiguous(), (mean_y - mean_x @ linear).float()
 
 
-def fit(
+def fit_connector(
     model: LusiferModel,
     encoder_tokenizer: PreTrainedTokenizerBase,
     llm_tokenizer: PreTrainedTokenizerBase,
@@ -199,7 +199,7 @@ def fit(
 ) -> WarmStart:
     """Solves the ridge regression from encoder states to LLM input embeddings.
 
-    Only the normal equations are kept, so memory does not grow with the number of texts.
+    Only the normal equations are kept, so that memory does not grow with the number of texts.
 
     Args:
         model: An untrained model; not changed.
@@ -237,15 +237,15 @@ def fit(
     return WarmStart(weight, bias, explained, count, len(x))
 
 
-def apply(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
+def start_connector(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
     """Starts the model's connector as the fitted map.
 
     Args:
         model: Its connector is changed in place.
-        start: What `fit` found.
-        scale: Factor on the soft tokens. The LLM normalises its input in every layer, so a louder
+        start: The fitted map.
+        scale: Positive factor on the soft tokens. The LLM normalises its input in every layer, so a louder
             soft token looks the same to its first layer but weighs more in the residual stream
-            against what the layers add: a knob between the LLM's own representation (1) and the
+            against what the layers add: 1 stays near the LLM's own representation, more near the
             encoder's, which is the multilingual one (measured in docs/LOG.md).
     """
     model.connector.start_linear(scale * start.weight, scale * start.bias)
