@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaModel, Trainer, TrainingArguments
 
-from lusifer.hooks.trainer import OpenTrainer
+from lusifer.hooks.trainer import OpenTrainer, layer_class_names
 
 # Private method: the arguments the hook passes, and the public method it is opened under.
 STEPS = {
@@ -69,3 +69,10 @@ def test_the_trainer_takes_every_private_step(tmp_path):
     assert set(opened) - taken == {"load_weights", "load_optimizer"}
     spying(Model(), arguments, train_dataset=Rows()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert set(opened) == taken, f"transformers.Trainer no longer calls {set(opened) - taken}"
+
+
+def test_a_backbone_names_its_layer_classes():
+    model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    names = layer_class_names(model)
+    assert names == {"LlamaDecoderLayer"}, "transformers moved _no_split_modules: FSDP2 would shard no layer"
+    assert names <= {type(module).__name__ for module in model.modules()}

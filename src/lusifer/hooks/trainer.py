@@ -1,4 +1,4 @@
-"""Private steps of ``transformers.Trainer``, opened under public names: no other module overrides or calls them."""
+"""What we use of ``transformers.Trainer`` that is not public: its private steps, opened under public names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
+
+
+def layer_class_names(backbone: nn.Module) -> set[str]:
+    """Class names of a backbone's layers, the shards of FSDP; reads ``PreTrainedModel._no_split_modules``."""
+    return set(getattr(backbone, "_no_split_modules", None) or [])
 
 
 class OpenTrainer(Trainer):

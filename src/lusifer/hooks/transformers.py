@@ -1,34 +1,25 @@
-"""Private parts of ``transformers`` that lusifer reads or passes."""
+"""What we use of transformers that is not public."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
 from transformers.utils import cached_file
 
 
-def layer_class_names(model: nn.Module) -> set[str]:
-    """Class names of a backbone's layers; reads ``PreTrainedModel._no_split_modules``."""
-    return set(getattr(model, "_no_split_modules", None) or [])
+def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
+    """Path of a model's file in its folder or in the hub's cache; None where there is no such file.
 
-
-def cached_or_none(repo: str, name: str, *, revision: str | None = None) -> str | None:
-    """Path of one file of a folder or hub repository, None where it has none or the hub is out of reach.
-
-    Passes ``_raise_exceptions_for_missing_entries`` and ``_raise_exceptions_for_connection_errors`` to
-    ``transformers.utils.cached_file``.
+    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``: without them a missing
+    file and a hub out of reach are exceptions.
 
     Args:
-        repo: Folder or hub id.
-        name: The file's path in it.
-        revision: Branch, tag or commit of a hub repository.
+        name: Folder or hub id.
+        file: Name of the file.
+        **hub: ``token``, ``revision``, ``cache_dir``, ...
 
     Raises:
-        OSError: If the repository does not exist or is gated.
+        OSError: If the repository is gated or does not exist.
     """
-    return cached_file(
-        repo,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, file, **{**hub, **quiet})

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lusifer.data.mixture import Mixture
 from lusifer.errors import LusiferError
-from lusifer.hooks.transformers import layer_class_names
+from lusifer.hooks.trainer import layer_class_names
 from lusifer.recipes.schema import GradientStage, ScaleRecipe
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 
