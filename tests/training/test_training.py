@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import lusifer
+import lusifer.training.run
+import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
 from lusifer.training.run import train
@@ -111,7 +113,7 @@ def assert_same(folder, other):
 
 def kill_in(monkeypatch, stage, call):
     """Makes the stage's loss raise at its call number ``call``, counted from 1."""
-    loss = getattr(lusifer.training.run, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
+    loss = getattr(lusifer.training.stages, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
     real, calls = loss.step, [0]
 
     def step(self, *args, **kwargs):
@@ -192,7 +194,7 @@ def test_a_finished_run_trains_no_more(finished, make, monkeypatch, tmp_path):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for name in ("run_gradient_stage", "run_warm_start", "run_align", "run_contrast"):
+    for name in ("run_warm_start", "run_align", "run_contrast"):
         monkeypatch.setattr(lusifer.training.run, name, never)
     before = (tmp_path / "copy" / "contrast" / "stage.json").read_bytes()
     # Where it writes and how often it saves may change, and only that.

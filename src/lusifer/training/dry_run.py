@@ -27,7 +27,7 @@ from lusifer.model.backbones import keep_layers, load_config
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
-from lusifer.training.run import prepare_stage
+from lusifer.training.stages import prepare_stage
 
 _PACKED = {"8bit": 1.0, "4bit": 0.55}
 _CHUNK = 256
