@@ -29,7 +29,7 @@ from lusifer.training.warm_start import fit_connector, start_connector
 logger = logging.getLogger(__name__)
 
 STAGES = ("warm_start", "align", "contrast")
-_HELD_OUT = 32  # Rows of each set.
+_HELD_OUT = 32  # Rows that are never trained on.
 # Fields of stage 2 that are arguments of its loss.
 _CONTRASTIVE = {
     "temperature", "symmetric", "matryoshka_dims", "guide_margin", "distill", "distill_temperature", "max_tokens",
