@@ -190,9 +190,9 @@ def test_ridge_equals_the_augmented_least_squares(known, llm_tokenizer):
     model, _ = known(noise=0.3)
     corpus = texts(40)
     torch.manual_seed(2)
-    pairs = list(aligned_words(model, llm_tokenizer, llm_tokenizer, corpus[:36], batch_size=10))
+    pairs = list(aligned_words(model, llm_tokenizer, llm_tokenizer, corpus[:36]))
     torch.manual_seed(2)
-    options = {"spectrum": 1.0, "batch_size": 10, "progress": False}
+    options = {"spectrum": 1.0, "progress": False}
     start = fit_connector(model, llm_tokenizer, llm_tokenizer, corpus, ridge=50.0, **options)
     x, y = (torch.cat(side).double() for side in zip(*pairs, strict=True))
     centred_x, centred_y = x - x.mean(dim=0), y - y.mean(dim=0)
