@@ -303,7 +303,7 @@ def test_the_renamed_keys_are_known():
     expected = [("model", "connector_shortcut", "connector_residual")]
     for stage in ("align", "contrast"):
         expected += [(stage, "encoder", "train_encoder"), (stage, "connector", "train_connector")]
-    assert RENAMED == expected
+    assert expected == RENAMED
 
 
 @pytest.mark.parametrize(("section", "earlier", "today"), RENAMED)
