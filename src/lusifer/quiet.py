@@ -1,4 +1,4 @@
-"""quiet."""
+"""One place that sets what a command writes to standard error: our own lines, not those of the libraries beneath."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import warnings
 
 
 def quiet_libraries(quiet: bool) -> None:
-    """Logs our own messages to standard error and silences the libraries beneath, whose bars drown ours."""
+    """Logs our own messages to standard error and silences the libraries beneath, whose bars drown ours.
+
+    Args:
+        quiet: Whether only warnings of ours are shown.
+    """
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 

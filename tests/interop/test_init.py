@@ -79,7 +79,7 @@ def test_a_sentence_transformers_folder_tells_everything(e5):
 def test_a_causal_embedder_is_told_what_stage_2_does(e5):
     edit(e5, is_causal=True)
     found = inspect_embedder(str(e5))
-    assert found.causal is True and "stage 2 turns it both ways" in said(found)
+    assert found.causal is True and "stage 2 makes it bidirectional" in said(found)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,12 @@ def test_pooling_in_old_and_new_words(e5, settings, pooling):
     assert found.pooling == pooling
     odd = "cls" in str(settings) or isinstance(settings.get("pooling_mode"), list)
     assert ("not for decoders" in said(found)) == odd
+
+
+def test_pooling_of_an_odd_type_is_named(plain):
+    write(plain, "llm2vec_config.json", {"pooling_mode": ["mean", "max"]})
+    embedder = inspect_embedder(str(plain))
+    assert embedder.pooling == "mean" and "not for decoders" in said(embedder)
 
 
 def test_a_dense_module_is_left_out_and_said_so(e5):
@@ -124,7 +130,7 @@ def test_gritlm_is_known_by_its_name(tiny_llm, tmp_path):
 def test_a_plain_llm_takes_the_defaults_and_says_so(plain):
     found = inspect_embedder(str(plain))
     assert (found.causal, found.pooling, found.prompts, found.head) == (None, "mean", {}, True)
-    for line in ("is not told", "pooling is not told", "no prompts", "no licence"):
+    for line in ("is not stated", "pooling is not stated", "no prompts", "no licence"):
         assert line in said(found)
 
 
@@ -210,7 +216,7 @@ def test_large_llms_get_settings_for_gpus(plain, tiny_encoder):
     found.parameters, found.dtype = 7_000_000_000, "bfloat16"
     tree = yaml.safe_load(compose(tiny_encoder, found))
     assert tree["scale"] == {"strategy": "fsdp2"} and tree["contrast"]["precision"] == "bfloat16"
-    assert tree["model"]["encoder_lora"]["r"] == 16 and tree["align"]["encoder"] == "lora"
+    assert tree["model"]["encoder_lora"]["r"] == 16 and tree["align"]["train_encoder"] == "lora"
 
 
 def test_a_recipe_is_not_replaced_unasked(plain, tiny_encoder, tmp_path):

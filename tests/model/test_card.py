@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -11,11 +12,10 @@ from typer.testing import CliRunner
 
 from lusifer.cli.app import app
 from lusifer.errors import LusiferError
-from lusifer.evaluation.report.results import read
-from lusifer.model.card import is_hub_id, make_card, write_card
+from lusifer.model.card import CardScores, is_hub_id, make_card, write_card
 from lusifer.recipes.schema import Recipe
 from lusifer.storage import without_paths
-from lusifer.training.run import told
+from lusifer.training.run import recipe_for_provenance
 
 RECIPE = {
     "output": "/home/me/runs/x",
@@ -34,7 +34,7 @@ CONFIG = {
     "pooling": "mean",
     "max_seq_length": 64,
     "provenance": {
-        "recipe": told(Recipe.model_validate(RECIPE)),
+        "recipe": recipe_for_provenance(Recipe.model_validate(RECIPE)),
         "stages": {"contrast": {"loss": 0.5, "seconds": 3.0}, "warm_start": {"seconds": 1.0}},
     },
 }
@@ -54,8 +54,10 @@ def results(tmp_path):
 
 def test_a_card_says_what_is_known(results, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    path = write_card(tmp_path, name="acme/small", licence="mit", results=read([results])[0])
-    card = ModelCard.load(path)
+    arguments = ["card", str(tmp_path), "--license", "mit", "--results", str(results), "--name", "acme/small"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "mit" and card.data.language == ["de", "en"]
     assert card.data.base_model == ["acme/encoder", "acme/llm"] and card.data.datasets == ["acme/pairs"]
     assert {r.dataset_config: r.metric_value for r in card.data.eval_results} == {"de-de": 50.0, "en-en": 70.0}
@@ -64,6 +66,31 @@ def test_a_card_says_what_is_known(results, tmp_path):
         assert part in text, part
     assert "| contrast | 70 | 0.500 | 3.0 |" in text
     assert text.index("| warm_start |") < text.index("| contrast |")
+
+
+NASTY = ["a|b\nc`d", "---\nlicense: mit\n---", "{{ 1 + 1 }}", "<script>alert(1)</script>", "no: yes", "# x", "```"]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nothing_in_a_configuration_breaks_the_card(text):
+    """Names and prompts are data: they neither end a table or a block of code, nor become metadata or markup."""
+    config = {**CONFIG, "encoder": text, "llm": text, "llm_base_adapters": [text], "encoder_revision": text}
+    config["encoder_config"] = {"languages": ["no", "en"]}
+    recipe = {"contrast": {"data": [{"source": text, "instruction": text}]}, "model": {"prompts": {"query": text}}}
+    config["provenance"] = {"recipe": recipe, "converted_from": text}
+    scores = CardScores({"no": (50.0, 1)})
+    card = ModelCard(make_card(config, name=text, licence="mit", scores=scores))
+    assert card.data.license == "mit" and card.data.language == ["en", "no"] and card.data.base_model is None
+    plain = make_card({**CONFIG, "provenance": {"recipe": {"seed": 1}, "converted_from": "x"}}, scores=scores)
+    headings = [
+        line for line in card.text.split("````")[0].split("<details>")[0].splitlines() if line.startswith("## ")
+    ]
+    assert headings == [line for line in plain.split("<details>")[0].splitlines() if line.startswith("## ")]
+    columns = [line for line in card.text.split("## Parts")[1].split("\n\n")[1].splitlines()]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in columns] == [4] * 5
+    assert "<script>" not in card.text.split("<details>")[0].replace("`<script>alert(1)</script>`", "").split("```")[0]
+    fence = re.search(r"(`{3,})yaml\n", card.text)[1]
+    assert yaml.safe_load(card.text.split(fence + "yaml\n")[1].split("\n" + fence)[0]) == recipe
 
 
 def test_the_recipe_in_it_is_one_and_holds_no_paths():
@@ -104,10 +131,3 @@ def test_other_folders_get_none(tmp_path, text, message):
     with pytest.raises(LusiferError, match=message):
         write_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
-
-
-def test_the_command_writes_it(tmp_path, results):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    done = CliRunner().invoke(app, ["card", str(tmp_path), "--license", "mit", "--results", str(results)])
-    assert done.exit_code == 0, done.output
-    assert "license: mit" in (tmp_path / "README.md").read_text()

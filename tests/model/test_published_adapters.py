@@ -20,7 +20,8 @@ from lusifer.model.backbones import load_config, load_llm, load_tokenizer
 from lusifer.model.lm_head import load_lm_head
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.recipes.schema import Recipe
-from lusifer.training.run import build_model, check_inputs
+from lusifer.training.run import check_inputs
+from lusifer.training.stages import build_model
 from support.adapters import make_adapter
 from support.tiny import CORPUS, sharpen
 
@@ -138,7 +139,7 @@ def recipe(encoder, llm, adapters, **model):
 
 def test_a_recipe_folds_them_in_and_carries_prompts(tiny_encoder, tiny_llm, adapters, tmp_path):
     prompts = {"query": "Instruct: find it\nQuery: ", "document": "passage: "}
-    built, _ = build_model(recipe(tiny_encoder, tiny_llm, adapters, prompts=prompts).model)
+    built = build_model(recipe(tiny_encoder, tiny_llm, adapters, prompts=prompts).model)
     expected = load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters)
     torch.testing.assert_close(states(lusifer_model(built).llm), states(expected), rtol=0, atol=0)
     save_atomically(built, tmp_path / "model")

@@ -10,6 +10,8 @@ import yaml
 
 from lusifer import LusiferError
 from lusifer.recipes.files import load_recipe, parse_overrides
+from lusifer.recipes.schema import Recipe
+from lusifer.training.run import fingerprint
 
 ROOT = Path(__file__).parents[2]
 BASE = {
@@ -57,7 +59,7 @@ def test_every_shipped_recipe_is_valid():
     quickstart = load_recipe(bundled)
     assert quickstart.model.llm_layers == 4
     assert quickstart.contrast.learning_rate == 1e-3
-    assert quickstart.align.encoder == "frozen"
+    assert quickstart.align.train_encoder == "frozen"
     # As many steps of completion as the recipe says: 0.25 of them.
     shares = [item.weight * rows for item, rows in zip(quickstart.align.data, (22_976, 9_312), strict=True)]
     assert shares[1] / sum(shares) == pytest.approx(0.25, abs=1e-4)
@@ -126,7 +128,7 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(tmp_path):
         (changed(contrast={"precision": "float16"}), "contrast.precision"),
         (changed(seed=-1), "seed"),
         (changed(contrast={"temperature": 0}), "contrast.temperature"),
-        (changed(contrast={"encoder": "thawed"}), "contrast.encoder"),
+        (changed(contrast={"train_encoder": "thawed"}), "contrast.train_encoder"),
         (changed(contrast={"learning_rate": float("nan")}), "contrast.learning_rate"),
         (changed(model={"pooling": "max"}), "model.pooling"),
         (changed(model={"llm_dtype": "int8"}), "model.llm_dtype"),
@@ -227,16 +229,16 @@ def test_bad_overrides(tmp_path, overrides, words):
         (changed(contrast={"distill": 1.0}), "distill needs guide"),
         (changed(contrast={"distill": -1.0, "guide": "encoder"}), "distill"),
         (changed(contrast={"guide": "encoder"}), "guide is of no use without"),
-        (changed(model={"connector_shortcut": False}), "model.connector_shortcut"),
+        (changed(model={"connector_residual": False}), "model.connector_residual"),
         ({"output": "o", "model": BASE["model"]}, "warm_start.data"),
-        (changed(align={"encoder": "lora"}), "model.encoder_lora"),
-        (changed(contrast={"encoder": "lora"}), "model.encoder_lora"),
+        (changed(align={"train_encoder": "lora"}), "model.encoder_lora"),
+        (changed(contrast={"train_encoder": "lora"}), "model.encoder_lora"),
         (
             changed(warm_start={"enabled": False}, align={"enabled": False}, contrast={"enabled": False}),
             "every stage is switched off",
         ),
-        (changed(align={"connector": False}), "align"),
-        (changed(contrast={"connector": False}, model={"llm_lora": None}), "contrast"),
+        (changed(align={"train_connector": False}), "align"),
+        (changed(contrast={"train_connector": False}, model={"llm_lora": None}), "contrast"),
     ],
 )
 def test_what_does_not_fit_together(tmp_path, tree, words):
@@ -270,9 +272,9 @@ def test_what_stage_0_reads(tmp_path):
     assert source({key: BASE[key] for key in ("output", "model", "contrast")}) == "pairs.jsonl"
 
 
-def test_a_warm_start_needs_a_shortcut_only_if_it_runs(tmp_path):
-    tree = changed(model={"connector_shortcut": False}, warm_start={"enabled": False})
-    assert not load_recipe(written(tmp_path, tree)).model.connector_shortcut
+def test_a_warm_start_needs_a_residual_only_if_it_runs(tmp_path):
+    tree = changed(model={"connector_residual": False}, warm_start={"enabled": False})
+    assert not load_recipe(written(tmp_path, tree)).model.connector_residual
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "model: [1\n", "a: b: c", "a: \t- x"])
@@ -288,3 +290,45 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"output: \xe9\n")
     with pytest.raises(LusiferError, match="not valid YAML"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+RENAMED = [
+    (section, earlier, today)
+    for section, field in Recipe.model_fields.items()
+    for earlier, today in getattr(field.annotation, "renamed", {}).items()
+]
+
+
+def test_the_renamed_keys_are_known():
+    expected = [("model", "connector_shortcut", "connector_residual")]
+    for stage in ("align", "contrast"):
+        expected += [(stage, "encoder", "train_encoder"), (stage, "connector", "train_connector")]
+    assert expected == RENAMED
+
+
+@pytest.mark.parametrize(("section", "earlier", "today"), RENAMED)
+def test_a_key_of_before_is_refused_with_its_new_name(tmp_path, section, earlier, today):
+    message = f"{section}: {earlier} is now called {today}; rename the key"
+    assert message in refused(tmp_path, changed(**{section: {earlier: True}}))
+    assert message in refused(tmp_path, BASE, [f"--{section}.{earlier}", "true"])
+    assert today in Recipe.model_fields[section].annotation.model_fields
+
+
+def test_a_run_begun_under_the_earlier_keys_goes_on():
+    """The fingerprints are those that the earlier keys gave: a run's folder keeps its stages."""
+    tree = changed(
+        model={"encoder": "acme/encoder", "llm": "acme/llm", "connector_residual": True, "encoder_lora": {"r": 2}},
+        align={
+            "train_encoder": "lora",
+            "train_connector": False,
+            "data": [{"source": "t.jsonl", "task": "reconstruct"}],
+        },
+        contrast={"train_encoder": "full", "data": [{"source": "p.jsonl"}]},
+        seed=7,
+    )
+    recipe = Recipe.model_validate(tree)
+    assert [fingerprint(recipe, name)[:16] for name in ("warm_start", "align", "contrast")] == [
+        "77dde62ac44ac7e6",
+        "f63b8b59b2ef5aa1",
+        "6ba16eb70497d1fd",
+    ]

@@ -33,7 +33,7 @@ def test_it_runs_dry_on_stand_ins(path, tiny_encoder, tiny_llm):
     for name, stage in facts["stages"].items():
         settings = getattr(recipe, name)
         assert stage["steps"] == settings.steps and stage["rows per step"] == settings.batch_size
-        assert stage["parameters that learn"] > 0 and stage["memory_gb_total"] >= 0
+        assert stage["trainable parameters"] > 0 and stage["memory_gb_total"] >= 0
     assert facts["launch"] == f"torchrun --nproc-per-node 2 -m lusifer train {path}"
     assert facts["parameters"]["llm adapter"]["trainable"] > 0
 

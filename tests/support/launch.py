@@ -10,7 +10,7 @@ import sys
 # Stops like a power cut, in the middle of a step behind the first checkpoint.
 CUT = """
 import os, sys
-import lusifer.training.run as t
+import lusifer.training.stages as t
 loss = getattr(t, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[sys.argv.pop(1)])
 real, calls = loss.step, [0]
 def step(self, *args, **kwargs):

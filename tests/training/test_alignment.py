@@ -39,7 +39,7 @@ def alignment(model, **options):
 def naive_loss(model, loss, batch, progress=0.0):
     """One text at a time, logits of all positions, and labels as long as the input."""
     source, target = batch["source"], batch["target"]
-    hidden = loss.hidden(target["attention_mask"], batch["positions"], progress)
+    hidden = loss.choose_masked(target["attention_mask"], batch["positions"], progress)
     total, count = 0.0, 0
     for row in range(len(hidden)):
         length, own = (int(part["attention_mask"][row].sum()) for part in (source, target))
@@ -146,17 +146,17 @@ def test_masks_depend_on_seed_and_position_only(tiny_model):
     mask = torch.ones(400, 50, dtype=torch.long)
     mask[::2, 20:] = 0
     positions = torch.arange(1000, 1400)
-    hidden = loss.hidden(mask, positions, 0.0)
+    hidden = loss.choose_masked(mask, positions, 0.0)
     assert not hidden[mask == 0].any()
     share = float(hidden[mask == 1].float().mean())
     assert share == pytest.approx(0.3, abs=0.012)  # 14,000 draws: three standard deviations.
     order = torch.randperm(400)[:7]
-    assert torch.equal(loss.hidden(mask[order], positions[order], 0.0), hidden[order])
+    assert torch.equal(loss.choose_masked(mask[order], positions[order], 0.0), hidden[order])
     wide = torch.nn.functional.pad(mask, (0, 9))
-    assert torch.equal(loss.hidden(wide, positions, 0.0)[:, :50], hidden)
+    assert torch.equal(loss.choose_masked(wide, positions, 0.0)[:, :50], hidden)
     assert not torch.equal(hidden[1], hidden[3])
     loss.seed = 1
-    assert not torch.equal(loss.hidden(mask, positions, 0.0), hidden)
+    assert not torch.equal(loss.choose_masked(mask, positions, 0.0), hidden)
 
 
 def test_mask_probability_follows_its_schedule(tiny_model):
@@ -164,7 +164,7 @@ def test_mask_probability_follows_its_schedule(tiny_model):
     mask, positions = torch.ones(200, 50, dtype=torch.long), torch.arange(200)
     for progress, expected in ((0.0, 0.2), (0.5, 0.6), (1.0, 1.0)):
         assert loss.probability(progress) == pytest.approx(expected)
-        share = float(loss.hidden(mask, positions, progress).float().mean())
+        share = float(loss.choose_masked(mask, positions, progress).float().mean())
         assert share == pytest.approx(expected, abs=0.015)  # 10,000 draws: three standard deviations.
 
 

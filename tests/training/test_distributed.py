@@ -46,7 +46,7 @@ def recipe(tiny_encoder, tiny_llm, tmp_path_factory):
         "warm_start": {"texts": 24, "ridge": 1.0},
         "align": {
             **shared,
-            "encoder": "lora",
+            "train_encoder": "lora",
             "data": [{"source": str(folder / "texts.jsonl"), "task": "reconstruct"}],
             "target_max_seq_length": 12,
         },
@@ -54,7 +54,7 @@ def recipe(tiny_encoder, tiny_llm, tmp_path_factory):
             **shared,
             "llm_layers": 2,
             "symmetric": True,
-            "encoder": "lora",
+            "train_encoder": "lora",
             "data": [
                 {"source": str(folder / "pairs.jsonl"), "hard_negatives": 1},
                 {"source": str(folder / "pairs.jsonl"), "hard_negatives": 2, "in_batch_negatives": False},

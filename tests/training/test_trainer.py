@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.launch import run
-from support.texts import TEXTS
 
-import lusifer.training.run
+import lusifer.training.stages
 from lusifer import LusiferError
 from lusifer.recipes.schema import Recipe
 from lusifer.training.run import train
+from support.launch import run
+from support.texts import TEXTS
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def tree(tiny_encoder, tiny_llm, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, call, change):
     """Changes what the loss's step number ``call`` gives."""
-    loss = lusifer.training.run.ContrastiveLoss
+    loss = lusifer.training.stages.ContrastiveLoss
     real, calls = loss.step, [0]
 
     def step(self, model, *args, **kwargs):
@@ -102,13 +102,13 @@ def test_a_run_that_goes_wrong_stops_before_the_weights_change(tree, monkeypatch
 def test_the_best_checkpoint_stays_beside_the_last(tree, monkeypatch, tmp_path):
     tree["contrast"] |= {"eval_steps": 1, "save_steps": 1, "save_total_limit": 2, "best_metric": "loss"}
     values = iter([3.0, 1.0, 2.0, 2.5, 2.0, 4.0, 4.0])
-    real = lusifer.training.run.ContrastiveLoss.forward
+    real = lusifer.training.stages.ContrastiveLoss.forward
 
     def forward(self, *args, **kwargs):
         real(self, *args, **kwargs)
         return torch.tensor(next(values, 4.0))
 
-    monkeypatch.setattr(lusifer.training.run.ContrastiveLoss, "forward", forward)
+    monkeypatch.setattr(lusifer.training.stages.ContrastiveLoss, "forward", forward)
     train(Recipe.model_validate(tree), progress=False)
     kept = {path.name for path in (tmp_path / "run" / "contrast" / "checkpoints").iterdir()}
     assert kept == {"checkpoint-2", "checkpoint-6"}
@@ -120,7 +120,7 @@ def test_the_best_checkpoint_stays_beside_the_last(tree, monkeypatch, tmp_path):
 
 def test_held_out_rows_are_never_trained_on(tree):
     recipe = Recipe.model_validate(tree)
-    mixture = lusifer.training.run.stage_mixture(recipe, "contrast")
+    mixture = lusifer.training.stages.stage_mixture(recipe, "contrast")
     held = {example["query"] for examples in mixture.held_out_examples() for example in examples}
     assert len(held) == 2
     assert not held & {mixture[position]["query"] for position in range(len(mixture))}

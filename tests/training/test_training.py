@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import lusifer
+import lusifer.training.run
+import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
 from lusifer.training.run import train
@@ -57,7 +59,7 @@ def make(tiny_encoder, tiny_llm, tmp_path_factory):
             "warm_start": {"texts": 24, "ridge": 1.0},
             "align": {
                 **shared,
-                "encoder": "lora",
+                "train_encoder": "lora",
                 "data": [
                     {"source": str(data / "texts.jsonl"), "task": "reconstruct"},
                     {"source": str(data / "pairs.jsonl"), "task": "complete", "reverse": 0.5, "start": 0.25},
@@ -111,7 +113,7 @@ def assert_same(folder, other):
 
 def kill_in(monkeypatch, stage, call):
     """Makes the stage's loss raise at its call number ``call``, counted from 1."""
-    loss = getattr(lusifer.training.run, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
+    loss = getattr(lusifer.training.stages, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
     real, calls = loss.step, [0]
 
     def step(self, *args, **kwargs):
@@ -192,7 +194,7 @@ def test_a_finished_run_trains_no_more(finished, make, monkeypatch, tmp_path):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for name in ("optimise", "run_warm_start", "run_align", "run_contrast"):
+    for name in ("run_warm_start", "run_align", "run_contrast"):
         monkeypatch.setattr(lusifer.training.run, name, never)
     before = (tmp_path / "copy" / "contrast" / "stage.json").read_bytes()
     # Where it writes and how often it saves may change, and only that.
@@ -267,7 +269,7 @@ def test_checkpoints_hold_what_learns_and_no_pickled_arguments(finished):
             assert all(name.startswith(f"{part}.") for name in learning if "lora_" in name)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_save_optimizer_and_scheduler", "_save_rng_state"])
+@pytest.mark.parametrize("broken", ["save_file", "save_optimizer", "_save_rng_state"])
 def test_a_checkpoint_that_cannot_be_written_does_not_appear(make, monkeypatch, tmp_path, finished, broken):
     def full(*args, **kwargs):
         if broken == "save_file":  # Half a file is there already.
@@ -386,8 +388,8 @@ def test_an_encoder_trained_in_full_is_saved_and_loaded(make, tmp_path):
         tmp_path / "run",
         model={"encoder_lora": None},
         warm_start=off,
-        align={"encoder": "full", "steps": 3},
-        contrast={"encoder": "full", "steps": 3},
+        align={"train_encoder": "full", "steps": 3},
+        contrast={"train_encoder": "full", "steps": 3},
     )
     train(recipe, progress=False)
     fresh = LusiferModel.from_backbones(recipe.model.encoder, recipe.model.llm, llm_layers=2).state_dict()

@@ -11,7 +11,15 @@ from torch import nn
 
 from lusifer import LusiferError
 from lusifer.model.backbones import load_tokenizer
-from lusifer.training.warm_start import _WORD, WarmStart, _sentencepiece_words, _token_words, aligned_words, apply, fit
+from lusifer.training.warm_start import (
+    _WORD,
+    WarmStart,
+    _sentencepiece_words,
+    _token_words,
+    aligned_words,
+    fit_connector,
+    start_connector,
+)
 from support.tiny import CORPUS
 
 SENTENCE = "The cats read  bread, milk!"  # Words 0-6: The cats read bread , milk !
@@ -151,7 +159,7 @@ def test_tokenizer_without_offsets_gives_the_same_words(tiny_model, encoder_toke
 
 def test_known_map_is_found(known, llm_tokenizer):
     model, expected = known()
-    start = fit(model, llm_tokenizer, llm_tokenizer, texts(200), ridge=1e-3, spectrum=1.0, progress=False)
+    start = fit_connector(model, llm_tokenizer, llm_tokenizer, texts(200), ridge=1e-3, spectrum=1.0, progress=False)
     assert start.explained > 0.99
     # Ridge 1e-3 against squared states summing to hundreds, in float32 products.
     torch.testing.assert_close(start.weight, expected, atol=2e-3, rtol=2e-3)
@@ -163,7 +171,7 @@ def test_explained_is_low_where_nothing_is_to_be_explained(known, llm_tokenizer)
     model, _ = known()
     model.encoder.codes = torch.randn_like(model.encoder.codes)[torch.randperm(len(llm_tokenizer))]
     # 32 columns fit some of 150 distinct tokens by accident, never most.
-    start = fit(model, llm_tokenizer, llm_tokenizer, texts(200), ridge=1e-3, spectrum=1.0, progress=False)
+    start = fit_connector(model, llm_tokenizer, llm_tokenizer, texts(200), ridge=1e-3, spectrum=1.0, progress=False)
     assert start.explained < 0.7
 
 
@@ -171,9 +179,9 @@ def test_held_out_texts_are_not_fitted(known, llm_tokenizer):
     model, _ = known(noise=0.1)
     fitted, last = texts(90), ["the sea", "bread and milk"] * 5
     torch.manual_seed(1)
-    first = fit(model, llm_tokenizer, llm_tokenizer, [*fitted, *last], spectrum=1.0, progress=False)
+    first = fit_connector(model, llm_tokenizer, llm_tokenizer, [*fitted, *last], spectrum=1.0, progress=False)
     torch.manual_seed(1)
-    second = fit(model, llm_tokenizer, llm_tokenizer, [*fitted, *texts(10)], spectrum=1.0, progress=False)
+    second = fit_connector(model, llm_tokenizer, llm_tokenizer, [*fitted, *texts(10)], spectrum=1.0, progress=False)
     assert torch.equal(first.weight, second.weight)
     assert first.explained != second.explained
 
@@ -182,10 +190,10 @@ def test_ridge_equals_the_augmented_least_squares(known, llm_tokenizer):
     model, _ = known(noise=0.3)
     corpus = texts(40)
     torch.manual_seed(2)
-    pairs = list(aligned_words(model, llm_tokenizer, llm_tokenizer, corpus[:36], batch_size=10))
+    pairs = list(aligned_words(model, llm_tokenizer, llm_tokenizer, corpus[:36]))
     torch.manual_seed(2)
-    options = {"spectrum": 1.0, "batch_size": 10, "progress": False}
-    start = fit(model, llm_tokenizer, llm_tokenizer, corpus, ridge=50.0, **options)
+    options = {"spectrum": 1.0, "progress": False}
+    start = fit_connector(model, llm_tokenizer, llm_tokenizer, corpus, ridge=50.0, **options)
     x, y = (torch.cat(side).double() for side in zip(*pairs, strict=True))
     centred_x, centred_y = x - x.mean(dim=0), y - y.mean(dim=0)
     rows = torch.cat([centred_x, 50.0**0.5 * torch.eye(32, dtype=torch.float64)])
@@ -199,8 +207,8 @@ def test_ridge_equals_the_augmented_least_squares(known, llm_tokenizer):
 def test_spectrum_bends_the_singular_values_only(known, llm_tokenizer, spectrum):
     model, _ = known()
     options = {"ridge": 10.0, "progress": False}
-    plain = fit(model, llm_tokenizer, llm_tokenizer, texts(100), spectrum=1.0, **options)
-    bent = fit(model, llm_tokenizer, llm_tokenizer, texts(100), spectrum=spectrum, **options)
+    plain = fit_connector(model, llm_tokenizer, llm_tokenizer, texts(100), spectrum=1.0, **options)
+    bent = fit_connector(model, llm_tokenizer, llm_tokenizer, texts(100), spectrum=spectrum, **options)
     left, values, right = torch.linalg.svd(plain.weight.double(), full_matrices=False)
     shape = left @ torch.diag(values**spectrum) @ right
     factor = (bent.weight.double() * shape).sum() / shape.square().sum()
@@ -220,18 +228,18 @@ def test_apply_makes_the_connector_that_map(tiny_model, scale):
     torch.manual_seed(0)
     start = WarmStart(torch.randn(48, 32), torch.randn(48), 0.5, 10, 2)
     states = torch.randn(2, 5, 32)
-    apply(tiny_model, start, scale=scale)
+    start_connector(tiny_model, start, scale=scale)
     expected = scale * (states @ start.weight.T + start.bias)
     torch.testing.assert_close(tiny_model.connector(states), expected, atol=1e-4, rtol=1e-5)  # Values up to 50.
 
 
 def test_fit_changes_nothing(tiny_model, encoder_tokenizer, llm_tokenizer):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    start = fit(tiny_model, encoder_tokenizer, llm_tokenizer, CORPUS, progress=False)
+    start = fit_connector(tiny_model, encoder_tokenizer, llm_tokenizer, CORPUS, progress=False)
     for name, tensor in tiny_model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert (start.weight.shape, start.bias.shape) == ((48, 32), (48,))
-    apply(tiny_model, start)
+    start_connector(tiny_model, start)
     torch.nn.functional.mse_loss(tiny_model.connector(torch.randn(1, 2, 32)), torch.zeros(1, 2, 48)).backward()
     assert tiny_model.connector.shortcut.weight.grad.abs().max() > 0  # Not an inference tensor: it can learn.
 
@@ -239,10 +247,10 @@ def test_fit_changes_nothing(tiny_model, encoder_tokenizer, llm_tokenizer):
 @pytest.mark.parametrize("nothing", [["", "   "], []])
 def test_no_words_is_an_error(tiny_model, encoder_tokenizer, llm_tokenizer, nothing):
     with pytest.raises(LusiferError, match=f"no words in {len(nothing)} texts"):
-        fit(tiny_model, encoder_tokenizer, llm_tokenizer, nothing, progress=False)
+        fit_connector(tiny_model, encoder_tokenizer, llm_tokenizer, nothing, progress=False)
 
 
 def test_tokenizers_that_cannot_be_followed_are_an_error(tiny_model, encoder_tokenizer, llm_tokenizer):
     # Byte-level pieces without offsets: no meta symbol tells where words begin.
     with pytest.raises(LusiferError, match="could align no words"):
-        fit(tiny_model, encoder_tokenizer, Slow(llm_tokenizer), CORPUS, progress=False)
+        fit_connector(tiny_model, encoder_tokenizer, Slow(llm_tokenizer), CORPUS, progress=False)

@@ -1,4 +1,4 @@
-"""The ``lusifer`` command."""
+"""The ``lusifer`` command: puts the commands together; each is a function in a module of this package."""
 
 from __future__ import annotations
 

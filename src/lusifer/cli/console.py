@@ -1,4 +1,4 @@
-"""What the commands share: options, and quiet libraries."""
+"""What the commands share: the options ``--json`` and ``--quiet``, and how JSON is printed."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def authors(
     ],
     output: Annotated[Path, typer.Argument(help="Folder for ours.", show_default=False)],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Store every weight, adapters folded in; else backbones are named.")
+        bool, typer.Option("--merge", help="Store every weight, adapters merged; else backbones are named.")
     ] = False,
     encoder: Annotated[str | None, typer.Option(help="The encoder, where it is not what the checkpoint names.")] = None,
     llm: Annotated[str | None, typer.Option(help="The same for the LLM.")] = None,

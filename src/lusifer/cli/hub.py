@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lusifer.cli.console import Json, emit
 from lusifer.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from lusifer.evaluation.report.results import System
+    from lusifer.model.card import CardScores
 
 Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)]
 
@@ -28,8 +32,36 @@ def card(
     from lusifer.evaluation.report.results import read
     from lusifer.model.card import write_card
 
-    found = None if results is None else read([results])[0]
-    typer.echo(write_card(model, results=found, licence=licence, name=name))
+    scores = None if results is None else _card_scores(read([results])[0])
+    typer.echo(write_card(model, scores=scores, licence=licence, name=name))
+
+
+def _card_scores(system: System) -> CardScores:
+    """The results of `lusifer evaluate` as a card shows them: languages with the most resources first."""
+    from huggingface_hub import EvalResult
+
+    from lusifer.model.card import CardScores
+
+    cells = [(task, subset) for task, subsets in system.scores.items() for subset in subsets]
+    languages = {
+        code: (mean, sum([code] in subsets.values() for subsets in system.languages.values()))
+        for code, mean in system.by_language(set(cells)).items()
+    }
+    results = [
+        EvalResult(
+            task_type=system.types[task],
+            task_name=system.types[task],
+            dataset_type=f"mteb/{task}",
+            dataset_name=f"{task} ({subset})",
+            dataset_config=subset,
+            metric_type="main_score",
+            metric_name="main score",
+            metric_value=round(100 * system.scores[task][subset], 2),
+        )
+        for task, subset in cells
+    ]
+    versions = sorted(system.settings.get("version of mteb", set()))
+    return CardScores(languages, results, versions, list(system.failed))
 
 
 def push(

@@ -35,9 +35,9 @@ def init(
 ) -> None:
     """Writes a recipe that makes an English LLM embedder multilingual.
 
-    Reads the embedder's files (Sentence Transformers folder, LLM2Vec or GritLM style model, adapter, plain LLM) and
-    finds its pooling, prompts, attention, adapters and tokenizer. Says what it found where and what follows; the
-    recipe says it too.
+    Reads pooling, prompts, attention, adapters and tokenizer from the embedder's files (Sentence Transformers folder,
+    LLM2Vec or GritLM style model, adapter, plain LLM). Shows each with its file and what follows from it, here and in
+    the recipe.
 
     Examples:
     - `lusifer init --llm intfloat/e5-mistral-7b-instruct mine.yaml`
@@ -55,14 +55,14 @@ def init(
     for source in (data, text):
         if source is not None:
             check_data(source)
-    found = inspect_embedder(llm, adapter)
+    embedder = inspect_embedder(llm, adapter)
     name = path.stem if path.stem != "recipe" else path.resolve().parent.name
-    write_recipe(path, compose(encoder, found, pairs=data, text=text, output=f"runs/{name}"), force=force)
+    write_recipe(path, compose(encoder, embedder, pairs=data, text=text, output=f"runs/{name}"), force=force)
     if as_json:
-        facts = asdict(found)
-        facts["config"] = found.config.model_type
+        facts = asdict(embedder)
+        facts["config"] = embedder.config.model_type
         emit({"recipe": str(path), **facts})
         return
-    for note in found.notes:
+    for note in embedder.notes:
         typer.echo(f"{note.what}  ({note.where})" + (f"\n    {note.so}" if note.so else ""))
     typer.echo(f"recipe: {path}\nnext: lusifer train {path} --dry-run")

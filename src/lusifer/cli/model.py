@@ -1,4 +1,4 @@
-"""model."""
+"""The commands ``lusifer info`` and ``lusifer merge``."""
 
 from __future__ import annotations
 
@@ -32,21 +32,12 @@ def info(model: Model, as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("part", "parameters", "learned in training", "frozen")
+    table = Table("part", "parameters", "trained", "frozen")
     for part, row in facts["parameters"].items():
         table.add_row(part, f"{row['total']:,}", f"{row['trainable']:,}", f"{row['total'] - row['trainable']:,}")
     console = Console()
     console.print(table)
-    for key in (
-        "encoder",
-        "llm",
-        "llm_layers",
-        "dimension",
-        "max_seq_length",
-        "pooling",
-        "checkpoint_mb",
-        "languages",
-    ):
+    for key in ("encoder", "llm", "llm_layers", "dimension", "max_seq_length", "pooling", "checkpoint_mb", "languages"):
         value = facts[key]
         console.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     console.print(f"provenance: {json.dumps(facts['provenance'], ensure_ascii=False)}")
@@ -57,7 +48,7 @@ def merge(
     output: Annotated[Path, typer.Argument(help="New folder for the standalone checkpoint.")],
     quiet: Quiet = False,
 ) -> None:
-    """Folds the adapters into the backbones and writes a checkpoint that needs neither by name.
+    """Merges the adapters into the backbones and writes a checkpoint that needs neither by name.
 
     Example: `lusifer merge runs/quickstart/model runs/quickstart/standalone`
     """

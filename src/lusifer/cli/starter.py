@@ -1,4 +1,4 @@
-"""starter."""
+"""The commands ``lusifer fetch`` and ``lusifer quickstart``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def fetch(
     quiet_libraries(quiet)
     from lusifer.starter.fetch import fetch as fetch_starters
 
-    found = fetch_starters(names or None, force=force)
+    folders = fetch_starters(names or None, force=force)
     if as_json:
-        emit({name: str(path) for name, path in found.items()})
+        emit({name: str(path) for name, path in folders.items()})
     else:
-        for name, path in found.items():
+        for name, path in folders.items():
             typer.echo(f"{name}  {path}")
 
 

@@ -1,4 +1,4 @@
-"""train."""
+"""The command ``lusifer train``: runs a recipe, or says what it would take."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("part", "parameters", "learn in the last stage")
+    table = Table("part", "parameters", "trainable in the last stage")
     for part, row in facts["parameters"].items():
         table.add_row(part, f"{row['total']:,}", f"{row['trainable']:,}")
     console.print(table)

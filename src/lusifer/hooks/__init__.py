@@ -1,1 +1,4 @@
-"""Private parts of other libraries, one file per library: each hook says what it touches, a canary test guards it."""
+"""Private parts of other libraries that we depend on: one file per library, one function per part.
+
+Each function says what it touches, and `tests/hooks` holds one test for each, which names what an upgrade moved.
+"""

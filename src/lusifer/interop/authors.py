@@ -2,8 +2,8 @@
 
 1. Configuration, names and shapes are checked, against the backbones' own configurations, before anything is written.
 2. Tensors pass one by one, so that memory does not grow with the checkpoint: adapters are kept beside backbones that
-   hold the same weights, or folded into a standalone checkpoint of several files.
-3. The folder appears whole or not at all.
+   hold the same weights, or merged into a standalone checkpoint of several files.
+3. The folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.interop.authors_format import (
     THEIRS,
     UNUSED,
@@ -40,14 +41,20 @@ from lusifer.model.card import CARD, make_card
 from lusifer.model.checkpoint import check_fit
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.sentence_transformer import replacing, to_sentence_transformer
+from lusifer.model.sentence_transformer import to_sentence_transformer
+from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.fetch import cache_dir, resolve_backbone
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = "model.safetensors"
 _FILE_BYTES = 512 * 2**20  # Of one file of weights; bounds the memory, since a file is written from memory.
 # Prompts of texts without an instruction; with one, it stands in front of the full stop.
 _PROMPTS = {"query": ".\n", "document": ". Candidate:\n"}
+
+
+class OtherBackboneError(LusiferError):
+    """A checkpoint's adapters do not fit a backbone by name: only its own weights can stand below them."""
 
 
 def find_authors(name: str) -> str:
@@ -66,9 +73,8 @@ def find_authors(name: str) -> str:
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         return name
     else:
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         try:
-            config = cached_file(name, "config.json", **quiet)
+            config = cached_or_none(name, "config.json")
         except (OSError, ValueError):  # Gated, or no such model: whoever loads it says so.
             return name
         if config is None or not is_authors_checkpoint(Path(config).parent):
@@ -76,16 +82,14 @@ def find_authors(name: str) -> str:
     folder = fetch(name)
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
-        found = path.stat()
-        digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
+        state = path.stat()
+        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
     out = cache_dir() / "models" / f"authors-{digest.hexdigest()[:12]}"
     if not (out / "modules.json").is_file():
         logger.info("converting %s, once, into %s", name, out)
         try:
             convert_authors(name, out)
-        except LusiferError as error:
-            if "--merge" not in str(error):
-                raise
+        except OtherBackboneError:
             convert_authors(name, out, merge=True)
     return str(out)
 
@@ -104,33 +108,33 @@ def convert_authors(
     Args:
         source: Folder or hub id.
         out: Where ours goes; an older checkpoint there is replaced.
-        merge: Fold the adapters in and store every weight; else adapters stay, and the backbones are named, once
-            their weights have been found equal to the checkpoint's.
+        merge: Merge the adapters and store every weight; else adapters stay, and the backbones are named, once their
+            weights have been compared with the checkpoint's.
         encoder: Folder or hub id of the encoder; what the checkpoint names when None.
         llm: The same of the LLM.
         progress: Whether to show a bar.
 
     Returns:
-        ``checkpoint``, ``tensors`` written, ``unused`` tensors of theirs, and the ``backbones``.
+        ``checkpoint``, the number of ``tensors`` written and of theirs left ``unused``, and the ``backbones``.
 
     Raises:
         LusiferError: If it is of another format, damaged, does not fit its backbones, or cannot be written.
     """
     folder = fetch(source)
-    found = read_source(folder)
+    theirs = read_source(folder)
     names = {
-        "encoder": encoder or backbone_of(folder, found.config["universal_learner_name_or_path"]),
-        "llm": llm or backbone_of(folder, found.config["encoder_name_or_path"]),
+        "encoder": encoder or backbone_of(folder, theirs.config["universal_learner_name_or_path"]),
+        "llm": llm or backbone_of(folder, theirs.config["encoder_name_or_path"]),
     }
-    config = _our_config(found, names, merge=merge, provenance={"converted_from": source, "format": "authors"})
+    config = _our_config(theirs, names, merge=merge, provenance={"converted_from": source, "format": "authors"})
     with torch.device("meta"):
         model = _skeleton(config)
-    _check_names(found, model, str(folder))
-    unused = [name for name in found.files if UNUSED.match(name)]
+    _check_names(theirs, model, str(folder))
+    unused = [name for name in theirs.files if UNUSED.match(name)]
     if not merge:
         for part in ("encoder", "llm"):
-            _check_backbone(found, part, names[part], progress)
-    with replacing(out) as staging:
+            _check_backbone(theirs, part, names[part], progress)
+    with publish_folder(out, "checkpoint") as staging:
         tokenizer = load_tokenizer("encoder", names["encoder"])
         wrapped = to_sentence_transformer(model, tokenizer)
         wrapped.prompts.update(_PROMPTS)
@@ -139,58 +143,58 @@ def convert_authors(
         model.save_pretrained = lambda where, **_: config.save_pretrained(where)  # type: ignore[method-assign]
         wrapped.save_pretrained(str(staging), create_model_card=False)
         (staging / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
-        count = _write_files(staging, _tensors(found, model), len(model.state_dict()), progress)
-    return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
+        tensors = _write_weights(staging, theirs, model, progress)
+    return {"checkpoint": str(out), "tensors": tensors, "unused": len(unused), "backbones": names}
 
 
-def _our_config(found: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
+def _our_config(source: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
     configs: dict[str, PretrainedConfig] = {part: load_config(part, names[part]) for part in names}
     for name in ("connector.added_tokens", "connector.up.weight", "connector.down.weight"):
-        if name not in found.files:
+        if name not in source.files:
             raise LusiferError(f"the checkpoint has no {name}: is it whole?")
     for part, first in (("encoder", "embeddings.word_embeddings.weight"), ("llm", "embed_tokens.weight")):
-        if f"{part}.{first}" in found.files:
-            path, theirs = found.files[f"{part}.{first}"]
+        if f"{part}.{first}" in source.files:
+            path, theirs = source.files[f"{part}.{first}"]
             with safe_open(path, "pt") as file:
                 configs[part].dtype = file.get_tensor(theirs)[:0].dtype
-    head = found.shape("head.2.weight")[0] if "head.2.weight" in found.files else None
+    head = source.shape("head.2.weight")[0] if "head.2.weight" in source.files else None
     return LusiferConfig(
         encoder=names["encoder"],
         llm=names["llm"],
         encoder_config=configs["encoder"],
         llm_config=configs["llm"],
-        connector_dim=found.shape("connector.up.weight")[0],
+        connector_dim=source.shape("connector.up.weight")[0],
         connector_shortcut=False,
-        num_added_tokens=found.shape("connector.added_tokens")[0],
+        num_added_tokens=source.shape("connector.added_tokens")[0],
         use_bos=False,
         head_dim=head,
         max_seq_length=512,
-        encoder_adapter=None if merge else _adapter(found, "encoder"),
-        llm_adapter=None if merge else _adapter(found, "llm"),
+        encoder_adapter=None if merge else _adapter(source, "encoder"),
+        llm_adapter=None if merge else _adapter(source, "llm"),
         standalone=merge,
         provenance=provenance,
     )
 
 
-def _adapter(found: Source, part: str) -> dict[str, Any] | None:
+def _adapter(source: Source, part: str) -> dict[str, Any] | None:
     """PEFT's fields; their configuration misspells the rank."""
-    if not found.adapted[part]:
+    if not source.adapted[part]:
         return None
-    layers = {layer for layer in found.adapted[part] if not UNUSED.match(f"{part}.{layer}.")}
-    rank = found.shape(f"{part}.{min(layers)}.lora_A.default.weight")[0]
-    told = found.config.get("loar_r", rank)
-    if told != rank:
-        raise LusiferError(f"the {part}'s adapter has rank {rank}, but config.json says {told}")
+    layers = {layer for layer in source.adapted[part] if not UNUSED.match(f"{part}.{layer}.")}
+    rank = source.shape(f"{part}.{min(layers)}.lora_A.default.weight")[0]
+    stated = source.config.get("loar_r", rank)
+    if stated != rank:
+        raise LusiferError(f"the {part}'s adapter has rank {rank}, but config.json says {stated}")
     return {
         "r": rank,
-        "lora_alpha": _alpha(found),
-        "lora_dropout": found.config.get("dropout", 0.0),
+        "lora_alpha": _alpha(source),
+        "lora_dropout": source.config.get("dropout", 0.0),
         "target_modules": sorted(layers),
     }
 
 
-def _alpha(found: Source) -> float:
-    alpha = found.config.get("lora_alpha")
+def _alpha(source: Source) -> float:
+    alpha = source.config.get("lora_alpha")
     if not isinstance(alpha, int | float):
         raise LusiferError("config.json has no lora_alpha, without which the adapters' scale is unknown")
     return alpha
@@ -209,42 +213,42 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _check_names(found: Source, model: LusiferModel, folder: str) -> None:
+def _check_names(source: Source, model: LusiferModel, folder: str) -> None:
     """Every tensor of ours is there in its shape, and nothing else is.
 
     Raises:
         LusiferError: Where not.
     """
     expected = {_plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    used = {name for name in found.files if not UNUSED.match(name)}
+    used = {name for name in source.files if not UNUSED.match(name)}
     lora = {name for name in used if ".lora_" in name} if model.config.standalone else set()
     for name in sorted(lora):
         layer, side = re.sub(r"\.lora_[AB]\.default\.weight$", "", name), int(".lora_A." in name)
         weight = expected.get(f"{layer}.weight")
-        if weight is None or found.shape(name)[side] != weight[side]:
+        if weight is None or source.shape(name)[side] != weight[side]:
             raise LusiferError(f"the checkpoint {folder!r} has an adapter for {layer} that does not fit")
-    shapes = [name for name in used & expected.keys() if found.shape(name) != expected[name]]
+    shapes = [name for name in used & expected.keys() if source.shape(name) != expected[name]]
     check_fit(folder, missing=expected.keys() - used, extra=used - lora - expected.keys(), shapes=shapes)
 
 
-def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> None:
+def _check_backbone(source: Source, part: str, backbone: str, progress: bool) -> None:
     """Adapters may only be kept where the backbone's own files hold the checkpoint's weights.
 
     Raises:
         LusiferError: If they hold others, or cannot be read.
     """
     files = _backbone_files(backbone)
-    names = [n for n in found.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
+    names = [n for n in source.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
     for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
         inner = name.removeprefix(f"{part}.")
         stored = next((prefix + inner for prefix in THEIRS[part][1] if prefix + inner in files), None)
         if stored is None:
-            raise LusiferError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
+            raise OtherBackboneError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
         with safe_open(files[stored], "pt") as file:
             theirs: Tensor = file.get_tensor(stored)
-            ours = found.read(name)
+            ours = source.read(name)
             if theirs.shape != ours.shape or not torch.equal(theirs.to(ours.dtype), ours):
-                raise LusiferError(
+                raise OtherBackboneError(
                     f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter cannot stand "
                     "beside that; convert with --merge, which stores every weight"
                 )
@@ -253,67 +257,62 @@ def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> 
 def _backbone_files(backbone: str) -> dict[str, Path]:
     """Tensor name to safetensors file of a backbone, local or on the hub."""
     where = resolve_backbone(backbone)
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        index = cached_file(where, "model.safetensors.index.json", **options)
+        index = cached_or_none(where, f"{_WEIGHTS}.index.json")
         if index is not None:
-            told = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            if outside := [name for name in told.values() if Path(name).name != name]:
+            names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            if outside := [name for name in names.values() if Path(name).name != name]:
                 raise LusiferError(f"the index of {backbone!r} names {outside[0]!r}, which is outside of its folder")
-            paths = {name: cached_file(where, name) for name in set(told.values())}
-            return {tensor: Path(str(paths[name])) for tensor, name in told.items()}
-        single = cached_file(where, "model.safetensors", **options)
+            paths = {name: Path(str(cached_file(where, name))) for name in set(names.values())}
+            return {tensor: paths[name] for tensor, name in names.items()}
+        single = cached_or_none(where, _WEIGHTS)
         if single is None:
-            raise LusiferError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
+            raise OtherBackboneError(
+                f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge"
+            )
         with safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), Path(single))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LusiferError(f"cannot read the backbone {backbone!r}: {str(error).splitlines()[0]}") from error
+        raise LusiferError(f"cannot read the backbone {backbone!r}: {first_line(error)}") from error
 
 
-def _tensors(found: Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:
-    """What goes into our checkpoint, tensor by tensor; adapters folded in where it is standalone."""
-    standalone = model.config.standalone
-    for name in model.state_dict():
-        plain = _plain(name)
-        if not standalone and not (name.startswith(("connector.", "head.")) or "lora_" in name):
-            continue
-        tensor = found.read(plain)
-        layer = plain.removesuffix(".weight")
-        if standalone and f"{layer}.lora_A.default.weight" in found.files:
-            down, up = (found.read(f"{layer}.lora_{side}.default.weight").float() for side in "AB")
-            scale = _alpha(found) / down.shape[0]
-            tensor = torch.addmm(tensor.float(), up, down, alpha=scale).to(tensor.dtype)
-        yield name, tensor.float() if name.startswith(("connector.", "head.")) or "lora_" in name else tensor
+def _stored_names(model: LusiferModel) -> list[str]:
+    """What our checkpoint holds: every tensor if it is standalone, else connector, head and adapters."""
+    return [name for name in model.state_dict() if model.config.standalone or _is_trained(name)]
 
 
-def _write_files(folder: Path, tensors: Iterable[tuple[str, Tensor]], total: int, progress: bool) -> int:
-    """Writes tensors into files of bounded size, with an index if there are several; returns their number."""
-    files: list[dict[str, Tensor]] = [{}]
-    placed: dict[str, int] = {}
-    size = sum_bytes = 0
+def _is_trained(name: str) -> bool:
+    return name.startswith(("connector.", "head.")) or "lora_" in name
 
-    def flush() -> None:
-        save_file(files[-1], folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
-        files[-1] = {}
 
-    for name, tensor in tqdm(tensors, total=total, desc="converting", unit="tensor", disable=not progress):
-        bytes_of = tensor.numel() * tensor.element_size()
-        if size and size + bytes_of > _FILE_BYTES:
-            flush()
-            files.append({})
-            size = 0
-        files[-1][name] = tensor.contiguous()
-        placed[name] = len(files)
-        size += bytes_of
-        sum_bytes += bytes_of
-    flush()
-    if len(files) == 1:
-        (folder / "part-00001.safetensors").rename(folder / "model.safetensors")
-        return len(placed)
-    called = {i: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)}
-    for i, target in called.items():
-        (folder / f"part-{i:05d}.safetensors").rename(folder / target)
-    index = {"metadata": {"total_size": sum_bytes}, "weight_map": {name: called[i] for name, i in placed.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return len(placed)
+def _read_tensor(source: Source, name: str, standalone: bool) -> Tensor:
+    """One tensor of our checkpoint; its adapter is merged into it where the checkpoint is standalone."""
+    plain = _plain(name)
+    tensor = source.read(plain)
+    layer = plain.removesuffix(".weight")
+    if standalone and f"{layer}.lora_A.default.weight" in source.files:
+        down, up = (source.read(f"{layer}.lora_{side}.default.weight").float() for side in "AB")
+        scale = _alpha(source) / down.shape[0]
+        tensor = torch.addmm(tensor.float(), up, down, alpha=scale).to(tensor.dtype)
+    return (tensor.float() if _is_trained(name) else tensor).contiguous()
+
+
+def _write_weights(folder: Path, source: Source, model: LusiferModel, progress: bool) -> int:
+    """Writes our tensors, one file of bounded size in memory at a time; returns their number."""
+    names = _stored_names(model)
+    state = model.state_dict()
+    plan = split_torch_state_dict_into_shards({name: state[name] for name in names}, max_shard_size=_FILE_BYTES)
+    with tqdm(total=len(names), desc="converting", unit="tensor", disable=not progress) as bar:
+        for file, tensors in plan.filename_to_tensors.items():
+            shard = {}
+            for name in tensors:
+                shard[name] = _read_tensor(source, name, model.config.standalone)
+                bar.update()
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise LusiferError(f"cannot write {str(folder / file)!r}: {first_line(error)}") from error
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / f"{_WEIGHTS}.index.json", index)
+    return len(names)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 
 _MARK = "universal_learner_name_or_path"  # No other configuration has it.
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
@@ -62,7 +62,7 @@ class Source:
         """One tensor by our name; the file is closed again, which frees the pages it was mapped to.
 
         Raises:
-            LusiferError: If it holds infinite values or none.
+            LusiferError: If it holds infinite values or NaN.
         """
         path, theirs = self.files[name]
         with safe_open(path, "pt") as file:
@@ -75,10 +75,10 @@ class Source:
 def is_authors_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a checkpoint in the authors' format."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and _MARK in found
+    return isinstance(config, dict) and _MARK in config
 
 
 def fetch(source: str) -> Path:
@@ -94,8 +94,7 @@ def fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"cannot fetch {source!r} from the hub: {reason}") from error
+        raise LusiferError(f"cannot fetch {source!r} from the hub: {first_line(error)}") from error
 
 
 def backbone_of(folder: Path, name: str) -> str:
@@ -129,18 +128,18 @@ def read_source(folder: Path) -> Source:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise LusiferError(f"the checkpoint {str(folder)!r} has no .safetensors file (pickles are not loaded)")
-    found = Source(config)
+    source = Source(config)
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
                 for theirs in file.keys():  # noqa: SIM118 - not a mapping
-                    _place(found, path, theirs)
+                    _enter(source, path, theirs)
         except (SafetensorError, OSError) as error:
-            raise LusiferError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
-    return found
+            raise LusiferError(f"cannot read {str(path)!r}: {first_line(error)}") from error
+    return source
 
 
-def _place(found: Source, path: Path, theirs: str) -> None:
+def _enter(source: Source, path: Path, theirs: str) -> None:
     """Enters one tensor under our name, ``encoder.layer...lora_A.weight`` and the like for adapters."""
     ours = next((to + theirs.removeprefix(of) for of, to in _PLAIN.items() if theirs.startswith(of)), None)
     for part, (prefix, _) in THEIRS.items():
@@ -148,11 +147,11 @@ def _place(found: Source, path: Path, theirs: str) -> None:
             inner = theirs.removeprefix(prefix).removeprefix("base_model.model.")
             inner = inner.removeprefix("model.") if part == "llm" else inner
             if match := _LORA.match(inner):
-                found.adapted[part].add(match["layer"])
+                source.adapted[part].add(match["layer"])
                 inner = f"{match['layer']}.lora_{match['side']}.default.weight"
             ours = f"{part}.{inner.replace('.base_layer.', '.')}"
     if ours is None:
         raise LusiferError(f"{path}: unknown tensor {theirs}; this is not the authors' format")
-    if ours in found.files:
-        raise LusiferError(f"{path}: {theirs} and {found.files[ours][1]} are the same tensor of ours, {ours}")
-    found.files[ours] = (path, theirs)
+    if ours in source.files:
+        raise LusiferError(f"{path}: {theirs} and {source.files[ours][1]} are the same tensor of ours, {ours}")
+    source.files[ours] = (path, theirs)

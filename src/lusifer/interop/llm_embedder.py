@@ -15,21 +15,27 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbones import build_llm, load_config, load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.starter.fetch import resolve_backbone
 
 _POOLINGS = {"mean": "mean", "lasttoken": "last_token", "weightedmean": "weighted_mean"}
-# Published instruction formats of families whose files do not tell them.
+# Published instruction formats of families whose files do not state them.
 _GRITLM = {"query": "<|embed|>\n", "document": "<|embed|>\n"}
 
 
 @dataclass
 class Note:
-    """One thing found, where, and what follows from it."""
+    """One fact about an embedder.
+
+    Attributes:
+        what: The fact.
+        where: File or name it was read from.
+        so: What follows from it.
+    """
 
     what: str
     where: str
@@ -46,7 +52,7 @@ class LLMEmbedder:
         config: The LLM's configuration.
         pooling: One of `lusifer.model.configuration.POOLINGS`.
         prompts: Under ``query`` and ``document``, and whatever other names it has.
-        causal: Whether it was made with causal attention; None where its files do not say.
+        causal: Whether it was trained with causal attention; None where its files do not say.
         use_bos: Whether its tokenizer puts a BOS token first.
         head: Whether its files hold an LM head, which stage 1 needs.
         dtype: Data type of its weights, as recipes name it.
@@ -74,7 +80,7 @@ class LLMEmbedder:
 
 
 def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedder:
-    """Finds out what an LLM embedder is.
+    """Reads what an LLM embedder is from its files.
 
     Args:
         name: Folder, hub id or starter name of an LLM embedder, of a PEFT adapter that is one, or of a decoder LLM.
@@ -84,24 +90,24 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
         LusiferError: If it cannot be read, or is no decoder LLM.
     """
     llm, own, notes = _follow_adapters(name)
-    folded = [*own, *(adapters or [])]
+    merged = [*own, *(adapters or [])]
     config = load_config("llm", llm)
-    found = LLMEmbedder(llm, config, folded, notes=notes)
+    embedder = LLMEmbedder(llm, config, merged, notes=notes)
     with torch.device("meta"):
-        found.parameters = sum(parameter.numel() for parameter in build_llm(_copy(config)).parameters())
-    size = f"{found.parameters / 1e6:,.0f} million parameters"
-    found.note(f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {size}", llm)
-    for adapter in folded:
+        embedder.parameters = sum(parameter.numel() for parameter in build_llm(_copy(config)).parameters())
+    size = f"{embedder.parameters / 1e6:,.0f} million parameters"
+    embedder.note(f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {size}", llm)
+    for adapter in merged:
         lora, tensors = read_base_adapter(adapter)
-        told = lora.base_model_name_or_path
+        base = lora.base_model_name_or_path
         where = f"{adapter}: adapter_config.json"
-        found.note(f"LoRA of rank {lora.r} on {len(tensors) // 2} layers", where, "folded into the LLM as it loads")
-        if told and told not in (llm, *own, name):
-            found.note(f"made for {told}", where, f"make sure that this and {llm} have the same weights")
+        embedder.note(f"LoRA of rank {lora.r} on {len(tensors) // 2} layers", where, "merged into the LLM as it loads")
+        if base and base not in (llm, *own, name):
+            embedder.note(f"made for {base}", where, f"make sure that this and {llm} have the same weights")
     read = _reader(name if name == llm or own else llm, llm)
     for look in (_dtype, _attention, _pooling, _prompts, _tokenizer, _head, _licence):
-        look(found, name, read)
-    return found
+        look(embedder, name, read)
+    return embedder
 
 
 def _copy(config: PretrainedConfig) -> PretrainedConfig:
@@ -109,10 +115,9 @@ def _copy(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _file(name: str, file: str) -> str | None:
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     where, _, revision = name.partition("@")
     try:
-        return cached_file(resolve_backbone(where), file, revision=revision or None, **options)
+        return cached_or_none(resolve_backbone(where), file, revision=revision or None)
     except (OSError, ValueError):
         return None
 
@@ -122,13 +127,13 @@ def _json(name: str, file: str) -> Any:
     if path is None:
         return None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LusiferError(f"cannot read {file} of {name!r}: {error}") from error
     kind = list if file == "modules.json" else dict
-    if not isinstance(found, kind):
+    if not isinstance(value, kind):
         raise LusiferError(f"{file} of {name!r} holds no {'list' if kind is list else 'mapping'}")
-    return found
+    return value
 
 
 def _reader(*names: str) -> Callable[[str], tuple[Any, str]]:
@@ -136,8 +141,8 @@ def _reader(*names: str) -> Callable[[str], tuple[Any, str]]:
 
     def read(file: str) -> tuple[Any, str]:
         for name in dict.fromkeys(names):
-            if (found := _json(name, file)) is not None:
-                return found, f"{name}: {file}"
+            if (value := _json(name, file)) is not None:
+                return value, f"{name}: {file}"
         return {}, ""
 
     return read
@@ -147,8 +152,8 @@ def _follow_adapters(name: str) -> tuple[str, list[str], list[Note]]:
     """From a folder with an adapter down to the LLM below, through adapters on adapters."""
     chain: list[str] = []
     notes: list[Note] = []
-    while (told := _json(name, "adapter_config.json")) is not None:
-        below = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    while (adapter := _json(name, "adapter_config.json")) is not None:
+        below = adapter.get("base_model_name_or_path")
         if not isinstance(below, str) or not below or name in chain:
             raise LusiferError(f"adapter_config.json of {name!r} does not name the LLM it belongs to")
         chain.insert(0, name)
@@ -157,67 +162,67 @@ def _follow_adapters(name: str) -> tuple[str, list[str], list[Note]]:
     return name, chain, notes
 
 
-def _dtype(found: LLMEmbedder, name: str, read: Any) -> None:
-    told = str(getattr(found.config, "dtype", None) or "float32").removeprefix("torch.")
-    found.dtype = told if told in ("float32", "bfloat16", "float16") else "float32"
-    if found.parameters > 1e9 and found.dtype == "float32":
-        found.dtype = "bfloat16"
-        found.note("weights in float32", f"{found.llm}: config.json", "loaded as bfloat16, to halve the memory")
+def _dtype(embedder: LLMEmbedder, name: str, read: Any) -> None:
+    stated = str(getattr(embedder.config, "dtype", None) or "float32").removeprefix("torch.")
+    embedder.dtype = stated if stated in ("float32", "bfloat16", "float16") else "float32"
+    if embedder.parameters > 1e9 and embedder.dtype == "float32":
+        embedder.dtype = "bfloat16"
+        embedder.note("weights in float32", f"{embedder.llm}: config.json", "loaded as bfloat16, to halve the memory")
 
 
-def _attention(found: LLMEmbedder, name: str, read: Any) -> None:
+def _attention(embedder: LLMEmbedder, name: str, read: Any) -> None:
     config, where = read("config.json")
     architectures = [str(entry) for entry in config.get("architectures") or []]
-    told = config.get("is_causal")
-    if told is None and config.get("use_bidirectional_attention") is not None:
-        told = not config["use_bidirectional_attention"]
+    stated = config.get("is_causal")
+    if stated is None and config.get("use_bidirectional_attention") is not None:
+        stated = not config["use_bidirectional_attention"]
     two_sided = next((entry for entry in architectures if "Bi" in entry), None)
-    if told is None and two_sided:
-        told, where = False, f"{where}: {two_sided}"
-    if told is None and _is_gritlm(name):
-        told, where = False, "the name: GritLM embeds with attention in both directions"
-    found.causal = told
-    if told is None:
-        found.note(
-            "the direction of its attention is not told", where, "causal, as LLMs are made; stage 2 turns it both ways"
-        )
+    if stated is None and two_sided:
+        stated, where = False, f"{where}: {two_sided}"
+    if stated is None and _is_gritlm(name):
+        stated, where = False, "the name: GritLM embeds with attention in both directions"
+    embedder.causal = stated
+    if stated is None:
+        after = "causal, as LLMs are; stage 2 makes it bidirectional"
+        embedder.note("the direction of its attention is not stated", where, after)
     else:
-        after = "stage 2 turns it both ways, which its adapter has to learn" if told else "as in stage 2"
-        found.note(f"attention {'causal' if told else 'in both directions'}", where, after)
+        after = "stage 2 makes it bidirectional, which its adapter has to learn" if stated else "as in stage 2"
+        embedder.note(f"attention {'causal' if stated else 'in both directions'}", where, after)
     if config.get("auto_map"):
-        found.note("has code of its own", where, "not run: transformers' own class is taken")
+        embedder.note("has code of its own", where, "not run: transformers' own class is taken")
 
 
 def _is_gritlm(name: str) -> bool:
     return "gritlm" in name.lower()
 
 
-def _pooling(found: LLMEmbedder, name: str, read: Any) -> None:
+def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
     modules, where = read("modules.json")
-    told, place = None, ""
+    stated, place = None, ""
     for module in modules:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1] if isinstance(module, dict) else ""
         if kind == "Pooling":
             settings, place = read(f"{module.get('path')}/config.json")
-            told = _pooling_mode(settings)
+            stated = _pooling_mode(settings)
         elif kind == "Normalize":
-            found.note("normalises its embeddings", where, "as we do")
+            embedder.note("normalises its embeddings", where, "as we do")
         elif kind not in ("Transformer", ""):
-            found.note(f"a {kind} module behind the LLM", where, "cannot be carried over and is left out")
-    if told is None:
+            embedder.note(f"a {kind} module behind the LLM", where, "cannot be carried over and is left out")
+    if stated is None:
         settings, place = read("llm2vec_config.json")
-        told = settings.get("pooling_mode")
-        told = {"eos_token": "lasttoken", "weighted_mean": "weightedmean"}.get(str(told), told)
-    if told is None and _is_gritlm(name):
-        told, place = "mean", "the name: GritLM pools by the mean"
-    if told is None:
-        found.note("pooling is not told", found.llm, "mean, which suits attention in both directions best")
-    elif told not in _POOLINGS:
-        found.note(f"pooling {told}", place, "not for decoders: mean instead")
+        stated = settings.get("pooling_mode")
+        if stated is not None:
+            stated = {"eos_token": "lasttoken", "weighted_mean": "weightedmean"}.get(str(stated), str(stated))
+    if stated is None and _is_gritlm(name):
+        stated, place = "mean", "the name: GritLM pools by the mean"
+    if stated is None:
+        embedder.note("pooling is not stated", embedder.llm, "mean, which suits attention in both directions best")
+    elif stated not in _POOLINGS:
+        embedder.note(f"pooling {stated}", place, "not for decoders: mean instead")
     else:
-        found.pooling = _POOLINGS[told]
-        last = "the state of the learned token, which stands where its last token stood" if told == "lasttoken" else ""
-        found.note(f"pooling {told}", place, last)
+        embedder.pooling = _POOLINGS[stated]
+        last = "the state of the added token, which stands where its last one stood" if stated == "lasttoken" else ""
+        embedder.note(f"pooling {stated}", place, last)
 
 
 def _pooling_mode(settings: dict[str, Any]) -> str | None:
@@ -228,54 +233,56 @@ def _pooling_mode(settings: dict[str, Any]) -> str | None:
     return mode if mode is None or isinstance(mode, str) else str(mode)
 
 
-def _prompts(found: LLMEmbedder, name: str, read: Any) -> None:
+def _prompts(embedder: LLMEmbedder, name: str, read: Any) -> None:
     settings, where = read("config_sentence_transformers.json")
-    told = settings.get("prompts")
-    kept = {str(key): text for key, text in told.items() if isinstance(text, str)} if isinstance(told, dict) else {}
+    stated = settings.get("prompts")
+    kept = {str(key): text for key, text in stated.items() if isinstance(text, str)} if isinstance(stated, dict) else {}
     if not any(kept.values()) and _is_gritlm(name):
         kept, where = dict(_GRITLM), "the name: GritLM's format for texts without an instruction"
     default = settings.get("default_prompt_name")
     if "query" not in kept and isinstance(default, str) and kept.get(default):
         kept["query"] = kept[default]
-    found.prompts = {key: text for key, text in kept.items() if text}
-    if not found.prompts:
-        found.note("no prompts", where or name, "queries and documents stand as they are")
+    embedder.prompts = {key: text for key, text in kept.items() if text}
+    if not embedder.prompts:
+        embedder.note("no prompts", where or name, "queries and documents stand as they are")
         return
-    for key, text in found.prompts.items():
-        found.note(f"prompt {key}: {text!r}", where)
-    if any("<|" in text for text in found.prompts.values()):
-        found.note("its prompts hold control tokens", where, "to the encoder they are ordinary characters, of no use")
+    for key, text in embedder.prompts.items():
+        embedder.note(f"prompt {key}: {text!r}", where)
+    if any("<|" in text for text in embedder.prompts.values()):
+        after = "to the encoder they are ordinary characters, of no use"
+        embedder.note("its prompts hold control tokens", where, after)
 
 
-def _tokenizer(found: LLMEmbedder, name: str, read: Any) -> None:
-    tokenizer: Any = load_tokenizer("llm", found.llm)
+def _tokenizer(embedder: LLMEmbedder, name: str, read: Any) -> None:
+    tokenizer: Any = load_tokenizer("llm", embedder.llm)
     ids = tokenizer("a").input_ids
     bos = tokenizer.bos_token_id
-    found.use_bos = bos is not None and bool(ids) and ids[0] == bos
-    so = "soft tokens stand behind it too" if found.use_bos else "soft tokens stand first"
-    found.note(f"its tokenizer puts {'a' if found.use_bos else 'no'} BOS token first", f"{found.llm}: tokenizer", so)
+    embedder.use_bos = bos is not None and bool(ids) and ids[0] == bos
+    after = "soft tokens stand behind it too" if embedder.use_bos else "soft tokens stand first"
+    where = f"{embedder.llm}: tokenizer"
+    embedder.note(f"its tokenizer puts {'a' if embedder.use_bos else 'no'} BOS token first", where, after)
     if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        found.note("its tokenizer puts EOS last", f"{found.llm}: tokenizer", "the learned token stands there instead")
+        embedder.note("its tokenizer puts EOS last", where, "the added token stands there instead")
 
 
-def _head(found: LLMEmbedder, name: str, read: Any) -> None:
-    architectures = [str(entry) for entry in getattr(found.config, "architectures", None) or []]
-    found.head = any(entry.endswith("ForCausalLM") for entry in architectures)
-    where = f"{found.llm}: config.json, architectures"
-    if not found.head:
-        found.note("no LM head", where, "stage 1, which needs one, is off; stage 0 starts the connector")
+def _head(embedder: LLMEmbedder, name: str, read: Any) -> None:
+    architectures = [str(entry) for entry in getattr(embedder.config, "architectures", None) or []]
+    embedder.head = any(entry.endswith("ForCausalLM") for entry in architectures)
+    where = f"{embedder.llm}: config.json, architectures"
+    if not embedder.head:
+        embedder.note("no LM head", where, "stage 1, which needs one, is off; stage 0 starts the connector")
 
 
-def _licence(found: LLMEmbedder, name: str, read: Any) -> None:
-    for source in dict.fromkeys([name, found.llm]):
+def _licence(embedder: LLMEmbedder, name: str, read: Any) -> None:
+    for source in dict.fromkeys([name, embedder.llm]):
         if (path := _file(source, "README.md")) is None:
             continue
         try:
-            told = ModelCard.load(path).data.to_dict().get("license")
+            stated = ModelCard.load(path).data.to_dict().get("license")
         except (ValueError, TypeError, OSError):
-            told = None
-        if told:
-            found.licence = str(told)
-            found.note(f"licence {told}", f"{source}: README.md", "holds for what you make of it too")
+            stated = None
+        if stated:
+            embedder.licence = str(stated)
+            embedder.note(f"licence {stated}", f"{source}: README.md", "holds for what you make of it too")
             return
-    found.note("no licence found", name, "look it up before you pass the result on")
+    embedder.note("no licence found", name, "look it up before you pass the result on")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lusifer.data.records import look_up
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.interop.llm_embedder import LLMEmbedder, Note
 from lusifer.model.backbones import load_config
+from lusifer.publishing import publish_file
 from lusifer.recipes.files import load_recipe
 from lusifer.recipes.schema import DataRecipe
 
@@ -27,28 +26,25 @@ def recipe_path(out: Path) -> Path:
 
 
 def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
-    """Writes a recipe and reads it back, whole or not at all.
+    """Writes a recipe and reads it back, complete or not at all.
+
+    Args:
+        path: Where to, a name that ends in .yaml.
+        text: The recipe as YAML.
+        force: Replace a file that is there.
 
     Raises:
         LusiferError: If there is a file already and not ``force``, or it cannot be written.
     """
     if path.exists() and not force:
         raise LusiferError(f"{str(path)!r} exists; choose another name, or --force to replace it")
-    staging = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", suffix=".yaml", delete=False, encoding="utf-8"
-        ) as file:
-            staging = Path(file.name)
-            file.write(text)
-        load_recipe(staging)
-        os.replace(staging, path)
+        with publish_file(path) as staging:
+            staging.write_text(text, encoding="utf-8")
+            load_recipe(staging)
     except OSError as error:
-        raise LusiferError(f"cannot write the recipe {str(path)!r}: {error.strerror}") from error
-    finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
+        raise LusiferError(f"cannot write the recipe {str(path)!r}: {first_line(error)}") from error
 
 
 def compose(
@@ -58,7 +54,7 @@ def compose(
 
     Args:
         encoder: Hub id, folder or starter name of the multilingual encoder.
-        embedder: What `lusifer.interop.llm_embedder.inspect_embedder` found.
+        embedder: What `lusifer.interop.llm_embedder.inspect_embedder` read.
         pairs: English query-positive pairs; the starter's when None.
         text: English texts; where there are pairs only, their queries are not read for stage 0 and 1.
         output: Folder of the run.
@@ -66,7 +62,7 @@ def compose(
     Raises:
         LusiferError: If the encoder cannot be read or is a decoder.
     """
-    _check_encoder(encoder)
+    load_config("encoder", encoder)
     small = embedder.parameters < SMALL
     text, pairs = text or _TEXT, pairs or _PAIRS
     parts = [
@@ -75,9 +71,9 @@ def compose(
         _comment(["", f"  lusifer data check THIS; lusifer train THIS --dry-run{'' if small else ' --ranks 8'}"]),
         _comment([f"  {'lusifer train THIS' if small else 'torchrun --nproc-per-node 8 -m lusifer train THIS'}"]),
         _yaml({"output": output, "seed": 0}),
-        _section("model", _model(encoder, embedder, small), _model_reasons(embedder)),
+        _section("model", _model(encoder, embedder, small), *_model_reasons(embedder)),
         _section("warm_start", {"data": text, "texts": 3000 if small else 5000, "spectrum": 0.5, "scale": 5}),
-        _section("align", _align(embedder, text, pairs, small), _align_reasons(embedder)),
+        _section("align", _align(embedder, text, pairs, small), *_align_reasons(embedder)),
         _section("contrast", _contrast(pairs, small)),
     ]
     if not small:
@@ -85,75 +81,50 @@ def compose(
     return "\n".join(parts) + "\n"
 
 
-def _check_encoder(encoder: str) -> None:
-    load_config("encoder", encoder)
-
-
-def _model(encoder: str, found: LLMEmbedder, small: bool) -> dict[str, Any]:
+def _model(encoder: str, embedder: LLMEmbedder, small: bool) -> dict[str, Any]:
     lora = {"r": 16, "alpha": 32, "dropout": 0.0 if small else 0.05}
-    model: dict[str, Any] = {"encoder": encoder, "llm": found.llm}
-    if found.adapters:
-        model["llm_base_adapters"] = found.adapters
-    model |= {"llm_dtype": found.dtype, "max_seq_length": 128 if small else 512, "pooling": found.pooling}
-    if not found.use_bos:
+    model: dict[str, Any] = {"encoder": encoder, "llm": embedder.llm}
+    if embedder.adapters:
+        model["llm_base_adapters"] = embedder.adapters
+    model |= {"llm_dtype": embedder.dtype, "max_seq_length": 128 if small else 512, "pooling": embedder.pooling}
+    if not embedder.use_bos:
         model["use_bos"] = False
-    if found.prompts:
-        model["prompts"] = found.prompts
+    if embedder.prompts:
+        model["prompts"] = embedder.prompts
     if not small:
         model |= {"encoder_dtype": "bfloat16", "encoder_lora": lora}
     return {**model, "llm_lora": lora}
 
 
-def _model_reasons(found: LLMEmbedder) -> list[str]:
-    return ["prompts stand in front of the texts wherever the result is used."] if found.prompts else []
+def _model_reasons(embedder: LLMEmbedder) -> list[str]:
+    return ["prompts stand in front of the texts wherever the result is used."] if embedder.prompts else []
 
 
-def _align(found: LLMEmbedder, text: str, pairs: str, small: bool) -> dict[str, Any]:
-    if not found.head:
+def _align(embedder: LLMEmbedder, text: str, pairs: str, small: bool) -> dict[str, Any]:
+    if not embedder.head:
         return {"enabled": False}
     data = [{"source": text, "task": "reconstruct"}, {"source": pairs, "task": "complete", "start": 0.5}]
     shared: dict[str, Any] = {"data": data, "mask_probability": 0.5}
     if small:
-        batch: dict[str, Any] = {
-            "steps": 60,
-            "batch_size": 16,
-            "warmup_steps": 5,
-            "save_steps": 10,
-            "target_max_seq_length": 64,
-        }
-        return {**shared, **batch, "max_tokens": 1024}
-    batch = {"encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
+        batch: dict[str, Any] = {"steps": 60, "batch_size": 16, "warmup_steps": 5, "save_steps": 10}
+        return {**shared, **batch, "target_max_seq_length": 64, "max_tokens": 1024}
+    batch = {"train_encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
     return {**shared, **batch, "precision": "bfloat16", "gradient_checkpointing": True}
 
 
-def _align_reasons(found: LLMEmbedder) -> list[str]:
-    return [] if found.head else ["Stage 1 needs an LM head, and this LLM has none."]
+def _align_reasons(embedder: LLMEmbedder) -> list[str]:
+    return [] if embedder.head else ["Stage 1 needs an LM head, and this LLM has none."]
 
 
 def _contrast(pairs: str, small: bool) -> dict[str, Any]:
+    data: dict[str, Any] = {"data": [{"source": pairs}]}
+    batch: dict[str, Any]
     if small:
-        return {
-            "data": [{"source": pairs}],
-            "symmetric": True,
-            "steps": 150,
-            "batch_size": 64,
-            "learning_rate": 1.0e-3,
-            "warmup_steps": 10,
-            "save_steps": 25,
-            "max_tokens": 1024,
-        }
-    return {
-        "data": [{"source": pairs}],
-        "encoder": "lora",
-        "steps": 4000,
-        "batch_size": 1024,
-        "learning_rate": 1.0e-4,
-        "connector_learning_rate": 5.0e-4,
-        "warmup_steps": 200,
-        "save_steps": 200,
-        "precision": "bfloat16",
-        "gradient_checkpointing": True,
-    }
+        batch = {"steps": 150, "batch_size": 64, "learning_rate": 1.0e-3, "warmup_steps": 10, "save_steps": 25}
+        return {**data, "symmetric": True, **batch, "max_tokens": 1024}
+    rates = {"learning_rate": 1.0e-4, "connector_learning_rate": 5.0e-4, "warmup_steps": 200, "save_steps": 200}
+    batch = {"train_encoder": "lora", "steps": 4000, "batch_size": 1024}
+    return {**data, **batch, **rates, "precision": "bfloat16", "gradient_checkpointing": True}
 
 
 def _comment(lines: Iterable[str]) -> str:
@@ -164,7 +135,7 @@ def _notes(notes: list[Note]) -> str:
     return _comment(f"- {' '.join(n.what.split())} ({n.where}){': ' + n.so if n.so else ''}" for n in notes)
 
 
-def _section(name: str, fields: dict[str, Any], reasons: Iterable[str] = ()) -> str:
+def _section(name: str, fields: dict[str, Any], *reasons: str) -> str:
     body = "\n".join("  " + line for line in _yaml(fields).splitlines())
     return "\n".join(["", *(f"# {reason}" for reason in reasons), f"{name}:", body])
 

@@ -6,7 +6,7 @@ nearest name, and every value is checked before any weight is loaded.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -15,7 +15,18 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Strict(BaseModel):
+    """Refuses unknown keys; a key of an earlier version is refused with its new name."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    renamed: ClassVar[dict[str, str]] = {}  # Earlier name of a key: its name today.
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_earlier_names(cls, values: Any) -> Any:
+        for earlier, today in cls.renamed.items():
+            if isinstance(values, dict) and earlier in values:
+                raise ValueError(f"{earlier} is now called {today}; rename the key")
+        return values
 
 
 class Lora(_Strict):
@@ -94,22 +105,24 @@ class ModelRecipe(_Strict):
         encoder: Multilingual encoder: hub id, folder or starter name (``starter:use-multilingual``).
         llm: Decoder LLM: the same.
         encoder_revision, llm_revision: Hub revision; the commit it means now is kept in the checkpoint.
-        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, folded in while it loads.
+        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, merged into it as it loads.
         llm_layers: Use only the LLM's first layers.
         encoder_dtype, llm_dtype: Data type of the backbone's weights.
         attn_implementation: ``sdpa``, ``flash_attention_2``, ``eager``; transformers' choice when left out.
         connector_dim: Width of the connector's hidden layer; the LLM's width when left out.
-        connector_shortcut: A linear map beside the connector's two layers, which stage 0 fills in.
-        num_added_tokens: Learned tokens behind the text's last one.
+        connector_residual: A linear map beside the connector's two layers, which stage 0 fills in.
+        num_added_tokens: Trainable soft tokens behind the text's last one.
         use_bos: The LLM's BOS token first, if it has one.
         pooling: How the LLM's states become one vector.
         head_dim: Width of the embedding behind an MLP head; no head when left out.
         max_seq_length: Encoder tokens read of a text.
-        encoder_lora: LoRA adapter of the encoder, for ``encoder: lora`` in a stage.
+        encoder_lora: LoRA adapter of the encoder, for ``train_encoder: lora`` in a stage.
         llm_lora: LoRA adapter of the LLM, which stage 2 trains.
         quantization: Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits a GPU).
         prompts: ``query`` and ``document``: what stands in front of the texts when the model is used.
     """
+
+    renamed: ClassVar[dict[str, str]] = {"connector_shortcut": "connector_residual"}
 
     encoder: str
     llm: str
@@ -121,7 +134,7 @@ class ModelRecipe(_Strict):
     llm_dtype: Dtype = "float32"
     attn_implementation: str | None = None
     connector_dim: PositiveInt | None = None
-    connector_shortcut: bool = True
+    connector_residual: bool = True
     num_added_tokens: int = Field(default=1, ge=0)
     use_bos: bool = True
     pooling: Literal["mean", "last_token", "weighted_mean"] = "mean"
@@ -131,6 +144,11 @@ class ModelRecipe(_Strict):
     llm_lora: Lora | None = Lora()
     quantization: Literal["8bit", "4bit"] | None = None
     prompts: dict[str, str] = {}
+
+    def architecture(self, *left_out: str) -> dict[str, Any]:
+        """The fields that `LusiferModel.from_backbones` and `LusiferConfig` take, by their names there."""
+        fields = self.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
+        return {"connector_shortcut": fields.pop("connector_residual"), **fields}
 
 
 class WarmStartRecipe(_Strict):
@@ -153,21 +171,21 @@ class WarmStartRecipe(_Strict):
     scale: PositiveFloat = 1.0
 
 
-class Optimisation(_Strict):
-    """What both gradient stages share.
+class GradientStage(_Strict):
+    """What stages 1 and 2, which train by gradient, share.
 
     Attributes:
         enabled: Whether the stage runs.
         data: Its data sets.
         steps: Optimizer steps.
         batch_size: Rows of one step, over all ranks.
-        learning_rate: Of adapters and, where it learns, the encoder.
+        learning_rate: Of adapters and, where it is trained, the encoder.
         connector_learning_rate: Of connector and head; as the others when left out.
         warmup_steps: Steps in which the rate rises; then it falls in a line to zero.
         weight_decay: AdamW's.
-        max_grad_norm: Longer gradients are cut to it.
-        encoder: What of the encoder learns.
-        connector: Whether connector and head learn.
+        max_grad_norm: Gradients are clipped to this norm.
+        train_encoder: What of the encoder is trained: nothing, its LoRA adapter, or all of its weights.
+        train_connector: Whether connector and head are trained.
         max_seq_length: Encoder tokens of a text in this stage; the model's own limit when left out.
         max_tokens: Padded tokens of one forward pass.
         graph_tokens: Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
@@ -182,6 +200,8 @@ class Optimisation(_Strict):
         max_loss: A loss above it stops the run.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"encoder": "train_encoder", "connector": "train_connector"}
+
     enabled: bool = True
     data: list[DataRecipe] = []
     steps: PositiveInt = 1000
@@ -191,8 +211,8 @@ class Optimisation(_Strict):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: PositiveFloat = 1.0
-    encoder: Literal["frozen", "lora", "full"] = "frozen"
-    connector: bool = True
+    train_encoder: Literal["frozen", "lora", "full"] = "frozen"
+    train_connector: bool = True
     max_seq_length: PositiveInt | None = None
     max_tokens: PositiveInt = 16384
     graph_tokens: PositiveInt = 65536
@@ -207,18 +227,20 @@ class Optimisation(_Strict):
     max_loss: PositiveFloat | None = None
 
     @pydantic.model_validator(mode="after")
-    def _some_set_at_every_step(self) -> Optimisation:
+    def _some_set_at_every_step(self) -> GradientStage:
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
-                raise ValueError(f"no data set is drawn after {moment:g} of the steps: mend start and end of the sets")
+                raise ValueError(
+                    f"no data set is drawn after {moment:g} of the steps: correct start and end of the sets"
+                )
         return self
 
 
-class AlignRecipe(Optimisation):
+class AlignRecipe(GradientStage):
     """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens.
 
     Attributes:
-        mask_probability: Share of target tokens hidden from the LLM: a number, or two between which it moves.
+        mask_probability: Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
         target_max_seq_length: LLM tokens of a target.
     """
 
@@ -250,13 +272,13 @@ class AlignRecipe(Optimisation):
         return self
 
 
-class ContrastRecipe(Optimisation):
+class ContrastRecipe(GradientStage):
     """Stage 2: contrastive finetuning with bidirectional attention.
 
     Attributes:
-        symmetric: Also tell the query from the positive.
+        symmetric: Whether each positive must also find its query.
         temperature: Divisor of the cosines.
-        llm_layers: The LLM's first layers to go on with; stage 1 needs the whole LLM, whose head is behind the last.
+        llm_layers: Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
         guide: Sentence Transformers model that reads the same texts; ``encoder`` is the recipe's own encoder alone.
         guide_margin: A negative counts only if the guide scores it below the positive minus this margin.
         distill: Weight of keeping the texts' neighbourhoods as the guide sees them.
@@ -328,14 +350,16 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         if self.warm_start.enabled and self.warm_start_data() is None:
             raise ValueError("warm_start needs data: set warm_start.data or align.data (or enabled: false)")
-        if self.warm_start.enabled and not self.model.connector_shortcut:
-            raise ValueError("warm_start needs model.connector_shortcut: true (or enabled: false)")
+        if self.warm_start.enabled and not self.model.connector_residual:
+            raise ValueError("warm_start needs model.connector_residual: true (or enabled: false)")
         for name, stage in (("align", self.align), ("contrast", self.contrast)):
-            if stage.enabled and stage.encoder == "lora" and self.model.encoder_lora is None:
-                raise ValueError(f"{name}.encoder is lora, but model.encoder_lora is not set")
+            if stage.enabled and stage.train_encoder == "lora" and self.model.encoder_lora is None:
+                raise ValueError(f"{name}.train_encoder is lora, but model.encoder_lora is not set")
             adapts = name == "contrast" and self.model.llm_lora is not None
-            if stage.enabled and stage.encoder == "frozen" and not stage.connector and not adapts:
-                raise ValueError(f"{name} has nothing to train: set {name}.connector: true or {name}.encoder")
+            if stage.enabled and stage.train_encoder == "frozen" and not stage.train_connector and not adapts:
+                raise ValueError(
+                    f"{name} has nothing to train: set {name}.train_connector: true or {name}.train_encoder"
+                )
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
             raise ValueError("nothing to do: every stage is switched off")
         return self

@@ -23,6 +23,7 @@ MAX_LENGTH = 512
 _CHUNKS = 17
 _USE_PAD = 3  # The first of three pieces that the published vocabulary keeps for such uses.
 _LAST_SPECIAL = 5
+_GGUF_CONTROL = 3  # The type of control tokens in a GGUF vocabulary.
 _NEVER = -1e6  # A score no segmentation picks.
 
 
@@ -84,14 +85,7 @@ def _use_tensors(path: Path, config: UseConfig) -> dict[str, torch.Tensor]:
         for layer in (0, 1):
             arrays[f"ngram_layers.{branch}.{layer}.window.weight"] = rest[f"w{layer + 1}_{n}"].T
             arrays[f"ngram_layers.{branch}.{layer}.window.bias"] = rest[f"b{layer + 1}_{n}"]
-    dan = {
-        "hidden1": "d0",
-        "hidden2": "d1",
-        "shortcut2": "p1",
-        "hidden3": "d2",
-        "out": "d3",
-        "shortcut_out": "p3",
-    }
+    dan = {"hidden1": "d0", "hidden2": "d1", "shortcut2": "p1", "hidden3": "d2", "out": "d3", "shortcut_out": "p3"}
     arrays |= {f"dan.{ours}.weight": rest[theirs].T for ours, theirs in dan.items()}
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
@@ -329,15 +323,9 @@ def _smollm2_tokenizer(reader: GGUFReader) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(t, normalized=False, special=True)
-            for t, kind in zip(tokens, kinds, strict=True)
-            if kind == control
-        ]
-    )
-    special = {
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    named = {
         f"{ours}_token": tokens[_gguf_value(reader, f"tokenizer.ggml.{theirs}_token_id")]
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
@@ -346,5 +334,5 @@ def _smollm2_tokenizer(reader: GGUFReader) -> Any:
         model_max_length=_gguf_value(reader, "llama.context_length"),
         chat_template=_gguf_value(reader, "tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **special,
+        **named,
     )

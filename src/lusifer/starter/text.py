@@ -9,15 +9,14 @@ packages, MIT). `starter:english-verses` holds verses of the first, for stage 0 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import publish_file
 from lusifer.starter.fetch import PREFIX, cache_dir, resolve_backbone
 
 VERSES = "english-verses"
@@ -70,8 +69,8 @@ def _write_all(folder: Path) -> None:
     verses = [{"text": text} for text in modern.values() if _SHORTEST < len(text) <= _LONGEST_VERSE]
     pairs = []
     for verse, text in modern.items():
-        found = [other[verse] for other in others if verse in other]
-        positives = sorted({o for o in found if _SHORTEST < len(o) <= _LONGEST_PAIR and o != text})
+        translations = [other[verse] for other in others if verse in other]
+        positives = sorted({o for o in translations if _SHORTEST < len(o) <= _LONGEST_PAIR and o != text})
         if positives and _SHORTEST < len(text) <= _LONGEST_PAIR:
             pairs.append({"query": text, "positive": positives, "negative": []})
     passages = _passages(modern, others, random.Random(1))
@@ -102,9 +101,7 @@ def _passages(
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        with publish_file(path) as staging, staging.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
     except OSError as error:
-        raise LusiferError(f"cannot write the starter text {str(path)!r}: {error.strerror or error}") from error
+        raise LusiferError(f"cannot write the starter text {str(path)!r}: {first_line(error)}") from error

@@ -95,12 +95,12 @@ class AlignmentLoss(nn.Module):
 
     Args:
         lm_head: The LLM's head; it lives here and is never saved with the model.
-        mask_embedding: (llm_dim,), what replaces a hidden input of the target (the mean embedding).
-        mask_probability: How likely a target input is hidden, between 0 and 1, or a pair of values it
-            moves between, linearly, over the stage; in training mode only.
+        mask_embedding: (llm_dim,), what replaces a masked input of the target (the mean embedding).
+        mask_probability: Probability that a target input is masked, or two, [at the start, at the end], between
+            which it moves linearly; in training mode only.
         max_tokens: Most padded tokens (source plus target) in one forward pass.
         chunk: Supervised positions per slice of the LM head, which bounds the memory of the logits.
-        seed: Seed of the hidden positions; they depend on it, on a row's position in the mixture and
+        seed: Seed of the masked positions; they depend on it, on a row's position in the mixture and
             on nothing else.
     """
 
@@ -123,14 +123,14 @@ class AlignmentLoss(nn.Module):
         self.register_buffer("mask_embedding", mask_embedding.detach().float(), persistent=False)
 
     def probability(self, progress: float) -> float:
-        """How likely a target input is hidden at this share of the stage."""
+        """Probability that a target input is masked at this share of the stage, in [0, 1]."""
         if isinstance(self.mask_probability, (int, float)):
             return float(self.mask_probability)
         begin, end = self.mask_probability
         return begin + (end - begin) * progress
 
-    def hidden(self, target_mask: Tensor, positions: Tensor, progress: float) -> Tensor:
-        """Chooses the target inputs to hide.
+    def choose_masked(self, target_mask: Tensor, positions: Tensor, progress: float) -> Tensor:
+        """Chooses the target inputs to mask.
 
         Args:
             target_mask: (rows, target_seq), non-zero at real tokens, padded on the right.
@@ -147,25 +147,35 @@ class AlignmentLoss(nn.Module):
             chosen[row, :length] = np.random.default_rng((self.seed, position)).random(length) < probability
         return torch.from_numpy(chosen).to(target_mask.device)
 
-    def states(self, model: nn.Module, source: Features, target: Features, hidden: Tensor | None) -> Tensor:
-        """(supervised, llm_dim) states that predict the real target tokens, row by row in order."""
+    def states(self, model: nn.Module, source: Features, target: Features, masked: Tensor | None) -> Tensor:
+        """The states that predict the real target tokens, row by row in order.
+
+        Args:
+            model: A `LusiferModel` or its distributed wrapper.
+            source: ``input_ids`` and ``attention_mask`` (rows, source_seq) of the encoder's tokenizer.
+            target: The same (rows, target_seq) of the LLM's tokenizer, padded on the right.
+            masked: (rows, target_seq) bool, True at the target inputs to mask; None for none.
+
+        Returns:
+            (supervised, llm_dim).
+        """
         return model(
             source["input_ids"],
             source["attention_mask"],
             target_ids=target["input_ids"],
             target_mask=target["attention_mask"],
-            target_hidden=hidden,
-            mask_embedding=None if hidden is None else self.mask_embedding,
+            target_hidden=masked,
+            mask_embedding=None if masked is None else self.mask_embedding,
         ).last_hidden_state
 
     def _group_loss(self, model: nn.Module, batch: dict[str, Any], rows: Tensor, progress: float) -> Tensor:
         """Summed cross-entropy of some rows."""
         source, target = (trim(token_features(batch[part]), rows) for part in ("source", "target"))
-        hidden = None
+        masked = None
         if self.training and self.probability(progress) > 0:
             positions = batch["positions"].cpu()[rows]
-            hidden = self.hidden(target["attention_mask"], positions, progress)
-        states = self.states(model, source, target, hidden)
+            masked = self.choose_masked(target["attention_mask"], positions, progress)
+        states = self.states(model, source, target, masked)
         wanted = target["input_ids"][target["attention_mask"].bool()]
         return token_cross_entropy(states, wanted, self.lm_head, self.chunk)
 
@@ -237,7 +247,7 @@ def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any
     Every target is predicted after its ``own`` soft tokens, after those of ``other`` text (the next
     row's) and after ``none``: with every source token taken away, what is left of the prefix is BOS and
     the added tokens, which are the same for all texts. Each is done with target inputs ``visible``, as
-    in ordinary language modelling, and all ``hidden``, where only the soft tokens can tell.
+    in ordinary language modelling, and all masked (``hidden``), where only the soft tokens can tell.
 
     Args:
         loss: The loss of the stage.
@@ -259,28 +269,26 @@ def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any
         "other": {name: tensor.roll(1, dims=0) for name, tensor in source.items()},
         "none": {**source, "attention_mask": torch.zeros_like(source["attention_mask"])},
     }
-    everything = target["attention_mask"].bool()
-    found = {}
+    metrics = {}
     was_training = model.training
     model.eval()
-    for inputs, hidden in (("visible", None), ("hidden", everything)):
+    for inputs, masked in (("visible", None), ("hidden", target["attention_mask"].bool())):
         for name, features in sources.items():
-            accuracy, entropy = _scores(loss, model, features, target, hidden)
-            found[f"{inputs}_{name}_accuracy"], found[f"{inputs}_{name}_cross_entropy"] = accuracy, entropy
+            accuracy, entropy = _scores(loss, model, features, target, masked)
+            metrics[f"{inputs}_{name}_accuracy"], metrics[f"{inputs}_{name}_cross_entropy"] = accuracy, entropy
     model.train(was_training)
-    return found
+    return metrics
 
 
 def _scores(
-    loss: AlignmentLoss, model: nn.Module, source: Features, target: Features, hidden: Tensor | None
+    loss: AlignmentLoss, model: nn.Module, source: Features, target: Features, masked: Tensor | None
 ) -> tuple[float, float]:
     """Token accuracy and mean cross-entropy of a batch."""
     lengths = source["attention_mask"].sum(dim=1) + target["attention_mask"].sum(dim=1)
     hits, entropy, count = 0, 0.0, 0
     for rows in micro_batches(lengths.cpu(), loss.max_tokens):
         few = trim(target, rows)
-        masked = None if hidden is None else few["attention_mask"].bool()
-        states = loss.states(model, trim(source, rows), few, masked)
+        states = loss.states(model, trim(source, rows), few, None if masked is None else few["attention_mask"].bool())
         wanted = few["input_ids"][few["attention_mask"].bool()]
         for part, tokens in zip(states.split(loss.chunk), wanted.split(loss.chunk), strict=True):
             hits += int((loss.lm_head(part).argmax(dim=1) == tokens).sum())

@@ -92,7 +92,7 @@ def info_nce(
 
 @dataclass
 class _Columns:
-    """What tells which texts of a global batch are no negatives of which: keys and guide embeddings.
+    """Which texts of a global batch are no negatives of which, by their keys and by a guide's embeddings.
 
     Attributes:
         keys: (columns, rows) int64, equal for equal texts; queries first, then positives, then negatives.
@@ -105,7 +105,7 @@ class _Columns:
     margin: float
 
     def against_all(self, rows: slice) -> Tensor:
-        """(slice, (columns - 1) * batch): candidates that are no negatives of these queries."""
+        """(slice, (columns - 1) * batch) bool: candidates that are no negatives of these queries."""
         queries, positives, candidates = self.keys[0], self.keys[1], self.keys[1:].flatten()
         # A copy of this query or of its positive is no negative.
         out = candidates == positives[rows].unsqueeze(1)
@@ -117,7 +117,7 @@ class _Columns:
         return out
 
     def against_queries(self, rows: slice) -> Tensor:
-        """(slice, batch): the mirror image, queries that are no negatives of these positives."""
+        """(slice, batch) bool: the mirror image, queries that are no negatives of these positives."""
         queries, positives = self.keys[0], self.keys[1]
         out = positives == positives[rows].unsqueeze(1)
         out |= queries == positives[rows].unsqueeze(1)
@@ -127,7 +127,7 @@ class _Columns:
         return out
 
     def against_own(self) -> Tensor:
-        """(batch, columns - 2): hard negatives that are none of their own row."""
+        """(batch, columns - 2) bool: hard negatives that are none of their own row."""
         negatives = self.keys[2:].T
         out = (negatives == self.keys[1].unsqueeze(1)) | (negatives == self.keys[0].unsqueeze(1))
         if self.guide is not None:
@@ -275,14 +275,14 @@ class ContrastiveLoss(nn.Module):
         Raises:
             LusiferError: If a Matryoshka dimension exceeds the embedding's.
         """
-        known = _Columns(keys, None if self.guide_margin is None else guide, self.guide_margin or 0.0)
+        columns = _Columns(keys, None if self.guide_margin is None else guide, self.guide_margin or 0.0)
         dims = self.matryoshka_dims or [vectors.shape[-1]]
         if max(dims) > vectors.shape[-1]:
             raise LusiferError(f"matryoshka_dims asks for {max(dims)} dimensions, the model has {vectors.shape[-1]}")
         one = self._in_batch if in_batch else self._own_negatives
         # Cosines over a small temperature need all of float32.
         with torch.autocast(vectors.device.type, enabled=False):
-            loss = torch.stack([one(vectors[..., :dim].float(), known) for dim in dims]).mean()
+            loss = torch.stack([one(vectors[..., :dim].float(), columns) for dim in dims]).mean()
             if self.distill and guide is not None:
                 texts, theirs = vectors.flatten(0, 1), guide.flatten(0, 1)
                 parts = [
@@ -292,18 +292,18 @@ class ContrastiveLoss(nn.Module):
                 loss = loss + self.distill * torch.stack(parts).mean()
             return loss
 
-    def _in_batch(self, vectors: Tensor, known: _Columns) -> Tensor:
+    def _in_batch(self, vectors: Tensor, columns: _Columns) -> Tensor:
         queries, candidates = vectors[0], vectors[1:].flatten(0, 1)
-        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=known.against_all)
+        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=columns.against_all)
         if self.symmetric:
-            mirrored = info_nce(vectors[1], queries, temperature=self.temperature, excluded=known.against_queries)
+            mirrored = info_nce(vectors[1], queries, temperature=self.temperature, excluded=columns.against_queries)
             loss = (loss + mirrored) / 2
         return loss
 
-    def _own_negatives(self, vectors: Tensor, known: _Columns) -> Tensor:
+    def _own_negatives(self, vectors: Tensor, columns: _Columns) -> Tensor:
         vectors = normalize(vectors, dim=-1)
         scores = torch.einsum("bd,nbd->bn", vectors[0], vectors[1:]) / self.temperature
-        out = nn.functional.pad(known.against_own(), (1, 0))
+        out = nn.functional.pad(columns.against_own(), (1, 0))
         labels = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
         return cross_entropy(scores.masked_fill(out, float("-inf")), labels)
 
@@ -356,7 +356,15 @@ _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants o
 
 
 def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(rows,) int64 keys, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions)."""
+    """Keys of rows, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
+
+    Args:
+        input_ids: (rows, seq) int64.
+        attention_mask: (rows, seq), non-zero at real tokens.
+
+    Returns:
+        (rows,) int64.
+    """
     ids, mask = input_ids.long(), attention_mask.long()
     weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]
     weights = (weights ^ (weights >> 30)) * _MULTIPLIERS[1]

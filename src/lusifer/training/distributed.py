@@ -1,4 +1,4 @@
-"""distributed."""
+"""What a loss knows of other processes: which rank this is, and everybody's tensors."""
 
 from __future__ import annotations
 

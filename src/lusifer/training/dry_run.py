@@ -4,7 +4,7 @@ Memory of a stage is estimated as
 
     weights     bytes of every parameter in its data type (8- and 4-bit linear layers of a quantised LLM: 1 and 0.55),
                 divided by the ranks under FSDP2
-    learning    12 bytes per parameter that learns: gradient and AdamW's two moments in float32 (shared by FSDP2)
+    trainable   12 bytes per trainable parameter: gradient and AdamW's two moments in float32 (shared by FSDP2)
     activations tokens whose graph is kept x layers x (12 h + 5 f) values per layer of width h and feed-forward
                 width f: what the backward pass of a transformer layer with adapters reads; 2 bytes each under
                 bfloat16, else 4; with gradient checkpointing h per layer and one layer in full. A frozen encoder
@@ -26,14 +26,14 @@ from lusifer.model.adapters import parameters_by_part
 from lusifer.model.backbones import keep_layers, load_config
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
-from lusifer.recipes.schema import Optimisation, Recipe
-from lusifer.training.run import prepare
+from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.training.stages import prepare_stage
 
 _PACKED = {"8bit": 1.0, "4bit": 0.55}
 _CHUNK = 256
 
 
-def build(recipe: Recipe) -> LusiferModel:
+def model_on_meta(recipe: Recipe) -> LusiferModel:
     """The model of a recipe on the meta device, from its backbones' configurations alone.
 
     Raises:
@@ -45,8 +45,7 @@ def build(recipe: Recipe) -> LusiferModel:
     if chosen.llm_layers is not None:
         keep_layers(llm, chosen.llm_layers)
     encoder.dtype, llm.dtype = getattr(torch, chosen.encoder_dtype), getattr(torch, chosen.llm_dtype)
-    left_out = {"encoder_dtype", "llm_dtype", "llm_layers", "quantization", "attn_implementation"}
-    fields = chosen.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
+    fields = chosen.architecture("encoder_dtype", "llm_dtype", "llm_layers", "quantization", "attn_implementation")
     with torch.device("meta"):
         model = LusiferModel(LusiferConfig(**fields, encoder_config=encoder, llm_config=llm))
         model.encoder.to(encoder.dtype)
@@ -71,24 +70,24 @@ def dry_run(recipe: Recipe, name: str, *, ranks: int = 1) -> dict[str, Any]:
     Raises:
         LusiferError: If a backbone's configuration cannot be read, or the batch does not divide by the ranks.
     """
-    model = build(recipe)
+    model = model_on_meta(recipe)
     stages: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     for stage in ("align", "contrast"):
-        settings: Optimisation = getattr(recipe, stage)
+        settings: GradientStage = getattr(recipe, stage)
         if not settings.enabled:
             continue
         with torch.device("meta"):
-            prepare(recipe, stage, model)
+            prepare_stage(recipe, stage, model)
         parameters = parameters_by_part(model)
-        stages[stage] = _stage(recipe, stage, settings, model, ranks)
+        stages[stage] = _stage_costs(recipe, stage, settings, model, ranks)
     program = f"lusifer train {name}"
     if ranks > 1:
         program = f"torchrun --nproc-per-node {ranks} -m {program}"
     return {"parameters": parameters or parameters_by_part(model), "stages": stages, "launch": program}
 
 
-def _stage(recipe: Recipe, name: str, stage: Optimisation, model: LusiferModel, ranks: int) -> dict[str, Any]:
+def _stage_costs(recipe: Recipe, name: str, stage: GradientStage, model: LusiferModel, ranks: int) -> dict[str, Any]:
     texts = 1 + 1 + max((item.hard_negatives for item in stage.data), default=0)
     longest = stage.max_seq_length or recipe.model.max_seq_length
     if name == "align":
@@ -101,22 +100,30 @@ def _stage(recipe: Recipe, name: str, stage: Optimisation, model: LusiferModel, 
     if name == "align":
         vocab = model.config.llm_config.vocab_size
         memory["logits"] = _CHUNK * vocab * 12 / 1e9
-    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "steps": stage.steps,
         "rows per step": stage.batch_size,
         "rows per rank": stage.batch_size / ranks,
         "tokens per step, at most": tokens,
-        "parameters that learn": learns,
+        "trainable parameters": trainable,
         "checkpoints kept": stage.save_total_limit,
-        "checkpoint_gb": round(learns * 12 / 1e9, 3),
+        "checkpoint_gb": round(trainable * 12 / 1e9, 3),
         "memory_gb": {key: round(value, 3) for key, value in memory.items()},
         "memory_gb_total": round(sum(memory.values()), 2),
     }
 
 
-def memory_gb(recipe: Recipe, stage: Optimisation, model: LusiferModel, kept: int, ranks: int) -> dict[str, float]:
-    """Estimated GB per rank of weights, learning state and activations; see the module's formulas."""
+def memory_gb(recipe: Recipe, stage: GradientStage, model: LusiferModel, kept: int, ranks: int) -> dict[str, float]:
+    """Estimated GB per rank by part (weights, trainable state, activations); see the module's formulas.
+
+    Args:
+        recipe: Says quantisation and strategy.
+        stage: Says precision and what of the encoder is trained.
+        model: The model on the meta device, its trainable parameters chosen.
+        kept: Tokens of a rank whose activations are kept.
+        ranks: Number of processes.
+    """
     shards = ranks if recipe.scale.strategy == "fsdp2" else 1
     packed = {
         id(module.weight) for module in model.llm.modules() if isinstance(module, nn.Linear)
@@ -125,13 +132,13 @@ def memory_gb(recipe: Recipe, stage: Optimisation, model: LusiferModel, kept: in
     for parameter in model.parameters():
         size = _PACKED[str(recipe.model.quantization)] if id(parameter) in packed else parameter.element_size()
         weights += parameter.numel() * size
-    learning = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = 2 if stage.precision == "bfloat16" else 4
     parts = [(model.config.llm_config, kept)]
-    if stage.encoder != "frozen":
+    if stage.train_encoder != "frozen":
         parts.append((model.config.encoder_config, kept))
     activations = sum(size * tokens * _values(config, stage.gradient_checkpointing) for config, tokens in parts)
-    return {"weights": weights / shards / 1e9, "learning": learning / shards / 1e9, "activations": activations / 1e9}
+    return {"weights": weights / shards / 1e9, "trainable": trainable / shards / 1e9, "activations": activations / 1e9}
 
 
 def _values(config: Any, checkpointing: bool) -> float:

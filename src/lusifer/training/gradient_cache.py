@@ -134,6 +134,9 @@ def groups_within(lengths: Tensor, max_tokens: int, graph_tokens: int) -> tuple[
         lengths: (rows,) tokens per row; every rank has the same number of rows.
         max_tokens: Most padded tokens in one forward pass.
         graph_tokens: Most padded tokens whose graphs are kept.
+
+    Returns:
+        Row indices of each group, and how many groups, from the first, keep their graphs.
     """
     device = lengths.device
     lengths = lengths.cpu()

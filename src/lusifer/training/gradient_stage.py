@@ -16,18 +16,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lusifer.data.mixture import Mixture
 from lusifer.errors import LusiferError
-from lusifer.recipes.schema import Optimisation, ScaleRecipe
+from lusifer.hooks.trainer import layer_class_names
+from lusifer.recipes.schema import GradientStage, ScaleRecipe
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 
 logger = logging.getLogger(__name__)
 
 
-def optimise(
+def run_gradient_stage(
     model: nn.Module,
     loss: nn.Module,
     mixture: Mixture,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    stage: Optimisation,
+    stage: GradientStage,
     folder: Path,
     *,
     seed: int,
@@ -38,7 +39,7 @@ def optimise(
     """Runs one gradient stage, from its last checkpoint if there is one.
 
     Args:
-        model: The model; what learns has been chosen already.
+        model: The model; its trainable parameters have been chosen.
         loss: Its loss.
         mixture: Its examples, ``steps * batch_size`` of them.
         collator: Makes a batch of examples.
@@ -50,7 +51,7 @@ def optimise(
         progress: Whether to show a progress bar.
 
     Returns:
-        The logged history, the mean loss of all steps, and under ``learned`` what learned, gathered on the CPU.
+        ``history``, what was logged; ``loss``, the mean over all steps; ``trained``, name to tensor on the CPU.
 
     Raises:
         LusiferError: If the batch does not divide by the number of processes, a checkpoint cannot be read or
@@ -87,18 +88,26 @@ def optimise(
     with listener.listening():
         trainer.train(resume_from_checkpoint=last)
     if listener.asked:
-        raise LusiferError("told to end; a checkpoint is saved, and the same command goes on from it")
+        raise LusiferError("stopped by SIGTERM; a checkpoint is saved, and the same command goes on from it")
     return {
         "loss": trainer.loss_sum / stage.steps,
         "history": trainer.state.log_history,
-        "learned": trainer.learned(),
+        "trained": trainer.trained_parameters(),
     }
 
 
 def training_arguments(
-    model: nn.Module, stage: Optimisation, folder: Path, *, seed: int, scale: ScaleRecipe | None, evaluate: bool
+    model: nn.Module, stage: GradientStage, folder: Path, *, seed: int, scale: ScaleRecipe | None, evaluate: bool
 ) -> TrainingArguments:
     """A stage's settings as transformers knows them.
+
+    Args:
+        model: The model, whose layers are the shards of FSDP2.
+        stage: Steps, batch size, learning rates.
+        folder: Where checkpoints go.
+        seed: Seed of dropout.
+        scale: How several processes share the work.
+        evaluate: Whether there are held-out rows to measure.
 
     Raises:
         LusiferError: If the batch does not divide by the number of processes.
@@ -109,7 +118,7 @@ def training_arguments(
     sharded: dict[str, Any] = {}
     if scale is not None and scale.strategy == "fsdp2" and ranks > 1:
         sharded = {"fsdp": "full_shard", "fsdp_config": fsdp_config(model, scale)}
-    asked = stage.eval_steps if evaluate else None
+    eval_steps = stage.eval_steps if evaluate else None
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
@@ -124,8 +133,8 @@ def training_arguments(
         save_strategy="steps",
         save_steps=stage.save_steps,
         save_total_limit=stage.save_total_limit,
-        eval_strategy="steps" if asked else "no",
-        eval_steps=asked,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps,
         metric_for_best_model=stage.best_metric,
         greater_is_better=stage.best_metric is not None and "accuracy" in stage.best_metric,
         logging_steps=stage.logging_steps,
@@ -141,10 +150,14 @@ def training_arguments(
 
 
 def fsdp_config(model: nn.Module, scale: ScaleRecipe) -> dict[str, Any]:
-    """FSDP2 settings: one shard per layer of encoder and LLM."""
-    named: set[str] = set()
-    for part in (getattr(model, "encoder", None), getattr(model, "llm", None)):
-        named |= set(getattr(part, "_no_split_modules", None) or [])
+    """FSDP2 settings: one shard per layer of encoder and LLM.
+
+    Args:
+        model: A `LusiferModel`, or a baseline with an ``llm``.
+        scale: Whether shards are kept in the host's memory.
+    """
+    parts = [getattr(model, name, None) for name in ("encoder", "llm")]
+    named = set().union(*(layer_class_names(part) for part in parts if part is not None))
     present = {type(module).__name__ for module in model.modules()}
     return {
         "version": 2,

@@ -13,7 +13,7 @@ from lusifer.model.adapters import add_lora, merge_adapters
 from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
-from lusifer.training.run import contrast
+from lusifer.training.stages import contrast
 
 
 class LLMAlone(nn.Module):

@@ -3,22 +3,20 @@
 1. The mixture is read in order; each rank takes its block of the global batch, so that the batches are the same
    on any number of ranks, and a resumed run skips what was trained on without reading it.
 2. The loss itself runs forward and backward passes (`lusifer.training.contrastive`, `lusifer.training.alignment`).
-3. A gradient or loss that is no number, or a loss that explodes, stops the run before the weights change, with the
-   batch saved for inspection.
-4. A checkpoint holds only what learns, and the optimizer's state by parameter name: any number of ranks, plain or
-   sharded, can go on from it.
+3. A gradient or loss that is NaN or infinite, or a loss above a limit, stops the run before the weights change, with
+   the batch saved for inspection.
+4. A checkpoint holds only trainable parameters, and the optimizer's state by parameter name: any number of ranks,
+   plain or sharded, can go on from it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,12 +33,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.trainer import OpenTrainer
+from lusifer.publishing import write_json
 
-LEARNING = "learning.safetensors"
+_TRAINABLE = "learning.safetensors"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
@@ -67,14 +67,14 @@ class Bar(ProgressCallback):
 
 
 class SaveOnSignal(TrainerCallback):
-    """Saves a checkpoint at the end of the running step and stops when told to end (SIGTERM: preemption)."""
+    """On SIGTERM (preemption), saves a checkpoint at the end of the running step and stops."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens while a block runs; only a main thread can."""
+        """Listens for the signal while a block runs, on the main thread; elsewhere does nothing."""
         try:
             before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
         except ValueError:
@@ -92,7 +92,7 @@ class SaveOnSignal(TrainerCallback):
         return control
 
 
-class AtomicTrainer(Trainer):
+class AtomicTrainer(OpenTrainer):
     """A trainer of a `LusiferModel` (or a baseline of the same interface) with one of our losses.
 
     Args:
@@ -116,20 +116,20 @@ class AtomicTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.optimizer: Any
         self.step_loss: Any = step_loss.to(self.args.device)
         self.connector_learning_rate = connector_learning_rate
         self.max_loss = max_loss
         self.evaluator = evaluator
         self.loss_sum = 0.0
         self._batch: dict[str, Any] = {}
-        self._since, self._tokens, self._padding = time.monotonic(), 0.0, 0.0
+        self._since, self._tokens, self._padding, self._logged_at = time.monotonic(), 0.0, 0.0, 0
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    def train_sampler(self, dataset: Any) -> SequentialSampler:
+        """The mixture has its order already."""
+        return SequentialSampler(dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over what learns, connector and head at their own rate."""
+        """AdamW over the trainable parameters, connector and head at their own rate."""
         if self.optimizer is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             own = [p for n, p in named if "connector." in n or n.startswith("head.") or ".head." in n]
@@ -141,17 +141,25 @@ class AtomicTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One step of the loss, its figures counted.
+        """One step of the loss, forward and backward, its figures counted.
+
+        Args:
+            model: The model or its distributed wrapper.
+            inputs: This rank's batch, as the loss's ``step`` takes it.
+            num_items_in_batch: Not used: the loss averages by itself.
+
+        Returns:
+            The loss, a scalar without graph.
 
         Raises:
-            LusiferError: If the loss is no number or above ``max_loss``.
+            LusiferError: If the loss is NaN, infinite or above ``max_loss``.
         """
         model.train()
         self.step_loss.train()
         self._batch = inputs
         metrics = self.step_loss.step(
             model,
-            self._prepare_inputs(inputs),
+            self.to_device(inputs),
             backward=self.accelerator.backward,
             no_sync=lambda: self.accelerator.no_sync(model),
             progress=self.state.global_step / self.state.max_steps,
@@ -164,8 +172,9 @@ class AtomicTrainer(Trainer):
         self._padding += metrics.get("padding", 0.0)
         return torch.tensor(loss, device=self.args.device)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+    def clip_gradients(self, model: nn.Module) -> Tensor:
+        """Clips the gradients; stops the run if their norm is NaN or infinite."""
+        norm = super().clip_gradients(model)
         if not math.isfinite(float(norm)):
             self._stop(f"the gradient norm is {float(norm):g}")
         return norm
@@ -174,9 +183,10 @@ class AtomicTrainer(Trainer):
         """Saves the batch and stops; the weights are still those of the step before."""
         path = Path(str(self.args.output_dir)).parent / f"bad-batch-{self.args.process_index}.json"
         parameters = dict(self.model.named_parameters())
-        wrong = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-        facts = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": wrong}
-        _write_json(path, {**facts, "batch": _plain(self._batch)})
+        not_finite = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        facts = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**facts, "batch": _to_lists(self._batch)}, indent=None)
         raise LusiferError(
             f"step {self.state.global_step + 1}: {reason}; stopped before the weights changed. The batch is in {path}; "
             "look for broken records there, lower learning_rate or max_grad_norm, then run the same command again"
@@ -185,7 +195,7 @@ class AtomicTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second (all ranks), the share of padding and memory to what is logged."""
         if "loss" in logs:
-            now, steps = time.monotonic(), max(1, self.state.global_step - getattr(self, "_logged_at", 0))
+            now, steps = time.monotonic(), max(1, self.state.global_step - self._logged_at)
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(now - self._since, 1e-9), 1)
             logs["padding"] = round(self._padding / steps, 4)
             logs["memory_mb"] = round(memory_mb(self.args.device), 1)
@@ -199,45 +209,58 @@ class AtomicTrainer(Trainer):
         self.log(dict(metrics))
         return metrics
 
-    def learned(self) -> dict[str, Tensor]:
-        """What learns, by name, gathered on the CPU of every rank."""
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters by name, in full on the CPU of every rank."""
         named = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
         return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous() for n, p in named}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what learns: every rank gathers, the first one writes."""
-        state = self.learned()
+        """Writes the trainable parameters: every rank gathers, the first one writes."""
+        state = self.trained_parameters()
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / LEARNING, metadata={"loss_sum": repr(self.loss_sum)})
+            save_file(state, folder / _TRAINABLE, metadata={"loss_sum": repr(self.loss_sum)})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / LEARNING
+    def load_weights(self, checkpoint: str) -> None:
+        """Reads the trainable parameters and the sum of the losses.
+
+        Raises:
+            LusiferError: If the file is damaged or of another model.
+        """
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(Path(checkpoint) / _TRAINABLE, "pt") as file:
                 self.loss_sum = float(file.metadata()["loss_sum"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise LusiferError(f"cannot read the checkpoint {resume_from_checkpoint!r}: {error}; remove it") from error
-        load_learning(self.model, state)
+            raise LusiferError(f"cannot read the checkpoint {checkpoint!r}: {error}; remove it") from error
+        load_trained(self.model, state)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def save_optimizer(self, folder: str) -> None:
+        """Writes the optimizer's state by parameter name, and the scheduler's."""
         state = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, _OPTIMIZER))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, _SCHEDULER))
+            torch.save(state, os.path.join(folder, _OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(folder, _SCHEDULER))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
+    def load_optimizer(self, checkpoint: str) -> None:
+        """Reads the optimizer's state, of any number of ranks, and the scheduler's."""
         state = torch.load(os.path.join(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True)
         options = _SPREAD if self.args.world_size > 1 else _FULL
         set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         schedule = torch.load(os.path.join(checkpoint, _SCHEDULER), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint under another name, then renames it.
+
+        Args:
+            model: The model, wrapped or not.
+            trial: Passed on to the Trainer.
+
+        Raises:
+            LusiferError: If it cannot be written.
+        """
         output = str(self.args.output_dir)
         folder = f"checkpoint-{self.state.global_step}"
         # The same name on every rank: each writes the state of its own random generators there.
@@ -245,15 +268,14 @@ class AtomicTrainer(Trainer):
         try:
             os.makedirs(staging, exist_ok=True)
             self.args.output_dir = staging
-            super()._save_checkpoint(model, trial)
+            super().save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 os.replace(os.path.join(staging, folder), os.path.join(output, folder))
                 os.rmdir(staging)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk.
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             shutil.rmtree(staging, ignore_errors=True)
-            raise LusiferError(f"cannot write a checkpoint into {output!r}: {reason}") from error
+            raise LusiferError(f"cannot write a checkpoint into {output!r}: {first_line(error)}") from error
         finally:
             self.args.output_dir = output
         if self.state.best_global_step == self.state.global_step:
@@ -268,24 +290,21 @@ class AtomicTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def _plain(value: Any) -> Any:
+def _to_lists(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else value
+    return {key: _to_lists(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(value, file)
-    os.replace(file.name, path)
+def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies trained parameters into a model, sharded or not.
 
-
-def load_learning(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies learned tensors into a model, sharded or not.
+    Args:
+        model: The model; its trainable parameters have been chosen.
+        state: Name to tensor, in full and of the parameter's shape.
 
     Raises:
-        LusiferError: If the tensors are not those that learn here.
+        LusiferError: If the names are not those of the trainable parameters.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != state.keys():

@@ -26,11 +26,13 @@ from lusifer.model.modeling import LusiferModel
 
 _WORD = re.compile(r"\w+|[^\w\s]+")
 _SPACED = re.compile(r"\S+")
+_BATCH = 32  # Texts in one encoder pass.
+_HELD_OUT = 0.1  # Share of the texts.
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What stage 0 found.
+    """A fitted linear map from encoder states to LLM input embeddings.
 
     Attributes:
         weight: (llm_dim, encoder_dim) float32.
@@ -108,7 +110,7 @@ def aligned_words(
     llm_tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    batch_size: int = 32,
+    batch_size: int = _BATCH,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields, batch by batch of texts, the two views of every English word.
 
@@ -185,7 +187,7 @@ class _Moments:
         return linear.T.float().contiguous(), (mean_y - mean_x @ linear).float()
 
 
-def fit(
+def fit_connector(
     model: LusiferModel,
     encoder_tokenizer: PreTrainedTokenizerBase,
     llm_tokenizer: PreTrainedTokenizerBase,
@@ -193,33 +195,29 @@ def fit(
     *,
     ridge: float = 1000.0,
     spectrum: float = 0.5,
-    held_out: float = 0.1,
-    batch_size: int = 32,
     progress: bool = True,
 ) -> WarmStart:
     """Solves the ridge regression from encoder states to LLM input embeddings.
 
-    Only the normal equations are kept, so memory does not grow with the number of texts.
+    Only the normal equations are kept, so that memory does not grow with the number of texts.
 
     Args:
         model: An untrained model; not changed.
         encoder_tokenizer: The encoder's tokenizer.
         llm_tokenizer: The LLM's tokenizer.
-        texts: English texts; the last share ``held_out`` measures the fit and is not fitted.
+        texts: English texts; the last tenth measures the fit and is not fitted.
         ridge: Penalty lambda on the squared weights (the intercept is free).
         spectrum: Exponent on the map's singular values, before one least-squares factor restores its
             size: 1 is the ridge map itself, 0 keeps angles as an isometry does.
-        held_out: Share of the texts held out, between 0 and 1.
-        batch_size: Texts per encoder batch.
         progress: Whether to show a progress bar.
 
     Raises:
         LusiferError: If no word could be aligned (too few texts, or tokenizers that cannot be followed).
     """
-    cut = max(1, round(len(texts) * (1 - held_out)))
+    fitted = max(1, round(len(texts) * (1 - _HELD_OUT)))
     sums = _Moments()
-    batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:cut], batch_size=batch_size)
-    total = -(-cut // batch_size)
+    batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:fitted])
+    total = -(-fitted // _BATCH)
     for x, y in tqdm(batches, total=total, desc="stage 0: aligning words", disable=not progress, leave=False):
         sums.add(x, y)
     if sums.count < 2:
@@ -227,25 +225,24 @@ def fit(
             f"stage 0 could align no words in {len(texts)} texts; give it English text, or switch it off"
         )
     weight, bias = sums.solve(ridge, spectrum)
-    count = sums.count
-    pairs = list(aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[cut:], batch_size=batch_size))
+    pairs = list(aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[fitted:]))
     if not pairs:
-        return WarmStart(weight, bias, float("nan"), count, 0)
+        return WarmStart(weight, bias, float("nan"), sums.count, 0)
     x, y = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
     residual = (y - x @ weight.T - bias).square().sum()
     explained = 1.0 - float(residual / (y - y.mean(dim=0)).square().sum())
-    return WarmStart(weight, bias, explained, count, len(x))
+    return WarmStart(weight, bias, explained, sums.count, len(x))
 
 
-def apply(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
+def start_connector(model: LusiferModel, start: WarmStart, *, scale: float = 1.0) -> None:
     """Starts the model's connector as the fitted map.
 
     Args:
         model: Its connector is changed in place.
-        start: What `fit` found.
-        scale: Factor on the soft tokens. The LLM normalises its input in every layer, so a louder
+        start: The fitted map.
+        scale: Positive factor on the soft tokens. The LLM normalises its input in every layer, so a louder
             soft token looks the same to its first layer but weighs more in the residual stream
-            against what the layers add: a knob between the LLM's own representation (1) and the
+            against what the layers add: 1 stays near the LLM's own representation, more near the
             encoder's, which is the multilingual one (measured in docs/LOG.md).
     """
     model.connector.start_linear(scale * start.weight, scale * start.bias)

@@ -1,0 +1,73 @@
+"""What we use of ``transformers.Trainer`` that is not public: its private steps, opened under public names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+
+def layer_class_names(backbone: nn.Module) -> set[str]:
+    """Class names of a backbone's layers, the shards of FSDP; reads ``PreTrainedModel._no_split_modules``."""
+    return set(getattr(backbone, "_no_split_modules", None) or [])
+
+
+class OpenTrainer(Trainer):
+    """A ``Trainer`` whose private steps are public methods: subclasses override the public ones."""
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def train_sampler(self, dataset: Any) -> Sampler | None:
+        """The order of the training set's rows; opens ``Trainer._get_train_sampler``."""
+        return super()._get_train_sampler(dataset)
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the training device; calls ``Trainer._prepare_inputs``."""
+        return self._prepare_inputs(batch)
+
+    def clip_gradients(self, model: nn.Module) -> Tensor:
+        """Clips the gradients and returns their norm before it, a scalar; opens ``Trainer._clip_grad_norm``."""
+        return super()._clip_grad_norm(model)
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Reads a checkpoint's weights into the model; opens ``Trainer._load_from_checkpoint``."""
+        super()._load_from_checkpoint(checkpoint)
+
+    def save_optimizer(self, folder: str) -> None:
+        """Writes optimizer and scheduler; opens ``Trainer._save_optimizer_and_scheduler``."""
+        super()._save_optimizer_and_scheduler(folder)
+
+    def load_optimizer(self, checkpoint: str) -> None:
+        """Reads optimizer and scheduler; opens ``Trainer._load_optimizer_and_scheduler``."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes ``checkpoint-STEP`` below ``args.output_dir``; opens ``Trainer._save_checkpoint``.
+
+        Args:
+            model: The model, wrapped or not.
+            trial: What the Trainer passes on of a hyper-parameter search; None here.
+        """
+        super()._save_checkpoint(model, trial)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        return self.train_sampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.clip_gradients(model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.load_weights(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.save_optimizer(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_optimizer(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.save_checkpoint(model, trial)
