@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from lusifer.bulk.job import Plan
 from lusifer.data.rows import Columns, Position, Rows, Slice, read_rows
 from lusifer.data.sources import InputFile
-from lusifer.data.validation import repeated_id
 from lusifer.errors import LusiferError
 
 _INT64 = 2**63
@@ -37,7 +33,7 @@ def make_plan(
 
     Raises:
         LusiferError: If a file cannot be read or lacks a column, a row is bad (the message names file and row), ids are
-            of two kinds or repeat, or there is no row to encode.
+            of two kinds, or there is no row to encode.
     """
     starts: list[Position] = []
     ids = _Ids()
@@ -62,7 +58,6 @@ def make_plan(
     if count == bad:
         name = files[0].url if len(files) == 1 else f"{files[0].url} and {len(files) - 1} more"
         raise LusiferError(f"{name!r} holds no texts" + (f" ({bad} bad rows)" if bad else ""))
-    ids.refuse_repeated(files, columns)
     size = shard_rows or count
     slices = [
         Slice(number, number * size, min(size, count - number * size), start) for number, start in enumerate(starts)
@@ -71,12 +66,11 @@ def make_plan(
 
 
 class _Ids:
-    """What all ids of an input have in common, and whether one occurs twice."""
+    """What all ids of an input have in common."""
 
     def __init__(self) -> None:
         self._least = self._greatest = 0
         self._kinds: set[type] = set()
-        self._hashes = array("q")
 
     def add(self, rows: Rows) -> None:
         """Takes in the ids of the good rows of a block.
@@ -99,34 +93,9 @@ class _Ids:
             if self._least < 0 and self._greatest >= _INT64:
                 place = f"{rows.block.where(good[0][0])} or before"
                 raise LusiferError(f"{place}: ids are below 0 and above 2^63; write them as text")
-        self._hashes.extend(map(hash, values))
 
     def type(self) -> str:
         """How Arrow calls the type that holds them all."""
         if str in self._kinds:
             return "string"
         return "uint64" if self._greatest >= _INT64 else "int64"
-
-    def refuse_repeated(self, files: Sequence[InputFile], columns: Columns) -> None:
-        """Refuses an id that occurs twice; the input is read again only if two have the same hash.
-
-        Args:
-            files: The input.
-            columns: What is read of it.
-
-        Raises:
-            LusiferError: If there is one; the message names both rows.
-        """
-        ordered = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
-        suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-        if not suspects:
-            return
-        first: dict[int | str, str] = {}
-        for rows in read_rows(files, columns):
-            for index, value in enumerate(rows.ids or ()):
-                if index in rows.block.problems or hash(value) not in suspects:
-                    continue
-                where = rows.block.where(index)
-                if value in first:
-                    raise repeated_id(value, where, first[value])
-                first[value] = where
