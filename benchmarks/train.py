@@ -39,7 +39,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, XLMRobertaConfig
 
 from lusifer import LusiferConfig, LusiferModel
-from lusifer.model.lm_head import LMHead
+from lusifer.training.lm_head import LMHead
 from lusifer.training.alignment import AlignmentLoss
 from lusifer.training.contrastive import ContrastiveLoss, text_keys
 

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from lusifer import LusiferError, LusiferModel
-from lusifer.model.lm_head import load_lm_head
+from lusifer.training.lm_head import load_lm_head
 from support.tiny import sharpen
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -17,9 +17,9 @@ from lusifer import LusiferError, LusiferModel
 from lusifer.loading import describe
 from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.backbones import load_config, load_llm, load_tokenizer
-from lusifer.model.lm_head import load_lm_head
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.recipes.schema import Recipe
+from lusifer.training.lm_head import load_lm_head
 from lusifer.training.run import build_model, check_inputs
 from support.adapters import make_adapter
 from support.tiny import CORPUS, sharpen

@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.launch import run
-from support.texts import TEXTS
 
 import lusifer.training.run
 from lusifer import LusiferError
 from lusifer.recipes.schema import Recipe
 from lusifer.training.run import train
+from support.launch import run
+from support.texts import TEXTS
 
 
 @pytest.fixture

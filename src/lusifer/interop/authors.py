@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.interop.authors_format import (
     THEIRS,
     UNUSED,
@@ -36,11 +36,12 @@ from lusifer.interop.authors_format import (
 )
 from lusifer.model.adapters import add_lora
 from lusifer.model.backbones import load_config, load_tokenizer
-from lusifer.model.card import CARD, make_card
-from lusifer.model.checkpoint import check_fit
+from lusifer.model.checkpoint import check_files, check_fit
 from lusifer.model.configuration import LusiferConfig
+from lusifer.model.fingerprint import weight_files
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.sentence_transformer import replacing, to_sentence_transformer
+from lusifer.model.sentence_transformer import save_around
+from lusifer.publishing import publish_folder
 from lusifer.starter.fetch import cache_dir, resolve_backbone
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,8 @@ def find_authors(name: str) -> str:
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         return name
     else:
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         try:
-            config = cached_file(name, "config.json", **quiet)
+            config = cached_or_none(name, "config.json")
         except (OSError, ValueError):  # Gated, or no such model: whoever loads it says so.
             return name
         if config is None or not is_authors_checkpoint(Path(config).parent):
@@ -130,15 +130,9 @@ def convert_authors(
     if not merge:
         for part in ("encoder", "llm"):
             _check_backbone(found, part, names[part], progress)
-    with replacing(out) as staging:
+    with publish_folder(out, "checkpoint") as staging:
         tokenizer = load_tokenizer("encoder", names["encoder"])
-        wrapped = to_sentence_transformer(model, tokenizer)
-        wrapped.prompts.update(_PROMPTS)
-        wrapped.default_prompt_name = "query"
-        # The weights are written below, one by one; this writes everything else.
-        model.save_pretrained = lambda where, **_: config.save_pretrained(where)  # type: ignore[method-assign]
-        wrapped.save_pretrained(str(staging), create_model_card=False)
-        (staging / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
+        save_around(staging, config, tokenizer, prompts=_PROMPTS, default_prompt="query")
         count = _write_files(staging, _tensors(found, model), len(model.state_dict()), progress)
     return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
 
@@ -160,7 +154,7 @@ def _our_config(found: Source, names: dict[str, str], *, merge: bool, provenance
         encoder_config=configs["encoder"],
         llm_config=configs["llm"],
         connector_dim=found.shape("connector.up.weight")[0],
-        connector_shortcut=False,
+        connector_residual=False,
         num_added_tokens=found.shape("connector.added_tokens")[0],
         use_bos=False,
         head_dim=head,
@@ -252,23 +246,14 @@ def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> 
 
 def _backbone_files(backbone: str) -> dict[str, Path]:
     """Tensor name to safetensors file of a backbone, local or on the hub."""
-    where = resolve_backbone(backbone)
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    check_files(f"the backbone {backbone!r}", resolve_backbone(backbone))
     try:
-        index = cached_file(where, "model.safetensors.index.json", **options)
-        if index is not None:
-            told = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            if outside := [name for name in told.values() if Path(name).name != name]:
-                raise LusiferError(f"the index of {backbone!r} names {outside[0]!r}, which is outside of its folder")
-            paths = {name: cached_file(where, name) for name in set(told.values())}
-            return {tensor: Path(str(paths[name])) for tensor, name in told.items()}
-        single = cached_file(where, "model.safetensors", **options)
-        if single is None:
-            raise LusiferError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), Path(single))
+        files = weight_files(backbone)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LusiferError(f"cannot read the backbone {backbone!r}: {str(error).splitlines()[0]}") from error
+        raise LusiferError(f"cannot read the backbone {backbone!r}: {first_line(error)}") from error
+    if not files:
+        raise LusiferError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
+    return files
 
 
 def _tensors(found: Source, model: LusiferModel) -> Iterator[tuple[str, Tensor]]:

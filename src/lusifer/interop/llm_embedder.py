@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbones import build_llm, load_config, load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.starter.fetch import resolve_backbone
@@ -109,10 +109,9 @@ def _copy(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _file(name: str, file: str) -> str | None:
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     where, _, revision = name.partition("@")
     try:
-        return cached_file(resolve_backbone(where), file, revision=revision or None, **options)
+        return cached_or_none(resolve_backbone(where), file, revision=revision or None)
     except (OSError, ValueError):
         return None
 

@@ -1,4 +1,4 @@
-"""token_batches."""
+"""Which rows of a batch go through a model together: groups of similar length, within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Features = dict[str, Tensor]
 
 # Tokens of a pass on a CPU: enough rows for matrix products at full speed, few enough to stay in its cache.
 PASS_TOKENS = 1024
+# Padded by real tokens, above which a batch is split into groups: below it, the groups' own overhead is as much.
+WORTH_SPLITTING = 1.15
 
 
 def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[Tensor]:
@@ -36,6 +38,24 @@ def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[T
         half = (len(groups[widest]) + 1) // 2
         groups[widest : widest + 1] = [groups[widest][:half], groups[widest][half:]]
     return groups
+
+
+def padding_groups(attention_mask: Tensor) -> list[Tensor]:
+    """Rows of similar length, where a batch on a CPU is mostly padding; else none.
+
+    Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
+
+    Args:
+        attention_mask: (rows, seq), non-zero at real tokens.
+
+    Returns:
+        Row indices of each group; empty where splitting gains nothing.
+    """
+    lengths = attention_mask.bool().sum(dim=1)
+    if attention_mask.device.type != "cpu" or attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
+        return []
+    groups = micro_batches(lengths, PASS_TOKENS)
+    return groups if len(groups) > 1 else []
 
 
 def exact_batches(lengths: Tensor, max_tokens: int, enough: int = 256) -> list[Tensor]:

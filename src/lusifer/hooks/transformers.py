@@ -1,0 +1,63 @@
+"""What we use of transformers that is not public."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoModel, PretrainedConfig
+from transformers.utils import cached_file
+
+
+def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
+    """Path of a model's file in its folder or in the hub's cache; None where there is no such file.
+
+    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``: without them a missing
+    file and a hub out of reach are exceptions.
+
+    Args:
+        name: Folder or hub id.
+        file: Name of the file.
+        **hub: ``token``, ``revision``, ``cache_dir``, ...
+
+    Raises:
+        OSError: If the repository is gated or does not exist.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, file, **{**hub, **quiet})
+
+
+def has_pooler(config: PretrainedConfig) -> bool:
+    """Whether ``AutoModel`` builds this kind of model with a pooler unless told otherwise.
+
+    Touches ``AutoModel._model_mapping``, the only way from a configuration to its class without an instance.
+    """
+    auto: Any = AutoModel
+    model_class = auto._model_mapping.get(type(config), None)
+    return isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters
+
+
+def set_name(config: PretrainedConfig, name: str | None) -> None:
+    """Sets the name that a configuration writes into config.json.
+
+    Touches ``PretrainedConfig._name_or_path``: the public ``name_or_path`` sets the same, but ``to_dict`` reads this.
+    """
+    config._name_or_path = name or ""
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """Silences the list of tensors that a ``from_pretrained`` leaves out, for loads that leave some out on purpose.
+
+    Touches the logger of ``transformers.modeling_utils``, which writes that list.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
