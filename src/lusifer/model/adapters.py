@@ -74,9 +74,11 @@ def inference_copy(model: nn.Module) -> nn.Module:
     Returns:
         A module in evaluation mode. Quantised layers keep their adapters beside them.
     """
-    if not any(_mergeable(layer) for layer in _lora_layers(model)):
+    layers = list(_lora_layers(model))
+    if not any(_mergeable(layer) for layer in layers):
         return model
-    signature = _signature(model)
+    settings = [(*layer.active_adapters, layer.disable_adapters, *layer.scaling.items()) for layer in layers]
+    signature = (*settings, *((id(p), p.data_ptr(), _version(p)) for p in model.parameters()))
     with _lock:
         known = _copies.get(model)
         if known is None or known[0] != signature:
@@ -124,14 +126,6 @@ def _lora_layers(root: nn.Module) -> Iterator[Any]:
 
 def _mergeable(layer: Any) -> bool:
     return not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point
-
-
-def _signature(model: nn.Module) -> tuple[Any, ...]:
-    """What changes when a parameter, or which adapters are active, changes."""
-    settings = [
-        (tuple(layer.active_adapters), layer.disable_adapters, *layer.scaling.items()) for layer in _lora_layers(model)
-    ]
-    return (*settings, *((id(p), p.data_ptr(), _version(p)) for p in (*model.parameters(), *model.buffers())))
 
 
 def _version(tensor: Tensor) -> int:

@@ -42,7 +42,7 @@ _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are ne
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _WORTH_IT = 1.3  # How much faster a shorter data type must be to be chosen: it costs some precision.
 _lock = threading.Lock()
-_backends: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Any]] = WeakKeyDictionary()
+_backends: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 def choose_precision(model: SentenceTransformer) -> str:
@@ -114,8 +114,8 @@ def token_ids(
     """Token ids of texts, special tokens included, truncated to what a model reads.
 
     Calling a tokenizer of transformers switches truncation on and off in the one backend that all threads share, so
-    that a text may come back whole where another thread tokenises. This uses a private copy of the backend with fixed
-    settings, made once.
+    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings, made
+    once: one that never truncates, and one that always does, if a text needs it.
 
     Args:
         tokenizer: The tokenizer; not changed.
@@ -125,30 +125,31 @@ def token_ids(
     Returns:
         Ids by text, at most ``max_length`` each, and whether each text was longer.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        rows: list[list[int]] = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        longer = [len(ids) > max_length for ids in rows]
+    plain = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    rows: list[list[int]] = _private(tokenizer, truncation=False)(list(texts), truncation=False, **plain)["input_ids"]
+    longer = [len(ids) > max_length for ids in rows]
+    if any(longer):
+        # By the tokenizer, which knows what stands at the end.
+        options = {"truncation": True, "max_length": max_length}
+        truncating = _private(tokenizer, **options)
         for row in (row for row, is_longer in enumerate(longer) if is_longer):
-            rows[row] = tokenizer(texts[row], truncation=True, max_length=max_length)["input_ids"]
-        return rows, longer
-    encodings = _backend(tokenizer, max_length).encode_batch_fast(list(texts), add_special_tokens=True)
-    return [encoding.ids for encoding in encodings], [bool(encoding.overflowing) for encoding in encodings]
+            rows[row] = truncating(texts[row], **options, **plain)["input_ids"]
+    return rows, longer
 
 
-def _backend(tokenizer: Any, max_length: int) -> Any:
-    """A copy of a fast tokenizer's backend that truncates to ``max_length`` and does not pad."""
-    shared = tokenizer.backend_tokenizer
-    # What a user may change afterwards: the length, added tokens, the language code of NLLB.
-    settings = (id(shared), max_length, tokenizer.truncation_side, tokenizer.split_special_tokens, len(tokenizer))
-    settings = (*settings, repr(shared.post_processor))
+def _private(tokenizer: Any, **options: Any) -> Any:
+    """A copy of a tokenizer that is only ever called with these options."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # What a user may change afterwards: added tokens, sides, the language code of NLLB.
+    settings = (tuple(options.items()), id(backend), len(tokenizer), tokenizer.truncation_side)
+    settings = (*settings, repr(getattr(backend, "post_processor", None)))
     with _lock:
-        known = _backends.get(tokenizer)
+        copies = _backends.setdefault(tokenizer, {})
+        known = copies.get(options["truncation"])
         if known is None or known[0] != settings:
-            own = copy.deepcopy(shared)
-            own.no_padding()
-            own.enable_truncation(max_length, direction=tokenizer.truncation_side)
-            own.encode_special_tokens = tokenizer.split_special_tokens
-            known = _backends[tokenizer] = (settings, own)
+            own = copy.deepcopy(tokenizer)
+            own("a", **options)  # Switches its backend, before other threads see it.
+            known = copies[options["truncation"]] = (settings, own)
         return known[1]
 
 
