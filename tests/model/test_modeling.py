@@ -16,6 +16,7 @@ from lusifer.starter.use_encoder import UseConfig
 from lusifer.training.alignment import AlignmentLoss
 from lusifer.training.contrastive import ContrastiveLoss
 from lusifer.training.lm_head import LMHead
+from support.backbones import save_word_tokenizer
 from support.batches import align_batch, contrast_batch
 from support.tiny import sharpen
 from support.varlen import flash_reference
@@ -177,6 +178,7 @@ def test_use_encoder_fits(tmp_path, tiny_llm):
     from lusifer.starter.use_encoder import UseModel
 
     UseModel(UseConfig(vocab_size=220, embedding_size=16, ngram_size=8, dan_sizes=(8, 8, 16))).save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
     model = LusiferModel.from_backbones(str(tmp_path), tiny_llm)
     assert model.connector.up.in_features == 16 + 3 * 8
     with torch.no_grad():

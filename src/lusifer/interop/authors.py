@@ -36,13 +36,13 @@ from lusifer.interop.authors_format import (
 )
 from lusifer.model.adapters import add_lora
 from lusifer.model.backbones import load_config, load_tokenizer
-from lusifer.model.checkpoint import check_files, check_fit
+from lusifer.model.checkpoint import check_fit
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.fingerprint import weight_files
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import save_around
 from lusifer.publishing import publish_folder
-from lusifer.starter.fetch import cache_dir, resolve_backbone
+from lusifer.starter.fetch import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,6 @@ def _check_backbone(found: Source, part: str, backbone: str, progress: bool) -> 
 
 def _backbone_files(backbone: str) -> dict[str, Path]:
     """Tensor name to safetensors file of a backbone, local or on the hub."""
-    check_files(f"the backbone {backbone!r}", resolve_backbone(backbone))
     try:
         files = weight_files(backbone)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

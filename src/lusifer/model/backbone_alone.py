@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.model.backbone_pair import position_table
-from lusifer.model.backbones import check_tokenizer, load_config, load_encoder, load_tokenizer
+from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
@@ -49,6 +49,7 @@ def mean_pooled_llm(
         LusiferError: If it cannot be loaded, or is no decoder LLM.
     """
     config = load_config("llm", name, revision=revision)
+    tokenizer = load_tokenizer("llm", name, revision=revision, config=config)
     check_files(f"the llm {name!r}", resolve_backbone(name), **({"revision": revision} if revision else {}))
     try:
         module = Transformer(
@@ -63,7 +64,7 @@ def mean_pooled_llm(
         merge_in(module.auto_model, adapter, depth=config.num_hidden_layers)
     # Not in config_kwargs, which drop what the configuration does not have already.
     module.auto_model.config.is_causal = causal
-    check_tokenizer(f"the llm {name!r}", module.tokenizer, config)
+    module.tokenizer.pad_token = tokenizer.pad_token
     modules = [module, Pooling(module.get_embedding_dimension()), Normalize()]
     return SentenceTransformer(modules=modules, device=device)
 

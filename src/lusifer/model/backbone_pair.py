@@ -35,8 +35,8 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
         **fields: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
     Raises:
-        LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder cannot read
-            as many tokens as ``max_seq_length`` says.
+        LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder reads
+            fewer tokens than ``max_seq_length`` says.
     """
     names = {"encoder": recorded_name(encoder), "llm": recorded_name(llm)}
     configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}

@@ -131,11 +131,14 @@ def weight_files(name: str, **hub: Any) -> dict[str, Path]:
     Raises:
         OSError: If a file that the index names is missing, or the hub refuses.
         SafetensorError: If a file is damaged.
+        ValueError: If the index is damaged or names a file elsewhere.
     """
     where = resolve_backbone(name)
     index = cached_or_none(where, f"{WEIGHTS}.index.json", **hub)
     if index is not None:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if outside := [file for file in weight_map.values() if Path(file).name != file]:
+            raise ValueError(f"its index names {outside[0]!r}, which is outside of its folder")
         paths = {file: Path(cached_or_none(where, file, **hub) or file) for file in set(weight_map.values())}
         return {tensor: paths[file] for tensor, file in weight_map.items()}
     single = cached_or_none(where, WEIGHTS, **hub)

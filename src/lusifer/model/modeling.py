@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import (
     add_lora,
     forget_copy,
@@ -53,6 +54,8 @@ class LusiferModel(PreTrainedModel):
 
     Attributes:
         window: Most tokens that the encoder's positions allow, special tokens included; None where they have no end.
+        tokenizer_source: Where the encoder's tokenizer is (folder or hub id, options), for `save_pretrained`; None
+            saves none.
     """
 
     config_class = LusiferConfig
@@ -86,6 +89,7 @@ class LusiferModel(PreTrainedModel):
             self.head = nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
         table = position_table(self.encoder)
         self.window = None if table is None else table.window
+        self.tokenizer_source: tuple[str, dict[str, Any]] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -123,6 +127,7 @@ class LusiferModel(PreTrainedModel):
         built = configure(encoder, llm, llm_layers=llm_layers, **config)
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
         model = cls(built, *parts)
+        model.tokenizer_source = (str(built.encoder), {"revision": built.encoder_revision})
         embeddings = model.llm_embeddings().float()
         model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
         return model.eval()
@@ -159,6 +164,7 @@ class LusiferModel(PreTrainedModel):
             except SafetensorError as error:
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
             check_loaded(name, model, report)
+            model.tokenizer_source = (name, hub)
             return model
         check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
         chosen = None if dtype in (None, "auto") else dtype
@@ -169,6 +175,12 @@ class LusiferModel(PreTrainedModel):
             config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
         )
         model = cls(config, *parts)
+        here = cached_or_none(str(pretrained_model_name_or_path), "tokenizer_config.json", **hub)
+        own, backbones = (
+            (str(pretrained_model_name_or_path), hub),
+            (config.encoder, {"revision": config.encoder_revision}),
+        )
+        model.tokenizer_source = backbones if here is None else own
         for part in ("encoder", "llm"):
             if getattr(config, f"{part}_adapter"):
                 add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
@@ -199,15 +211,9 @@ class LusiferModel(PreTrainedModel):
         # safetensors makes its files private; a checkpoint's have the rights of its configuration.
         for path in folder.glob("*.safetensors"):
             path.chmod((folder / "config.json").stat().st_mode & 0o777)
-        if whole:
-            save_around(folder, self.config, self._own_tokenizer())
-
-    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
-        config = self.config
-        name, revision = (
-            (config.name_or_path, None) if config.name_or_path else (config.encoder, config.encoder_revision)
-        )
-        return load_tokenizer("encoder", name, revision=revision, config=config.encoder_config)
+        if whole and self.tokenizer_source is not None:
+            name, hub = self.tokenizer_source
+            save_around(folder, self.config, load_tokenizer("encoder", name, config=self.config.encoder_config, **hub))
 
     def merge(self) -> LusiferModel:
         """Merges the adapters into the backbones, in place, and makes checkpoints of it standalone."""
