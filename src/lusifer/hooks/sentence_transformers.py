@@ -58,7 +58,8 @@ class InferenceHook(SentenceTransformer):
 
     def _inference(self, inputs: list[Any], **options: Any) -> Any:
         known = ("prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
-        extra = set(options) - {*known, "truncate_dim", "device"}
+        # ``task`` is what encode_query and encode_document say to a router of modules, which our models have none of.
+        extra = set(options) - {*known, "truncate_dim", "device", "task"}
         plain = options["output_value"] == "sentence_embedding" and not extra
         vectors = None
         if plain and inputs and all(isinstance(text, str) for text in inputs):

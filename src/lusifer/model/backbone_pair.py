@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, NamedTuple
 
@@ -158,7 +159,7 @@ def encoder_window(config: PretrainedConfig) -> int | None:
         config: The encoder's configuration.
     """
     with torch.device("meta"):
-        table = position_table(build_encoder(config))
+        table = position_table(build_encoder(copy.deepcopy(config)))  # T5 changes the configuration it is built from.
     return None if table is None else table.window
 
 

@@ -28,6 +28,7 @@ from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import EncoderAlone
+from lusifer.model.backbone_pair import check_window
 from lusifer.model.backbones import keep_layers, load_config, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.published_adapters import read_base_adapter
@@ -232,7 +233,8 @@ def check_inputs(recipe: Recipe) -> None:
     """
     encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
     llm = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
-    del encoder
+    lengths = [stage.max_seq_length or 0 for stage in (recipe.align, recipe.contrast) if stage.enabled]
+    check_window(recipe.model.encoder, encoder, max(recipe.model.max_seq_length, *lengths, 0))
     for adapter in recipe.model.llm_base_adapters:
         read_base_adapter(adapter)
     depth = recipe.model.llm_layers or llm.num_hidden_layers
