@@ -27,7 +27,7 @@ def test_without_residual():
     assert not any("shortcut" in name for name, _ in connector.named_parameters())
     assert connector.added_tokens.shape == (3, 4)
     assert connector(torch.randn(2, 5, 6)).shape == (2, 5, 4)
-    with pytest.raises(ValueError, match="shortcut=True"):
+    with pytest.raises(ValueError, match="residual=True"):
         connector.start_linear(torch.zeros(4, 6), torch.zeros(4))
 
 

@@ -53,7 +53,8 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
     if llm_layers is not None:
         keep_layers(configs["llm"], llm_layers)
     fields["llm_base_adapters"] = [recorded_name(name) for name in fields.get("llm_base_adapters") or []]
-    return LusiferConfig(**names, encoder_config=configs["encoder"], llm_config=configs["llm"], **fields)
+    fields |= {**names, "encoder_config": configs["encoder"], "llm_config": configs["llm"]}
+    return LusiferConfig(**fields)
 
 
 def load_backbones(

@@ -141,7 +141,7 @@ def _private(tokenizer: Any, **options: Any) -> Any:
     """A copy of a tokenizer that is only ever called with these options."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # What a user may change afterwards: added tokens, sides, the language code of NLLB.
-    settings = (tuple(options.items()), id(backend), len(tokenizer), tokenizer.truncation_side)
+    settings: tuple[Any, ...] = (*options.items(), id(backend), len(tokenizer), tokenizer.truncation_side)
     settings = (*settings, repr(getattr(backend, "post_processor", None)))
     with _lock:
         copies = _backends.setdefault(tokenizer, {})
@@ -169,12 +169,13 @@ class TextEncoder:
 
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
-        self.inner: Any = getattr(model[0], "auto_model", None)
-        self.is_ours = isinstance(self.inner, LusiferModel)
+        self.inner: Any = None
+        inner = getattr(model[0], "auto_model", None)
+        self.is_ours = isinstance(inner, LusiferModel)
         self.max_seq_length = int(model.max_seq_length or 512)
-        if self.is_ours:
-            self.max_seq_length = min(self.max_seq_length, self.inner.window or self.max_seq_length)
-            self.inner = inference_copy(self.inner)
+        if isinstance(inner, LusiferModel):
+            self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
+            self.inner = inference_copy(inner)
         self.packs = self.is_ours and can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
         self.dimension = _dimension(model)
