@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import AutoConfig, PretrainedConfig
 
 from lusifer.errors import LusiferError
+from lusifer.storage import without_paths
 
 Pooling = Literal["mean", "last_token", "weighted_mean"]
 _MOST_LAYERS = 1000  # Building more takes longer than anybody waits, before weights are looked at.
@@ -121,6 +122,14 @@ class LusiferConfig(PretrainedConfig):
         super().__init__(**kwargs)
         # Whoever makes a configuration asks for the model next: AutoModel finds its class here.
         import_module("lusifer.model.modeling")
+
+    def make_standalone(self) -> None:
+        """Says that all weights are in the checkpoint; from here on names only tell where they came from."""
+        self.encoder_adapter = self.llm_adapter = self.encoder_fingerprint = self.llm_fingerprint = None
+        self.standalone = True
+        self.encoder, self.llm = without_paths(self.encoder), without_paths(self.llm)
+        self.encoder_config.name_or_path, self.llm_config.name_or_path = self.encoder or "", self.llm or ""
+        self.llm_base_adapters = without_paths(self.llm_base_adapters)
 
     @property
     def hidden_size(self) -> int:

@@ -40,8 +40,7 @@ from lusifer.model.connector import FeedForwardConnector, connector_shapes
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
 from lusifer.model.sentence_transformer import CONFIG, save_around
-from lusifer.model.token_batches import padding_groups, trim
-from lusifer.storage import without_paths
+from lusifer.model.token_batches import padding_groups, run_groups
 
 
 class LusiferModel(PreTrainedModel):
@@ -219,15 +218,7 @@ class LusiferModel(PreTrainedModel):
         """Merges the adapters into the backbones, in place, and makes checkpoints of it standalone."""
         for part in (self.encoder, self.llm):
             merge_adapters(part)
-        self.config.encoder_adapter = self.config.llm_adapter = None
-        self.config.standalone = True
-        # From here on the names only tell where the weights came from.
-        for part, sub in (("encoder", self.config.encoder_config), ("llm", self.config.llm_config)):
-            name = without_paths(getattr(self.config, part))
-            setattr(self.config, part, name)
-            setattr(self.config, f"{part}_fingerprint", None)
-            sub.name_or_path = name or ""
-        self.config.llm_base_adapters = without_paths(self.config.llm_base_adapters)
+        self.config.make_standalone()
         return self
 
     def merge_for_inference(self) -> LusiferModel:
@@ -237,14 +228,7 @@ class LusiferModel(PreTrainedModel):
         return self.eval()
 
     def train(self, mode: bool = True) -> LusiferModel:
-        """As for any module; frees the merged copy that encoding has made.
-
-        Args:
-            mode: True for training, False for evaluation.
-
-        Raises:
-            LusiferError: If the adapters were merged for inference.
-        """
+        """As for any module; frees the merged copy that encoding made, and refuses adapters merged for inference."""
         if mode:
             if is_merged_in_place(self):
                 raise LusiferError("this model was merged for inference and cannot train: load the checkpoint again")
@@ -387,7 +371,8 @@ class LusiferModel(PreTrainedModel):
         # While gradients flow a batch stays whole; distributed wrappers must see one forward pass per batch.
         trains = torch.is_grad_enabled() or self.training or dist.is_initialized()
         if target_ids is None and not trains and (groups := padding_groups(attention_mask)):
-            return self._in_groups(input_ids, attention_mask, groups)
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return run_groups(self, batch, groups)
         embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
         if target_ids is not None:
             table: Any = self.llm.get_input_embeddings()
@@ -404,15 +389,6 @@ class LusiferModel(PreTrainedModel):
         if self.head is not None:
             vector = self.head(vector)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
-
-    def _in_groups(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Tensor]) -> BaseModelOutputWithPooling:
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        parts = [self(**trim(batch, rows)) for rows in groups]
-        hidden, back = [part.last_hidden_state for part in parts], torch.argsort(torch.cat(groups))
-        width = max(states.shape[1] for states in hidden)
-        padded = [nn.functional.pad(states, (0, 0, 0, width - states.shape[1])) for states in hidden]
-        pooled = torch.cat([part.pooler_output for part in parts])[back]
-        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(padded)[back], pooler_output=pooled)
 
     def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
         """The states before each real target token, so that no position has seen what it predicts."""

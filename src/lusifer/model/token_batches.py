@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 Features = dict[str, Tensor]
 
@@ -110,3 +111,22 @@ def token_features(batch: dict[str, Any]) -> Features:
     """The entries of a batch that have one value per token: tensors of the shape of ``input_ids``."""
     shape = batch["input_ids"].shape
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+
+
+def run_groups(model: nn.Module, batch: Features, groups: list[Tensor]) -> BaseModelOutputWithPooling:
+    """Runs a model group by group and puts the rows back into their order.
+
+    Args:
+        model: Takes the batch's entries as arguments.
+        batch: Tensors (rows, seq), among them ``attention_mask``.
+        groups: Row indices of each group.
+
+    Returns:
+        ``last_hidden_state`` (rows, length, dim), zero behind each group's end, and ``pooler_output`` (rows, dim).
+    """
+    parts = [model(**trim(batch, rows)) for rows in groups]
+    hidden, back = [part.last_hidden_state for part in parts], torch.argsort(torch.cat(groups))
+    width = max(states.shape[1] for states in hidden)
+    padded = [nn.functional.pad(states, (0, 0, 0, width - states.shape[1])) for states in hidden]
+    pooled = torch.cat([part.pooler_output for part in parts])[back]
+    return BaseModelOutputWithPooling(last_hidden_state=torch.cat(padded)[back], pooler_output=pooled)
