@@ -191,8 +191,7 @@ class LusiferModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a whole checkpoint: weights (what was trained, or all if ``config.standalone``) and tokenizer.
 
-        Where Sentence Transformers saves, which has written its configuration already and writes the tokenizer next,
-        weights and configuration alone.
+        Weights and configuration alone where Sentence Transformers saves, which writes the rest itself.
 
         Args:
             save_directory: Folder to write to.
@@ -216,15 +215,13 @@ class LusiferModel(PreTrainedModel):
 
     def merge(self) -> LusiferModel:
         """Merges the adapters into the backbones, in place, and makes checkpoints of it standalone."""
-        for part in (self.encoder, self.llm):
-            merge_adapters(part)
+        merge_adapters(self)
         self.config.make_standalone()
         return self
 
     def merge_for_inference(self) -> LusiferModel:
         """Merges the adapters in place, for speed without a second copy; it can no longer be trained or saved."""
-        for part in (self.encoder, self.llm):
-            merge_in_place(part)
+        merge_in_place(self)
         return self.eval()
 
     def train(self, mode: bool = True) -> LusiferModel:
