@@ -130,7 +130,7 @@ def recipe(encoder, llm, adapters, **model):
     return Recipe.model_validate(
         {
             "output": "x",
-            "model": {"encoder": encoder, "llm": llm, "llm_base_adapters": adapters, **model},
+            "model": {"encoder": encoder, "llm": llm, "llm_base_adapters": adapters, "max_seq_length": 64, **model},
             "warm_start": {"data": "starter:english-verses"},
         }
     )
@@ -138,7 +138,7 @@ def recipe(encoder, llm, adapters, **model):
 
 def test_a_recipe_merges_them_and_carries_prompts(tiny_encoder, tiny_llm, adapters, tmp_path):
     prompts = {"query": "Instruct: find it\nQuery: ", "document": "passage: "}
-    built, _ = build_model(recipe(tiny_encoder, tiny_llm, adapters, prompts=prompts, max_seq_length=64).model)
+    built, _ = build_model(recipe(tiny_encoder, tiny_llm, adapters, prompts=prompts).model)
     expected = load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters)
     torch.testing.assert_close(states(lusifer_model(built).llm), states(expected), rtol=0, atol=0)
     save_atomically(built, tmp_path / "model")
