@@ -39,9 +39,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, XLMRobertaConfig
 
 from lusifer import LusiferConfig, LusiferModel
-from lusifer.model.lm_head import LMHead
 from lusifer.training.alignment import AlignmentLoss
 from lusifer.training.contrastive import ContrastiveLoss, text_keys
+from lusifer.training.lm_head import LMHead
 
 OUT = Path("runs/bench")
 TURNS, STEPS = 3, 2

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lusifer.errors import LusiferError
+from lusifer.registration import register
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -52,13 +51,9 @@ def path(model: str) -> str:
     Raises:
         LusiferError: If it is the starter and its backbones are not fetched.
     """
-    from lusifer.interop.authors import find_authors
-    from lusifer.starter.released import resolve_model
+    from lusifer.loading import resolve
 
-    return find_authors(resolve_model(model))
+    return resolve(model)
 
 
-# Importing the model registers it with transformers and costs seconds. Whoever imports us wants that; the command
-# line does not where no model is touched (`--help`, `report`), and imports it by itself where one is.
-if Path(sys.argv[0]).stem != "lusifer" and not (sys.argv[0] == "-m" and "lusifer" in sys.orig_argv):
-    import_module("lusifer.model.modeling")
+register()

@@ -1,34 +1,61 @@
-"""Checkpoints: loading and describing them."""
+"""The door of every command: from a model's name to a loaded checkpoint."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.interop.authors import find_authors
 from lusifer.model.adapters import parameters_by_part
+from lusifer.model.backbones import check_tokenizer
+from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.safe_files import SAFE, check_files
 from lusifer.model.sentence_transformer import lusifer_model
-from lusifer.model.text_encoder import FastSentenceTransformer
-from lusifer.starter.released import resolve_model
+from lusifer.model.text_encoder import FastSentenceTransformer, set_precision
+from lusifer.starter.fetch import PREFIX, resolve_backbone
+from lusifer.starter.released import NAME, assemble
+
+
+def resolve(name: str) -> str:
+    """Where a model is: the one place that knows all kinds of names.
+
+    Args:
+        name: ``starter``, the released model; ``starter:...``, a starter backbone; a folder, perhaps with ``~``; a hub
+            id; a checkpoint of LUSIFER's authors, folder or hub id, which is converted on first use.
+
+    Returns:
+        A folder, or the hub id as it is.
+
+    Raises:
+        LusiferError: If it is a starter that is not fetched, or a checkpoint of the authors that cannot be converted.
+    """
+    if name == NAME and not Path(name).exists():
+        return str(assemble())
+    if name.startswith(PREFIX):
+        return resolve_backbone(name)
+    return find_authors(os.path.expanduser(name))
 
 
 def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     """Loads a checkpoint; see `lusifer.load`.
+
+    Args:
+        path: A name as `resolve` takes it.
+        **kwargs: As for ``sentence_transformers.SentenceTransformer``.
 
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
     if kwargs.get("backend", "torch") != "torch":
         raise LusiferError(f"no backend {kwargs['backend']!r}: two backbones and a connector run on torch alone")
-    path = find_authors(resolve_model(path))
+    path = resolve(path)
     folder = Path(path)
-    looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = folder.is_dir() or path.startswith((".", "/")) or path.count("/") > 1
     if looks_local and not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {path!r}: it has no modules.json (train one, or check the path)")
     hub = {key: kwargs[key] for key in ("revision", "token", "local_files_only") if kwargs.get(key) is not None}
@@ -37,33 +64,58 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     kwargs["model_kwargs"] = {**SAFE, **(kwargs.get("model_kwargs") or {})}
     try:
         model = FastSentenceTransformer(path, **kwargs)
-        _try_out(model)
+        _try_out(path, model)
         return model
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"cannot read the checkpoint {path!r}: {reason}") from error
+        raise LusiferError(f"cannot read the checkpoint {path!r}: {first_line(error)}") from error
+
+
+def load_for_inference(path: str, *, device: str | None = None, precision: str | None = None) -> SentenceTransformer:
+    """Loads a checkpoint to encode with and nothing else: adapters are merged in place, which takes no second copy.
+
+    Args:
+        path: A name as `resolve` takes it.
+        device: Torch device; the best there is when None.
+        precision: Data type to compute in, as for `lusifer.model.text_encoder.set_precision`; the checkpoint's own
+            when None.
+
+    Raises:
+        LusiferError: If there is no readable checkpoint at ``path``, or no such precision.
+    """
+    model = load_checkpoint(path, **({"device": device} if device else {}))
+    inner = getattr(model[0], "auto_model", None)
+    if precision is not None:
+        set_precision(model, precision)
+    elif isinstance(inner, LusiferModel):
+        inner.merge_for_inference()
+    return model
 
 
 @torch.inference_mode()
-def _try_out(model: SentenceTransformer) -> None:
+def _try_out(path: str, model: SentenceTransformer) -> None:
     """One short text through all parts: settings that do not fit each other show here, not in the middle of work.
 
-    Adapters are not folded and no mode is changed, so that training goes on from the very weights of the file.
+    Adapters are not merged and no mode is changed, so that training goes on from the very weights of the file.
     """
     if not hasattr(model[0], "preprocess"):
         raise LusiferError("modules.json names no model that reads texts")
-    if not isinstance(getattr(model[0], "auto_model", None), LusiferModel):
+    inner = getattr(model[0], "auto_model", None)
+    if not isinstance(inner, LusiferModel):
         return
     tokenizer: Any = model.tokenizer
+    check_tokenizer(f"the checkpoint {path!r}", tokenizer, inner.config.encoder_config)
     limit = int(model.max_seq_length or 512)
+    if inner.window is not None and limit > inner.window:
+        # Older versions wrote checkpoints whose longest texts have no positions in the encoder.
+        model.max_seq_length = limit = inner.window
     tokenizer(["a"], truncation=False, verbose=False)
     ids = tokenizer(["a"], truncation=True, max_length=limit)["input_ids"]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
     vector = model({name: tensor.to(model.device) for name, tensor in batch.items()})["sentence_embedding"]
     if vector.dim() != 2 or len(vector) != 1 or not bool(torch.isfinite(vector).all()):
-        raise LusiferError(f"the checkpoint gives no embedding: a vector of shape {tuple(vector.shape)}, or no numbers")
+        raise LusiferError(f"the checkpoint gives no embedding: a vector of shape {tuple(vector.shape)}, or NaN in it")
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -71,10 +123,13 @@ def describe(path: str) -> dict[str, Any]:
 
     ``trainable`` counts what training changed: adapters, connector, head, and the encoder if it was trained in full.
 
+    Args:
+        path: A name as `resolve` takes it.
+
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
-    path = resolve_model(path)
+    path = resolve(path)
     model = lusifer_model(load_checkpoint(path))
     config = model.config
     if not config.standalone:

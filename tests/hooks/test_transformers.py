@@ -1,12 +1,36 @@
-"""Canaries for the private parts of ``transformers`` that `lusifer.hooks.transformers` touches."""
+"""Canaries: which private part of transformers an upgrade has moved."""
 
 from __future__ import annotations
 
-from lusifer.hooks.transformers import cached_or_none
+import logging
+
+import transformers as tf
+
+from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report
 
 
-def test_a_missing_file_is_none_and_no_error(tmp_path):
+def test_cached_file_still_takes_raise_exceptions_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert cached_or_none(str(tmp_path), "config.json") == str(tmp_path / "config.json")
-    assert cached_or_none(str(tmp_path), "missing.json") is None
-    assert cached_or_none("acme/never-fetched", "config.json") is None
+    assert cached_or_none(str(tmp_path), "other.json") is None
+    assert cached_or_none("nobody/nothing", "config.json") is None  # Not in the cache, and the hub is out of reach.
+
+
+def test_auto_model_still_has_model_mapping():
+    assert has_pooler(tf.BertConfig()) and has_pooler(tf.XLMRobertaConfig())
+    assert not has_pooler(tf.ModernBertConfig()) and not has_pooler(tf.LlamaConfig())
+
+
+def test_the_load_report_still_comes_from_modeling_utils(tmp_path, caplog):
+    config = tf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    tf.BertForMaskedLM(config).save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with no_load_report():
+            tf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+        assert not [record for record in caplog.records if record.name == "transformers.modeling_utils"]
+        tf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+        assert [record for record in caplog.records if record.name == "transformers.modeling_utils"]
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -280,7 +280,7 @@ def test_saving_replaces_whole_or_not_at_all(original, tmp_path, monkeypatch):
     before = (target / "model.safetensors").read_bytes()
 
     def full_disk(*args, **kwargs):
-        Path(args[0]).mkdir()
+        Path(args[0]).mkdir(exist_ok=True)
         (Path(args[0]) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -21,13 +21,13 @@ def test_forward_by_hand():
     torch.testing.assert_close(connector(states), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_without_shortcut():
+def test_without_residual():
     torch.manual_seed(0)
-    connector = FeedForwardConnector(6, 10, 4, num_added_tokens=3, shortcut=False)
+    connector = FeedForwardConnector(6, 10, 4, num_added_tokens=3, residual=False)
     assert not any("shortcut" in name for name, _ in connector.named_parameters())
     assert connector.added_tokens.shape == (3, 4)
     assert connector(torch.randn(2, 5, 6)).shape == (2, 5, 4)
-    with pytest.raises(ValueError, match="shortcut=True"):
+    with pytest.raises(ValueError, match="residual=True"):
         connector.start_linear(torch.zeros(4, 6), torch.zeros(4))
 
 

@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 
 from lusifer import LusiferError, LusiferModel
-from lusifer.model.lm_head import load_lm_head
+from lusifer.training.lm_head import load_lm_head
+from support.backbones import save_word_tokenizer
 from support.tiny import sharpen
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -54,6 +55,7 @@ def folders(tmp_path_factory):
             path = tmp_path_factory.mktemp(f"{kind}-{name}")
             torch.manual_seed(1)
             sharpen((ENCODERS if kind == "encoder" else LLMS)[name]()).save_pretrained(path)
+            save_word_tokenizer(path)
             made[kind, name] = str(path)
         return made[kind, name]
 
@@ -203,6 +205,8 @@ def test_head_and_embeddings_are_the_llms_own(llm, tied, tmp_path):
     causal.save_pretrained(tmp_path)
     bert = sharpen(ENCODERS["bert"]())
     bert.save_pretrained(tmp_path / "bert")
+    for folder in (tmp_path, tmp_path / "bert"):
+        save_word_tokenizer(folder)
     model = LusiferModel.from_backbones(str(tmp_path / "bert"), str(tmp_path))
     ids, mask = batch([8, 8])
     torch.testing.assert_close(model.llm_embeddings()[ids], model.llm.get_input_embeddings()(ids), **TOLERANCE)

@@ -10,12 +10,13 @@ from transformers import AttentionInterface, LlamaConfig, MistralConfig, Qwen2Co
 
 from lusifer import LusiferError, LusiferModel
 from lusifer.model.backbones import build_llm
-from lusifer.model.lm_head import LMHead
 from lusifer.model.packing import is_varlen, pack_left
 from lusifer.model.pooling import pool
 from lusifer.starter.use_encoder import UseConfig
 from lusifer.training.alignment import AlignmentLoss
 from lusifer.training.contrastive import ContrastiveLoss
+from lusifer.training.lm_head import LMHead
+from support.backbones import save_word_tokenizer
 from support.batches import align_batch, contrast_batch
 from support.tiny import sharpen
 from support.varlen import flash_reference
@@ -177,6 +178,7 @@ def test_use_encoder_fits(tmp_path, tiny_llm):
     from lusifer.starter.use_encoder import UseModel
 
     UseModel(UseConfig(vocab_size=220, embedding_size=16, ngram_size=8, dan_sizes=(8, 8, 16))).save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
     model = LusiferModel.from_backbones(str(tmp_path), tiny_llm)
     assert model.connector.up.in_features == 16 + 3 * 8
     with torch.no_grad():
@@ -271,7 +273,7 @@ def test_targets_follow_the_prefix_and_may_be_hidden(tiny_model):
     hidden[1, 3] = True
     replacement = torch.randn(48)
     targets = {"target_ids": target, "target_mask": target_mask}
-    output = tiny_model(ids, mask, **targets, target_hidden=hidden, mask_embedding=replacement)
+    output = tiny_model(ids, mask, **targets, target_masked=hidden, mask_embedding=replacement)
     assert output.pooler_output is None
     expected = []
     for row, (length, own) in enumerate(((6, 2), (3, 5))):

@@ -17,9 +17,9 @@ from lusifer import LusiferError, LusiferModel
 from lusifer.loading import describe
 from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.backbones import load_config, load_llm, load_tokenizer
-from lusifer.model.lm_head import load_lm_head
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.recipes.schema import Recipe
+from lusifer.training.lm_head import load_lm_head
 from lusifer.training.run import check_inputs
 from lusifer.training.stages import build_model
 from support.adapters import make_adapter
@@ -131,13 +131,13 @@ def recipe(encoder, llm, adapters, **model):
     return Recipe.model_validate(
         {
             "output": "x",
-            "model": {"encoder": encoder, "llm": llm, "llm_base_adapters": adapters, **model},
+            "model": {"encoder": encoder, "llm": llm, "llm_base_adapters": adapters, "max_seq_length": 64, **model},
             "warm_start": {"data": "starter:english-verses"},
         }
     )
 
 
-def test_a_recipe_folds_them_in_and_carries_prompts(tiny_encoder, tiny_llm, adapters, tmp_path):
+def test_a_recipe_merges_them_and_carries_prompts(tiny_encoder, tiny_llm, adapters, tmp_path):
     prompts = {"query": "Instruct: find it\nQuery: ", "document": "passage: "}
     built = build_model(recipe(tiny_encoder, tiny_llm, adapters, prompts=prompts).model)
     expected = load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters)

@@ -21,6 +21,7 @@ ORDER = [
     "errors",
     "publishing",
     "quiet",
+    "registration",
     "storage",
     "hooks",
     "recipes",

@@ -48,12 +48,13 @@ def test_a_failed_save_leaves_the_older_checkpoint(tiny_st, tmp_path, monkeypatc
     if when == "saving":
         monkeypatch.setattr(tiny_st, "save_pretrained", full_disk)
     else:
-        real = os.replace
+        real, calls = os.rename, []
 
-        def replace(source, target):
-            return full_disk() if str(source).endswith("new") else real(source, target)
+        def rename(source, target):
+            calls.append(target)  # The older folder goes aside, then the new one takes its place.
+            return full_disk() if len(calls) == 2 else real(source, target)
 
-        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "rename", rename)
     assert "No space left" in refused(save_atomically, tiny_st, tmp_path / "model")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["model"]

@@ -11,8 +11,9 @@ import pytest
 
 import lusifer
 from lusifer.errors import LusiferError
+from lusifer.loading import resolve
 from lusifer.starter.fetch import STARTERS, starter_path
-from lusifer.starter.released import assemble, resolve_model
+from lusifer.starter.released import assemble
 
 RELEASE = Path(str(files("lusifer") / "resources" / "starter"))
 
@@ -85,8 +86,8 @@ def test_without_backbones_it_says_how_to_get_them(tmp_path, release, monkeypatc
 def test_a_folder_called_starter_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "starter").mkdir()
-    assert resolve_model("starter") == "starter"
-    assert resolve_model("someone/model") == "someone/model"
+    assert resolve("starter") == "starter"
+    assert resolve("someone/model") == "someone/model"
 
 
 def test_release_is_small_and_names_no_machine():

@@ -28,7 +28,7 @@ def made(tiny_encoder, tiny_llm, tmp_path_factory):
         tiny_llm,
         max_seq_length=64,
         connector_dim=40,
-        connector_shortcut=False,
+        connector_residual=False,
         use_bos=False,
         head_dim=24,
     )

@@ -8,7 +8,7 @@ from torch.nn.functional import kl_div, normalize
 from transformers import AutoModel, AutoTokenizer
 
 import lusifer.training.distillation
-from lusifer.model.backbone_alone import EncoderGuide
+from lusifer.model.backbone_alone import EncoderAlone
 from lusifer.starter.use_encoder import UseConfig, UseModel
 from lusifer.training.distillation import neighbourhood_divergence
 
@@ -49,7 +49,7 @@ def test_no_divergence_from_oneself_and_no_gradient_for_the_guide():
 
 
 def test_the_guide_is_the_mean_of_real_token_states(tiny_encoder):
-    guide = EncoderGuide.from_name(tiny_encoder, max_seq_length=16)
+    guide = EncoderAlone.from_name(tiny_encoder, max_seq_length=16)
     texts = ["one", "some longer text than one", "word " * 40]
     features = guide.preprocess(texts)
     assert features["input_ids"].shape[1] == 16
@@ -69,7 +69,7 @@ def test_an_encoder_of_sentences_adds_its_own_embedding():
     encoder = UseModel(UseConfig(vocab_size=50)).eval()
     features = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with torch.no_grad():
-        found = EncoderGuide(encoder, None, 8)(features)["sentence_embedding"]
+        found = EncoderAlone(encoder, None, 8)(features)["sentence_embedding"]
         output = encoder(**features)
     own = output.pooler_output
     torch.testing.assert_close(found[:, -own.shape[1] :], own)

@@ -11,7 +11,6 @@ there is complete, so the same call does what is missing; its bytes do not depen
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from lusifer.data.prompts import explicit_prompt
 from lusifer.data.rows import Columns, Position, Slice
 from lusifer.data.sources import InputFile, find_files
 from lusifer.errors import LusiferError
-from lusifer.model.fingerprint import files_hash
-from lusifer.starter.released import resolve_model
+from lusifer.loading import resolve
+from lusifer.model.fingerprint import model_hash
 from lusifer.storage import Folder, is_remote
 
 # Readers of a folder of Parquet pass over names with an underscore.
@@ -97,7 +96,7 @@ def encode(
     if single and (processes > 1 or engine != "local" or (device and "," in device)):
         raise LusiferError("several processes need a folder as output, not a file")
     files = find_files(source, output=output)
-    folder = resolve_model(model)
+    folder = resolve(model)
     run = {"model": folder, "files": files, "settings": settings, "output": output.rstrip("/"), "single": single}
     options = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
     return _encode_file(run, **options) if single else _encode_folder(model, run, **options)
@@ -133,7 +132,7 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
     identity = {
         "format": _FORMAT,
         "model": model,
-        "model_hash": _model_hash(run["model"]),
+        "model_hash": model_hash(run["model"]),
         "settings": asdict(run["settings"]),
         "input": [asdict(file) for file in run["files"]],
     }
@@ -191,11 +190,6 @@ def _threads(processes: int) -> int:
     import torch
 
     return max(1, torch.get_num_threads() // processes)
-
-
-def _model_hash(folder: str) -> str:
-    path = Path(folder)
-    return files_hash(path) if path.is_dir() else hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------- manifest

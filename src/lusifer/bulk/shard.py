@@ -24,7 +24,7 @@ from lusifer.bulk.job import ARROW, FACTS, Job, Prepared, ShardFacts, schema, sh
 from lusifer.data.prompts import explicit_prompt, prompt_for
 from lusifer.data.rows import Columns, RowReader, Slice
 from lusifer.errors import LusiferError
-from lusifer.loading import load_checkpoint
+from lusifer.loading import load_for_inference
 from lusifer.model.text_encoder import WINDOW, TextEncoder, set_precision
 from lusifer.storage import Folder
 
@@ -47,7 +47,7 @@ class ShardEncoder:
         self.job = job
         if torch.get_num_threads() != job.threads:
             torch.set_num_threads(job.threads)
-        model = load_checkpoint(job.model, **({"device": device} if device else {}))
+        model = load_for_inference(job.model, device=device)
         self.encoder = TextEncoder(model, token_budget=job.settings.batch_tokens)
         self.reader = RowReader(job.files, Columns(job.settings.column, job.settings.id_column))
         parent = job.output.rpartition("/")[0] or "."

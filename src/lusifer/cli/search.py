@@ -209,10 +209,10 @@ def search(
 
 
 def _load(name: str, device: str | None) -> TextEncoder:
-    from lusifer.loading import load_checkpoint
+    from lusifer.loading import load_for_inference
     from lusifer.model.text_encoder import TextEncoder
 
-    return TextEncoder(load_checkpoint(name, device=device))
+    return TextEncoder(load_for_inference(name, device=device))
 
 
 def _show(hits: list[Hit]) -> None:

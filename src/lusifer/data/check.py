@@ -20,7 +20,8 @@ from lusifer.data.reading import Block, read_blocks
 from lusifer.data.records import Records, Rows, left_out, open_set
 from lusifer.data.sources import find_files
 from lusifer.errors import LusiferError
-from lusifer.model.backbones import load_tokenizer
+from lusifer.model.backbone_pair import check_window
+from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, DataRecipe, Recipe
 from lusifer.storage import is_remote
 
@@ -204,6 +205,8 @@ def check(recipe: Recipe, *, against: Sequence[str | Path] = (), progress: bool 
     names = {"encoder": recipe.model.encoder, "llm": recipe.model.llm}
     revisions = {"encoder": recipe.model.encoder_revision, "llm": recipe.model.llm_revision}
     tokenizers = {kind: load_tokenizer(kind, name, revision=revisions[kind]) for kind, name in names.items()}
+    encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
+    check_window(recipe.model.encoder, encoder, recipe.model.max_seq_length)
     texts = evaluation_texts(against, progress=progress)
     report: dict[str, Any] = {"sets": [], "errors": [], "warnings": [], "evaluation_texts": len(texts)}
     if recipe.warm_start.enabled and recipe.warm_start.data:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import cached_file
 
 from lusifer.data.everyday_set import load_everyday
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.diagnosis import pieces
 from lusifer.evaluation.everyday import language_bias
-from lusifer.loading import load_checkpoint
+from lusifer.loading import load_for_inference, resolve
+from lusifer.model import fingerprint
 from lusifer.model.backbone_alone import encoder_alone, mean_pooled_llm
 from lusifer.model.backbones import load_tokenizer
-from lusifer.model.fingerprint import files_hash
 from lusifer.model.sentence_transformer import lusifer_model
-from lusifer.starter.fetch import resolve_backbone
 
 ALONE = ("encoder:", "llm:", "llm-causal:")  # In front of a backbone's name: the backbone by itself.
 
@@ -79,7 +75,7 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
         loaded = mean_pooled_llm(backbone_name(model), causal=model.startswith("llm-causal:"), device=device)
         tokenizers = {"llm": loaded.tokenizer}
     else:
-        loaded = load_checkpoint(model, **({"device": device} if device else {}))
+        loaded = load_for_inference(model, device=device)
         tokenizers = _tokenizers(loaded)
     limit: Any = loaded.get_max_seq_length()
     options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_numpy": True}
@@ -171,23 +167,8 @@ def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, An
 
 def model_hash(model: str) -> str:
     """Hash of a model's files, or of its name and commit where it is on the hub; 16 hex digits."""
-    folder = Path(resolve_backbone(backbone_name(model)))
-    if not folder.is_dir():
-        return hashlib.sha256(f"{model} {_commit(model)}".encode()).hexdigest()[:16]
-    return files_hash(folder, next((prefix for prefix in ALONE if model.startswith(prefix)), ""))
-
-
-def _commit(model: str) -> str:
-    """The hub commit of a model; nothing where that cannot be told."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        found = cached_file(backbone_name(model), "config.json", **quiet)
-    except (OSError, ValueError):
-        return ""
-    return Path(found).parent.name if found else ""
+    return fingerprint.model_hash(backbone_name(model), next((p for p in ALONE if model.startswith(p)), ""))
 
 
 def _resolved(model: str) -> str:
-    from lusifer.starter.released import resolve_model
-
-    return model if model.startswith(ALONE) else resolve_model(model)
+    return model if model.startswith(ALONE) else resolve(model)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from transformers import AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
 
@@ -23,3 +28,36 @@ def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
     """
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return cached_file(name, file, **{**hub, **quiet})
+
+
+def has_pooler(config: PretrainedConfig) -> bool:
+    """Whether ``AutoModel`` builds this kind of model with a pooler unless told otherwise.
+
+    Touches ``AutoModel._model_mapping``, the only way from a configuration to its class without an instance.
+    """
+    auto: Any = AutoModel
+    model_class = auto._model_mapping.get(type(config), None)
+    return isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters
+
+
+def set_name(config: PretrainedConfig, name: str | None) -> None:
+    """Sets the name that a configuration writes into config.json.
+
+    Touches ``PretrainedConfig._name_or_path``: the public ``name_or_path`` sets the same, but ``to_dict`` reads this.
+    """
+    config._name_or_path = name or ""
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """Silences the list of tensors that a ``from_pretrained`` leaves out, for loads that leave some out on purpose.
+
+    Touches the logger of ``transformers.modeling_utils``, which writes that list.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
@@ -37,13 +35,13 @@ from lusifer.interop.authors_format import (
 )
 from lusifer.model.adapters import add_lora
 from lusifer.model.backbones import load_config, load_tokenizer
-from lusifer.model.card import CARD, make_card
 from lusifer.model.checkpoint import check_fit
 from lusifer.model.configuration import LusiferConfig
+from lusifer.model.fingerprint import weight_files
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.sentence_transformer import to_sentence_transformer
+from lusifer.model.sentence_transformer import save_around
 from lusifer.publishing import publish_folder, write_json
-from lusifer.starter.fetch import cache_dir, resolve_backbone
+from lusifer.starter.fetch import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -136,15 +134,9 @@ def convert_authors(
             _check_backbone(theirs, part, names[part], progress)
     with publish_folder(out, "checkpoint") as staging:
         tokenizer = load_tokenizer("encoder", names["encoder"])
-        wrapped = to_sentence_transformer(model, tokenizer)
-        wrapped.prompts.update(_PROMPTS)
-        wrapped.default_prompt_name = "query"
-        # The weights are written below, one by one; this writes everything else.
-        model.save_pretrained = lambda where, **_: config.save_pretrained(where)  # type: ignore[method-assign]
-        wrapped.save_pretrained(str(staging), create_model_card=False)
-        (staging / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
-        tensors = _write_weights(staging, theirs, model, progress)
-    return {"checkpoint": str(out), "tensors": tensors, "unused": len(unused), "backbones": names}
+        save_around(staging, config, tokenizer, prompts=_PROMPTS, default_prompt="query")
+        count = _write_weights(staging, theirs, model, progress)
+    return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
 
 
 def _our_config(source: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
@@ -164,7 +156,7 @@ def _our_config(source: Source, names: dict[str, str], *, merge: bool, provenanc
         encoder_config=configs["encoder"],
         llm_config=configs["llm"],
         connector_dim=source.shape("connector.up.weight")[0],
-        connector_shortcut=False,
+        connector_residual=False,
         num_added_tokens=source.shape("connector.added_tokens")[0],
         use_bos=False,
         head_dim=head,
@@ -237,7 +229,12 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
     Raises:
         LusiferError: If they hold others, or cannot be read.
     """
-    files = _backbone_files(backbone)
+    try:
+        files = weight_files(backbone)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise LusiferError(f"cannot read the backbone {backbone!r}: {first_line(error)}") from error
+    if not files:
+        raise OtherBackboneError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
     names = [n for n in source.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
     for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
         inner = name.removeprefix(f"{part}.")
@@ -252,28 +249,6 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
                     f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter cannot stand "
                     "beside that; convert with --merge, which stores every weight"
                 )
-
-
-def _backbone_files(backbone: str) -> dict[str, Path]:
-    """Tensor name to safetensors file of a backbone, local or on the hub."""
-    where = resolve_backbone(backbone)
-    try:
-        index = cached_or_none(where, f"{_WEIGHTS}.index.json")
-        if index is not None:
-            names: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            if outside := [name for name in names.values() if Path(name).name != name]:
-                raise LusiferError(f"the index of {backbone!r} names {outside[0]!r}, which is outside of its folder")
-            paths = {name: Path(str(cached_file(where, name))) for name in set(names.values())}
-            return {tensor: paths[name] for tensor, name in names.items()}
-        single = cached_or_none(where, _WEIGHTS)
-        if single is None:
-            raise OtherBackboneError(
-                f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge"
-            )
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), Path(single))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LusiferError(f"cannot read the backbone {backbone!r}: {first_line(error)}") from error
 
 
 def _stored_names(model: LusiferModel) -> list[str]:

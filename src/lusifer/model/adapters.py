@@ -1,14 +1,31 @@
-"""LoRA adapters (arXiv 2106.09685): put into a module, folded back into it."""
+"""LoRA adapters (arXiv 2106.09685): put into a module, merged with its weights.
+
+Merging adds an adapter's product to the weight it belongs to, which saves two small matrix products per layer. Three
+functions do it, and none behind a caller's back:
+
+`inference_copy`   gives a copy with plain layers for encoding; the model itself, its state dict and what trains in it
+                   stay as they are. Costs memory for the merged weights.
+`merge_in_place`   for a model that was loaded for inference alone; it cannot be trained or saved afterwards.
+`merge_adapters`   replaces every adapted layer by a plain one for good: the way to a standalone checkpoint.
+"""
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lusifer.errors import LusiferError
+
+_lock = threading.Lock()
+_copies: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], nn.Module]] = WeakKeyDictionary()
 
 
 def linear_names(module: nn.Module) -> list[str]:
@@ -18,7 +35,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
-    """Puts LoRA layers into a module, in place; what learned before goes on learning.
+    """Puts LoRA layers into a module, in place; what was trainable before stays trainable.
 
     Args:
         module: An encoder or an LLM.
@@ -30,7 +47,7 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
     # PEFT would import the module that stands there.
     if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
         raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
-    learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
     except (TypeError, ValueError) as error:
@@ -41,37 +58,96 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
             # than bfloat16 can add up.
             parameter.data = parameter.data.float()
         else:
-            parameter.requires_grad_(name.replace(".base_layer", "") in learned)
+            parameter.requires_grad_(name.replace(".base_layer", "") in trainable)
 
 
-def _first(token_id: int | list[int]) -> int:
-    return token_id[0] if isinstance(token_id, list) else token_id
+def inference_copy(model: nn.Module) -> nn.Module:
+    """The model with its adapters merged, for encoding; made on first use and again when a parameter has changed.
 
+    Layers without an adapter share their tensors with ``model``; adapted layers become plain ones with weights of
+    their own. Safe to call from several threads. Changes are seen by the address and the version of each parameter:
+    in-place writes through ``parameter.data``, which raise no version, show after the next call of ``train()``.
 
-def fold_adapters(root: nn.Module, *, folded: bool) -> None:
-    """Adds every LoRA product below a module to the weight it belongs to, or takes it out again.
+    Args:
+        model: Any module; given back as it is where it has no adapter to merge.
 
-    The adapters stay, so what is saved does not change. Taking out restores the weights up to their rounding.
+    Returns:
+        A module in evaluation mode. Quantised layers keep their adapters beside them.
     """
-    for module in root.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        layer: Any = module
-        # A quantised weight cannot take an addition without being quantised anew.
-        if folded and not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point:
+    layers = list(_lora_layers(model))
+    if not any(_mergeable(layer) for layer in layers):
+        return model
+    settings = [(*layer.active_adapters, layer.disable_adapters, *layer.scaling.items()) for layer in layers]
+    signature = (*settings, *((id(p), p.data_ptr(), _version(p)) for p in model.parameters()))
+    with _lock:
+        known = _copies.get(model)
+        if known is None or known[0] != signature:
+            _copies.pop(model, None)  # Gives its memory back before more is taken.
+            known = _copies[model] = (signature, _merged_copy(model))
+        return known[1]
+
+
+def forget_copy(model: nn.Module) -> None:
+    """Frees the copy that `inference_copy` made of a model, if any."""
+    with _lock:
+        _copies.pop(model, None)
+
+
+def merge_in_place(root: nn.Module) -> None:
+    """Adds every adapter below a module to the weight it belongs to, without a second copy of any weight.
+
+    For models loaded for inference alone, before anybody else holds them. Adapters stay in their places, so the
+    model's `weights_hash` does not change. Quantised weights cannot take an addition and stay as they are.
+    """
+    for layer in _lora_layers(root):
+        if _mergeable(layer):
             layer.merge(safe_merge=False)
-        elif not folded and layer.merged:
-            layer.unmerge()
+
+
+def is_merged_in_place(root: nn.Module) -> bool:
+    """Whether `merge_in_place` has changed weights below a module."""
+    return any(layer.merged for layer in _lora_layers(root))
 
 
 def merge_adapters(root: nn.Module) -> None:
-    """Folds every LoRA layer below a module into the linear layer it wraps, in place."""
+    """Replaces every LoRA layer below a module by the plain layer it wraps, adapter merged, in place."""
     wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
     for name, module in wrapped:
         layer: Any = module
-        layer.merge(safe_merge=True)
+        if not layer.merged:
+            layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _lora_layers(root: nn.Module) -> Iterator[Any]:
+    return (module for module in root.modules() if isinstance(module, LoraLayer))
+
+
+def _mergeable(layer: Any) -> bool:
+    return not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _merged_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares every tensor and configuration, with a plain layer where the model has an adapted one."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    # Outside of inference mode, whose tensors autograd refuses for good.
+    with torch.inference_mode(False), torch.no_grad():
+        memo |= {id(layer): _merged_layer(layer) if _mergeable(layer) else layer for layer in _lora_layers(model)}
+        return copy.deepcopy(model, memo).eval()
+
+
+def _merged_layer(layer: Any) -> nn.Module:
+    if layer.disable_adapters:
+        return layer.get_base_layer()
+    own = copy.deepcopy(layer)  # With a base weight of its own, one layer at a time.
+    own.merge(safe_merge=False)
+    return own.get_base_layer().requires_grad_(False)
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:

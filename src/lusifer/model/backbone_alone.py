@@ -1,4 +1,4 @@
-"""backbone_alone."""
+"""One backbone by itself: the baselines that a LUSIFER model is compared with, and the guide of stage 2."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.model.backbone_pair import position_table
 from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
-from lusifer.model.published_adapters import fold_in
-from lusifer.model.safe_files import SAFE, check_files
+from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.model.pooling import mean_pool
+from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
+
+_NO_LIMIT = 1_000_000  # Tokenizers without a limit have one of 1e30.
 
 
 def mean_pooled_llm(
@@ -29,7 +33,7 @@ def mean_pooled_llm(
     device: str | None = None,
     adapters: Sequence[str] = (),
 ) -> SentenceTransformer:
-    """A decoder LLM as it comes, its states mean pooled: the baseline that has learned nothing.
+    """A decoder LLM as it comes, its states mean pooled: the untrained baseline.
 
     Args:
         name: Hub id, local folder or starter name.
@@ -39,12 +43,13 @@ def mean_pooled_llm(
         causal: Direction of the attention; both ways when False.
         revision: Hub revision.
         device: Torch device; the best there is when None.
-        adapters: LoRA adapters of PEFT to fold into it, in this order.
+        adapters: LoRA adapters of PEFT to merge into it, in this order.
 
     Raises:
         LusiferError: If it cannot be loaded, or is no decoder LLM.
     """
     config = load_config("llm", name, revision=revision)
+    tokenizer = load_tokenizer("llm", name, revision=revision, config=config)
     check_files(f"the llm {name!r}", resolve_backbone(name), **({"revision": revision} if revision else {}))
     try:
         module = Transformer(
@@ -54,48 +59,63 @@ def mean_pooled_llm(
             max_seq_length=max_seq_length,
         )
     except (OSError, ValueError) as error:
-        raise LusiferError(f"cannot load the llm {name!r}: {str(error).splitlines()[0]}") from error
+        raise LusiferError(f"cannot load the llm {name!r}: {first_line(error)}") from error
     for adapter in adapters:
-        fold_in(module.auto_model, adapter, depth=config.num_hidden_layers)
+        merge_in(module.auto_model, adapter, depth=config.num_hidden_layers)
     # Not in config_kwargs, which drop what the configuration does not have already.
     module.auto_model.config.is_causal = causal
-    if module.tokenizer.pad_token is None:
-        module.tokenizer.pad_token = module.tokenizer.eos_token
+    module.tokenizer.pad_token = tokenizer.pad_token
     modules = [module, Pooling(module.get_embedding_dimension()), Normalize()]
     return SentenceTransformer(modules=modules, device=device)
 
 
-class EncoderGuide(nn.Module):
-    """The multilingual encoder alone as a guide: the mean of its states, joined with its own embedding if it has one.
+class EncoderAlone(nn.Module):
+    """A multilingual encoder by itself: the mean of its states, joined with its own sentence embedding if it has one.
+
+    A pooler that next-sentence prediction left behind (BERT) is no sentence embedding: an encoder says by the attribute
+    ``embeds_sentences`` that its ``pooler_output`` is one.
 
     Args:
         encoder: An encoder of transformers.
         tokenizer: Its tokenizer.
-        max_seq_length: Tokens of a text it reads.
+        max_seq_length: Tokens of a text it reads; all when None.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, max_seq_length: int) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: Any, max_seq_length: int | None) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
 
     @classmethod
-    def from_name(cls, name: str, *, max_seq_length: int, revision: str | None = None) -> EncoderGuide:
-        """Loads hub id, local folder or starter name.
+    def from_name(
+        cls, name: str, *, max_seq_length: int | None = None, revision: str | None = None, device: str = "cpu"
+    ) -> EncoderAlone:
+        """Loads an encoder with its tokenizer.
+
+        Args:
+            name: Hub id, local folder or starter name.
+            max_seq_length: Tokens of a text it reads; as many as tokenizer and positions allow when None.
+            revision: Hub revision.
+            device: Torch device.
 
         Raises:
             LusiferError: If it cannot be loaded.
         """
-        encoder = load_encoder(name, load_config("encoder", name, revision=revision), revision=revision)
-        return cls(encoder, load_tokenizer("encoder", name, revision=revision), max_seq_length)
+        config = load_config("encoder", name, revision=revision)
+        tokenizer = load_tokenizer("encoder", name, revision=revision, config=config)
+        encoder = load_encoder(name, config, revision=revision).to(torch.device(device))
+        table = position_table(encoder)
+        longest = min(max_seq_length or _NO_LIMIT, tokenizer.model_max_length, table.window if table else _NO_LIMIT)
+        return cls(encoder, tokenizer, longest if longest < _NO_LIMIT else None)
 
     def preprocess(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, (texts, seq)."""
-        found = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_seq_length, return_tensors="pt"
-        )
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
+        """``input_ids`` and ``attention_mask`` of texts, (texts, seq) int64."""
+        limit: dict[str, Any] = {}
+        if self.max_seq_length is not None:
+            limit = {"truncation": True, "max_length": self.max_seq_length}
+        batch = self.tokenizer(list(texts), padding=True, return_tensors="pt", **limit)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeds texts.
@@ -109,19 +129,23 @@ class EncoderGuide(nn.Module):
         mask = features["attention_mask"]
         with torch.autocast(mask.device.type, enabled=False):
             output = self.encoder(input_ids=features["input_ids"], attention_mask=mask)
-        weights = mask.unsqueeze(-1).float()
-        mean = (output.last_hidden_state.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        own = getattr(output, "pooler_output", None)
-        # A pooler that next-sentence prediction left behind, or none at all, is no sentence embedding.
-        parts = [mean] if own is None or not getattr(self.encoder, "embeds_sentences", False) else [mean, own.float()]
+        parts = [mean_pool(output.last_hidden_state, mask)]
+        if getattr(self.encoder, "embeds_sentences", False):
+            parts.append(output.pooler_output.float())
         return {"sentence_embedding": torch.cat([normalize(part, dim=-1) for part in parts], dim=-1)}
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embeds texts: (n, dim) float32 on the encoder's device."""
+        device = next(self.encoder.parameters()).device
+        return self({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})["sentence_embedding"]
 
 
 Embed = Callable[[Sequence[str]], Tensor]
 
 
 def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]:
-    """The multilingual encoder by itself: its own sentence embedding if it has one, else the mean of its states.
+    """The multilingual encoder by itself, as `EncoderAlone` embeds.
 
     Args:
         name: Hub id, local folder or starter name.
@@ -133,29 +157,5 @@ def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]
     Raises:
         LusiferError: If it cannot be loaded.
     """
-    from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
-
-    config: Any = load_config("encoder", name)
-    encoder = load_encoder(name, config).eval().to(torch.device(device))
-    tokenizer = load_tokenizer("encoder", name)
-    limits = [tokenizer.model_max_length]
-    if (positions := getattr(config, "max_position_embeddings", None)) is not None:
-        # RoBERTa and its kin count positions from behind the padding index.
-        embeddings: Any = getattr(encoder, "embeddings", None)
-        shifted = hasattr(embeddings, "create_position_ids_from_input_ids")
-        limits.append(positions - (embeddings.padding_idx + 1 if shifted else 0))
-    limit = min(limits) if min(limits) < 1_000_000 else None
-
-    @torch.inference_mode()
-    def embed(texts: Sequence[str]) -> Tensor:
-        cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
-        batch = tokenizer(list(texts), padding=True, return_tensors="pt", **cut).to(device)
-        mask = batch["attention_mask"]
-        output = encoder(input_ids=batch["input_ids"], attention_mask=mask)
-        own = getattr(output, "pooler_output", None)
-        if own is not None:
-            return own
-        weights = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)
-        return (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-    return embed, limit
+    alone = EncoderAlone.from_name(name, device=device)
+    return alone.embed, alone.max_seq_length

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,18 +22,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
-from lusifer.errors import LusiferError
-from lusifer.model.configuration import LusiferConfig
-from lusifer.model.published_adapters import fold_in
-from lusifer.model.safe_files import SAFE, check_files
+import lusifer.starter.use_encoder  # noqa: F401  Registers the starter's encoder with the Auto classes.
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report
+from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
-from lusifer.starter.use_encoder import UseConfig
 
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-
-
 SAFE_LOADING = {**SAFE, "output_loading_info": True}
 
 
@@ -47,14 +42,13 @@ def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -
         LusiferError: If the folder or hub id cannot be loaded.
     """
     try:
-        # Said, because transformers would ask a person at a terminal.
+        # Explicit, because transformers would ask at a terminal.
         return loader(resolve_backbone(name), trust_remote_code=False, **kwargs)
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LusiferError(
-            f"cannot load the {what} {name!r}: {reason} "
+            f"cannot load the {what} {name!r}: {first_line(error)} "
             "(give a hub id you can reach, a local folder, or a starter name after `lusifer fetch`)"
         ) from error
 
@@ -86,7 +80,7 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
     try:
-        path = cached_file(resolve_backbone(name), "config.json", revision=revision or "main")
+        path = cached_or_none(resolve_backbone(name), "config.json", revision=revision or "main")
     except OSError:
         return revision
     return extract_commit_hash(path, None) or revision
@@ -117,10 +111,6 @@ def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
     model.layers = model.layers[:num_layers]
 
 
-# Importing it registers the starter's encoder with the Auto classes.
-STARTER_ENCODER = UseConfig.model_type
-
-
 def _encoder_class(config: PretrainedConfig) -> Any:
     if config.is_encoder_decoder:
         return AutoModelForTextEncoding
@@ -129,11 +119,7 @@ def _encoder_class(config: PretrainedConfig) -> Any:
 
 def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
     """Leaves out a pooler, which would be a trained part that never gets a gradient."""
-    auto: Any = AutoModel
-    model_class = auto._model_mapping.get(type(config), None)
-    if isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters:
-        return {"add_pooling_layer": False}
-    return {}
+    return {"add_pooling_layer": False} if not config.is_encoder_decoder and has_pooler(config) else {}
 
 
 def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -147,12 +133,12 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
     Raises:
         LusiferError: If it cannot be read.
     """
-    options = {} if config.is_encoder_decoder else _encoder_options(config)
     _check_files("encoder", name, kwargs)
     with no_load_report():
         loader = partial(_encoder_class(config).from_pretrained, **SAFE_LOADING)
-        encoder, found = load_part("encoder", name, loader, config=config, **options, **kwargs)
-    check_whole("encoder", name, found)
+        options = {**_encoder_options(config), **kwargs}
+        encoder, report = load_part("encoder", name, loader, config=config, **options)
+    check_whole("encoder", name, report)
     return encoder
 
 
@@ -161,9 +147,9 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
 
     Args:
         name: Hub id, local folder or starter name.
-        config: Its configuration; changed in place: a sliding window would silently cut bidirectional
+        config: Its configuration; changed in place: a sliding window would silently limit bidirectional
             attention, so Mistral-like windows are switched off.
-        adapters: LoRA adapters of PEFT to fold into it, in this order.
+        adapters: LoRA adapters of PEFT to merge into it, in this order.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
@@ -174,13 +160,14 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
     _check_files("llm", name, kwargs)
     _no_sliding_window(config)
     with no_load_report():  # It lists the layers and the head that are left out on purpose.
-        llm, found = load_part("llm", name, partial(AutoModel.from_pretrained, **SAFE_LOADING), config=config, **kwargs)
-    check_whole("llm", name, found)
+        loader = partial(AutoModel.from_pretrained, **SAFE_LOADING)
+        llm, report = load_part("llm", name, loader, config=config, **kwargs)
+    check_whole("llm", name, report)
     if adapters:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
         for adapter in adapters:
-            fold_in(llm, adapter, depth=depth, **hub)
+            merge_in(llm, adapter, depth=depth, **hub)
     return llm
 
 
@@ -189,64 +176,16 @@ def _check_files(what: str, name: str, options: dict[str, Any]) -> None:
     check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
 
 
-def check_whole(what: str, name: str, found: dict[str, Any]) -> None:
+def check_whole(what: str, name: str, report: dict[str, Any]) -> None:
     """Refuses a backbone without all of its weights, where transformers would fill in random ones.
 
     Raises:
         LusiferError: If tensors are missing, or have other shapes than the configuration says.
     """
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise LusiferError(f"the {what} {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
-    if other := sorted(found["mismatched_keys"]):
+    if other := sorted(report["mismatched_keys"]):
         raise LusiferError(f"the {what} {name!r} has other shapes than its configuration for {other[0][0]}")
-
-
-@contextmanager
-def no_load_report() -> Iterator[None]:
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def load_backbones(
-    config: LusiferConfig,
-    encoder_dtype: torch.dtype | str,
-    llm_dtype: torch.dtype | str,
-    attn_implementation: str | None,
-    quantization: str | None = None,
-    **hub: Any,
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the encoder and the LLM a configuration names; ``quantization`` is for the LLM.
-
-    Raises:
-        LusiferError: If it names none, one cannot be read, or the LLM cannot be quantised.
-    """
-    if config.encoder is None or config.llm is None:
-        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    encoder = load_encoder(
-        config.encoder,
-        config.encoder_config,
-        dtype=encoder_dtype,
-        revision=config.encoder_revision or "main",
-        **attention,
-        **hub,
-    )
-    llm = load_llm(
-        config.llm,
-        config.llm_config,
-        dtype=llm_dtype,
-        adapters=config.llm_base_adapters,
-        revision=config.llm_revision or "main",
-        **quantized(quantization, llm_dtype),
-        **attention,
-        **hub,
-    )
-    return encoder, llm
 
 
 def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
@@ -287,8 +226,7 @@ def _no_sliding_window(config: PretrainedConfig) -> None:
 
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """An encoder with random weights, for loading a state dict into."""
-    options = {} if config.is_encoder_decoder else _encoder_options(config)
-    return _encoder_class(config).from_config(config, **options)
+    return _encoder_class(config).from_config(config, **_encoder_options(config))
 
 
 def build_llm(config: PretrainedConfig) -> PreTrainedModel:
@@ -297,10 +235,59 @@ def build_llm(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def load_tokenizer(what: str, name: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    what: str, name: str, *, revision: str | None = None, config: PretrainedConfig | None = None, **hub: Any
+) -> PreTrainedTokenizerBase:
     """Loads a backbone's tokenizer.
 
+    Args:
+        what: ``encoder`` or ``llm``.
+        name: Hub id, local folder or starter name.
+        revision: Hub revision.
+        config: The backbone's configuration; read when None.
+        **hub: ``token``, ``cache_dir``, ...
+
     Raises:
-        LusiferError: If it cannot be read.
+        LusiferError: If it cannot be read, is not there, or has tokens that the model has no embedding for.
     """
-    return load_part(f"{what} tokenizer", name, AutoTokenizer.from_pretrained, revision=revision or "main", **hub)
+    options = {"revision": revision or "main", **hub}
+    tokenizer = load_part(f"{what} tokenizer", name, AutoTokenizer.from_pretrained, **options)
+    config = load_config(what, name, revision=revision, **hub) if config is None else config
+    check_tokenizer(f"the {what} {name!r}", tokenizer, config)
+    return tokenizer
+
+
+def check_tokenizer(what: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuses a tokenizer that is empty or larger than the embedding matrix; a pad token outside is replaced.
+
+    transformers builds an empty tokenizer, without a word, where the files of XLM-R, BERT and others are missing.
+
+    Args:
+        what: The model, for the message.
+        tokenizer: Its tokenizer; its pad token may change.
+        config: Its configuration.
+
+    Raises:
+        LusiferError: If it knows special tokens alone, or a token has no embedding.
+    """
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)
+    if not vocabulary.keys() - special - {"", "▁"}:
+        raise LusiferError(
+            f"{what} has no tokenizer: its files are missing or hold no vocabulary; "
+            "save the tokenizer beside the model (tokenizer.save_pretrained)"
+        )
+    rows: Any = getattr(config, "vocab_size", None)
+    last = max(vocabulary, key=lambda token: vocabulary[token])
+    if rows is not None and vocabulary[last] >= rows:
+        raise LusiferError(
+            f"{what} has no embedding for the token {last!r} (id {vocabulary[last]}): its tokenizer knows "
+            f"{len(vocabulary)} tokens, its embedding matrix has {rows} rows; resize the embeddings or remove the token"
+        )
+    if tokenizer.pad_token is None:
+        # Padding is masked, so that any token does; RoBERTa and its kin count positions by the configured one.
+        number = getattr(config, "pad_token_id", None)
+        chosen = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
+        tokenizer.pad_token = chosen or tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise LusiferError(f"{what} has no pad token, end token or unknown token to pad with; set pad_token")

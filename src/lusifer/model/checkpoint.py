@@ -1,8 +1,10 @@
-"""What a checkpoint stores, and how it is read back and merged."""
+"""What a checkpoint stores, how it is read back, and what no model's own files may ask for."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +13,44 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from lusifer.errors import LusiferError
-from lusifer.model.safe_files import WEIGHTS
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none
 
 if TYPE_CHECKING:
     from lusifer.model.modeling import LusiferModel
+
+WEIGHTS = "model.safetensors"
+# Whatever a model's own files say: pickles may run code when they are opened.
+SAFE = {"use_safetensors": True, "weights_only": True}
+
+
+def check_files(what: str, name: str, **hub: Any) -> None:
+    """Refuses a model whose own files send transformers elsewhere for its weights, to files of any kind.
+
+    Args:
+        what: What it is, for the message.
+        name: Its folder or hub id.
+        **hub: ``token``, ``revision``, ...
+
+    Raises:
+        LusiferError: If its configuration names a file of weights, or its index one outside of its folder.
+    """
+    config, index = (_mapping(name, file, **hub) for file in ("config.json", f"{WEIGHTS}.index.json"))
+    if config.get("transformers_weights"):
+        raise LusiferError(f"the configuration of {what} names a file of weights; remove transformers_weights there")
+    weight_map = index.get("weight_map")
+    for file in set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ():
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise LusiferError(f"the index of {what} names {file!r}, which is no safetensors file in its folder")
+
+
+def _mapping(name: str, file: str, **hub: Any) -> dict[str, Any]:
+    try:
+        path = cached_or_none(name, file, **hub)
+        content = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # Whoever loads it says what is wrong.
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_stored(name: str, model: LusiferModel) -> bool:
@@ -37,22 +72,22 @@ def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shap
         LusiferError: If any tensor is missing, unexpected or of another shape.
     """
     for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
-        if found := sorted(names):
+        if wrong := sorted(names):
             raise LusiferError(
                 f"the checkpoint {str(folder)!r} does not fit its configuration: it {what} "
-                f"{len(found)} tensors, {found[0]} first"
+                f"{len(wrong)} tensors, {wrong[0]} first"
             )
 
 
 def check_finite(folder: str, state: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are no numbers, whose embeddings would be none either.
+    """Refuses weights that are NaN or infinite, whose embeddings would be NaN too.
 
     Raises:
         LusiferError: If a tensor holds NaN or infinity.
     """
     for name in sorted(state):
         if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
-            raise LusiferError(f"the checkpoint {str(folder)!r} is damaged: {name} holds values that are no numbers")
+            raise LusiferError(f"the checkpoint {str(folder)!r} is damaged: {name} holds NaN or infinity")
 
 
 def check_header(folder: str, expected: Mapping[str, tuple[int, ...]], **hub: Any) -> None:
@@ -63,20 +98,20 @@ def check_header(folder: str, expected: Mapping[str, tuple[int, ...]], **hub: An
     """
     try:
         with safe_open(str(cached_file(str(folder), WEIGHTS, **hub)), "pt") as file:
-            there = set(file.keys())
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in expected if name in there}
+            stored = set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in expected if name in stored}
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
     check_fit(
         folder,
-        missing=expected.keys() - found.keys(),
+        missing=expected.keys() - shapes.keys(),
         extra=(),
-        shapes=[name for name, shape in found.items() if shape != expected[name]],
+        shapes=[name for name, shape in shapes.items() if shape != expected[name]],
     )
 
 
 def _unreadable(folder: str, error: Exception) -> LusiferError:
-    return LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {str(error).splitlines()[0]}")
+    return LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {first_line(error)}")
 
 
 def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
@@ -104,12 +139,12 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def check_loaded(folder: str, model: LusiferModel, found: dict[str, Any]) -> None:
-    """Refuses a standalone checkpoint that does not fit its configuration or holds what are no numbers.
+def check_loaded(folder: str, model: LusiferModel, report: dict[str, Any]) -> None:
+    """Refuses a standalone checkpoint that does not fit its configuration or holds NaN.
 
     Raises:
-        LusiferError: If so; ``found`` is what transformers says of the loading.
+        LusiferError: If so; ``report`` is what transformers says of the loading.
     """
-    shapes = [key for key, *_ in found["mismatched_keys"]]
-    check_fit(folder, missing=found["missing_keys"], extra=found["unexpected_keys"], shapes=shapes)
+    shapes = [key for key, *_ in report["mismatched_keys"]]
+    check_fit(folder, missing=report["missing_keys"], extra=report["unexpected_keys"], shapes=shapes)
     check_finite(folder, model.state_dict())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
 from lusifer.errors import LusiferError
+from lusifer.storage import without_paths
 
 Pooling = Literal["mean", "last_token", "weighted_mean"]
 _MOST_LAYERS = 1000  # Building more takes longer than anybody waits, before weights are looked at.
@@ -24,13 +26,17 @@ class LusiferConfig(PretrainedConfig):
         llm: Hub id, local folder or starter name of the decoder LLM.
         encoder_revision: Hub revision of the encoder.
         llm_revision: Hub revision of the LLM.
-        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, folded in while it loads, in this
+        encoder_fingerprint: Fingerprint of the encoder's weights (`lusifer.model.fingerprint.files_fingerprint`), which
+            loading checks; None where it is not known.
+        llm_fingerprint: The same of the LLM.
+        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, merged while it loads, in this
             order: folders or hub ids; ``ID@REVISION`` pins.
         encoder_config: The encoder's own configuration (or its dict).
         llm_config: The LLM's own configuration (or its dict); its ``num_hidden_layers`` may be
             smaller than the published one, then the first layers are used.
         connector_dim: Width of the connector's hidden layer; the LLM's width when None.
-        connector_shortcut: Adds a linear map beside the two layers, which stage 0 fills in.
+        connector_residual: Adds a linear map beside the two layers, which stage 0 fills in; called
+            ``connector_shortcut`` in older config.json files.
         num_added_tokens: Learned tokens appended after the last soft token (the paper uses 1).
         use_bos: Puts the LLM's BOS embedding before the soft tokens, if the LLM has one.
         pooling: ``mean``, ``last_token`` or ``weighted_mean`` over soft and added tokens; BOS is never pooled.
@@ -55,11 +61,13 @@ class LusiferConfig(PretrainedConfig):
         llm: str | None = None,
         encoder_revision: str | None = None,
         llm_revision: str | None = None,
+        encoder_fingerprint: str | None = None,
+        llm_fingerprint: str | None = None,
         llm_base_adapters: list[str] | None = None,
         encoder_config: PretrainedConfig | dict[str, Any] | None = None,
         llm_config: PretrainedConfig | dict[str, Any] | None = None,
         connector_dim: int | None = None,
-        connector_shortcut: bool = True,
+        connector_residual: bool = True,
         num_added_tokens: int = 1,
         use_bos: bool = True,
         pooling: Pooling = "mean",
@@ -86,6 +94,8 @@ class LusiferConfig(PretrainedConfig):
         self.llm = llm
         self.encoder_revision = encoder_revision
         self.llm_revision = llm_revision
+        self.encoder_fingerprint = encoder_fingerprint
+        self.llm_fingerprint = llm_fingerprint
         self.llm_base_adapters = list(llm_base_adapters or [])
         self.encoder_config = _sub_config(encoder_config)
         self.llm_config = _sub_config(llm_config)
@@ -93,12 +103,12 @@ class LusiferConfig(PretrainedConfig):
             layers = getattr(sub, "num_hidden_layers", 0)
             if not isinstance(layers, int) or layers > _MOST_LAYERS:
                 raise LusiferError(f"{part}_config.num_hidden_layers cannot be {layers!r}")
-        # Where a backbone lay on the machine that trained is nobody's business.
+        # A sub-configuration says no more about where its backbone lay than the configuration does.
         for sub, backbone in ((self.encoder_config, encoder), (self.llm_config, llm)):
             if sub is not None:
-                sub._name_or_path = backbone or ""
+                sub.name_or_path = backbone or ""
         self.connector_dim = connector_dim
-        self.connector_shortcut = connector_shortcut
+        self.connector_residual = kwargs.pop("connector_shortcut", connector_residual)
         self.num_added_tokens = num_added_tokens
         self.use_bos = use_bos
         self.pooling = pooling
@@ -110,6 +120,16 @@ class LusiferConfig(PretrainedConfig):
         self.standalone = standalone
         self.provenance = provenance or {}
         super().__init__(**kwargs)
+        # Whoever makes a configuration asks for the model next: AutoModel finds its class here.
+        import_module("lusifer.model.modeling")
+
+    def make_standalone(self) -> None:
+        """Says that all weights are in the checkpoint; from here on names only tell where they came from."""
+        self.encoder_adapter = self.llm_adapter = self.encoder_fingerprint = self.llm_fingerprint = None
+        self.standalone = True
+        self.encoder, self.llm = without_paths(self.encoder), without_paths(self.llm)
+        self.encoder_config.name_or_path, self.llm_config.name_or_path = self.encoder or "", self.llm or ""
+        self.llm_base_adapters = without_paths(self.llm_base_adapters)
 
     @property
     def hidden_size(self) -> int:
@@ -124,3 +144,6 @@ def _sub_config(config: PretrainedConfig | dict[str, Any] | None) -> Any:
         fields = dict(config)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     return config
+
+
+AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)

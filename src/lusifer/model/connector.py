@@ -9,17 +9,17 @@ from lusifer.model.configuration import LusiferConfig
 
 
 class FeedForwardConnector(nn.Module):
-    """Two linear layers per token, and learned tokens appended to each text.
+    """Two linear layers per token, and trainable tokens appended to each text.
 
-    The paper's connector (arXiv 2501.00874, section 3.1), with an optional linear shortcut beside
+    The paper's connector (arXiv 2501.00874, section 3.1), with an optional linear residual beside
     the two layers: stage 0 puts its ridge solution there, so that the layers start as a zero correction to it.
 
     Args:
         encoder_dim: Width of the encoder states.
         hidden_dim: Width between the two layers.
         llm_dim: Width of the LLM's input embeddings.
-        num_added_tokens: How many learned tokens follow a text.
-        shortcut: Whether to add the linear shortcut.
+        num_added_tokens: How many trainable tokens follow a text.
+        residual: Whether to add the linear residual; its tensors are called ``shortcut`` in checkpoints.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class FeedForwardConnector(nn.Module):
         hidden_dim: int,
         llm_dim: int,
         num_added_tokens: int = 1,
-        shortcut: bool = True,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         self.up = nn.Linear(encoder_dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, llm_dim)
-        self.shortcut = nn.Linear(encoder_dim, llm_dim) if shortcut else None
+        self.shortcut = nn.Linear(encoder_dim, llm_dim) if residual else None
         self.added_tokens = nn.Parameter(torch.zeros(num_added_tokens, llm_dim))
 
     @torch.no_grad()
@@ -67,10 +67,10 @@ class FeedForwardConnector(nn.Module):
             bias: (llm_dim,) float32.
 
         Raises:
-            ValueError: If the connector has no shortcut.
+            ValueError: If the connector has no residual.
         """
         if self.shortcut is None:
-            raise ValueError("a linear start needs a connector with shortcut=True")
+            raise ValueError("a linear start needs a connector with residual=True")
         self.shortcut.weight.copy_(weight)
         self.shortcut.bias.copy_(bias)
         nn.init.zeros_(self.down.weight)

@@ -12,37 +12,35 @@ One model serves both training stages and inference; they differ in the directio
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
-from lusifer.model.adapters import add_lora, fold_adapters, linear_names, merge_adapters
-from lusifer.model.backbones import (
-    HUB_KEYS,
-    build_encoder,
-    build_llm,
-    commit_of,
-    keep_layers,
-    load_backbones,
-    load_config,
+from lusifer.hooks.transformers import cached_or_none
+from lusifer.model.adapters import (
+    add_lora,
+    forget_copy,
+    is_merged_in_place,
+    linear_names,
+    merge_adapters,
+    merge_in_place,
 )
-from lusifer.model.checkpoint import check_header, check_loaded, load_stored, stored_state
+from lusifer.model.backbone_pair import configure, load_backbones, position_table
+from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
+from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.connector import FeedForwardConnector, connector_shapes
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
-from lusifer.model.safe_files import SAFE, check_files
-from lusifer.model.token_batches import PASS_TOKENS, micro_batches, trim
-from lusifer.storage import without_paths
-
-# Padded by real tokens, above which a batch is cut into groups: below it, the groups' own overhead is as much.
-WORTH_SPLITTING = 1.15
+from lusifer.model.sentence_transformer import CONFIG, save_around
+from lusifer.model.token_batches import padding_groups, run_groups
 
 
 class LusiferModel(PreTrainedModel):
@@ -52,6 +50,11 @@ class LusiferModel(PreTrainedModel):
         config: The model's configuration; both sub-configurations must be set.
         encoder: A loaded encoder; built with random weights when None.
         llm: A loaded LLM without LM head; built with random weights when None.
+
+    Attributes:
+        window: Most tokens that the encoder's positions allow, special tokens included; None where they have no end.
+        tokenizer_source: Where the encoder's tokenizer is (folder or hub id, options), for `save_pretrained`; None
+            saves none.
     """
 
     config_class = LusiferConfig
@@ -78,11 +81,14 @@ class LusiferModel(PreTrainedModel):
             config.connector_dim or llm_dim,
             llm_dim,
             config.num_added_tokens,
-            config.connector_shortcut,
+            config.connector_residual,
         )
         self.head: nn.Module | None = None
         if config.head_dim is not None:
             self.head = nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
+        table = position_table(self.encoder)
+        self.window = None if table is None else table.window
+        self.tokenizer_source: tuple[str, dict[str, Any]] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,21 +117,16 @@ class LusiferModel(PreTrainedModel):
             llm_dtype: Data type of the LLM's weights.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice when None.
             quantization: ``8bit`` or ``4bit`` loads the LLM's linear layers so; they stay frozen.
-            **config: Further fields of `LusiferConfig`.
+            **config: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
         Raises:
-            LusiferError: If a backbone cannot be loaded or is of the wrong kind.
+            LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot
+                read as many tokens as ``max_seq_length`` says.
         """
-        encoder_config = load_config("encoder", encoder, revision=config.get("encoder_revision"))
-        llm_config = load_config("llm", llm, revision=config.get("llm_revision"))
-        if llm_layers is not None:
-            keep_layers(llm_config, llm_layers)
-        built = LusiferConfig(encoder=encoder, llm=llm, encoder_config=encoder_config, llm_config=llm_config, **config)
-        for part, name in (("encoder", encoder), ("llm", llm)):
-            # A hub's branch moves on; the checkpoint is to mean what it was trained with.
-            setattr(built, f"{part}_revision", commit_of(name, config.get(f"{part}_revision")))
+        built = configure(encoder, llm, llm_layers=llm_layers, **config)
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
         model = cls(built, *parts)
+        model.tokenizer_source = (str(built.encoder), {"revision": built.encoder_revision})
         embeddings = model.llm_embeddings().float()
         model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
         return model.eval()
@@ -158,10 +159,11 @@ class LusiferModel(PreTrainedModel):
             kwargs["dtype"] = "auto" if dtype is None else dtype
             name = str(pretrained_model_name_or_path)
             try:
-                model, found = super().from_pretrained(name, *args, config=config, **kwargs)
+                model, report = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
-            check_loaded(name, model, found)
+            check_loaded(name, model, report)
+            model.tokenizer_source = (name, hub)
             return model
         check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
         chosen = None if dtype in (None, "auto") else dtype
@@ -172,6 +174,12 @@ class LusiferModel(PreTrainedModel):
             config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
         )
         model = cls(config, *parts)
+        here = cached_or_none(str(pretrained_model_name_or_path), "tokenizer_config.json", **hub)
+        own, backbones = (
+            (str(pretrained_model_name_or_path), hub),
+            (config.encoder, {"revision": config.encoder_revision}),
+        )
+        model.tokenizer_source = backbones if here is None else own
         for part in ("encoder", "llm"):
             if getattr(config, f"{part}_adapter"):
                 add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
@@ -181,40 +189,47 @@ class LusiferModel(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes configuration and weights: what was trained, or everything if ``config.standalone``.
+        """Writes a whole checkpoint: weights (what was trained, or all if ``config.standalone``) and tokenizer.
+
+        Weights and configuration alone where Sentence Transformers saves, which writes the rest itself.
 
         Args:
             save_directory: Folder to write to.
             **kwargs: As for ``PreTrainedModel.save_pretrained``.
+
+        Raises:
+            LusiferError: If the adapters were merged for inference, or the encoder's tokenizer cannot be read.
         """
+        if is_merged_in_place(self):
+            raise LusiferError("this model was merged for inference and cannot be saved: load the checkpoint again")
+        folder = Path(save_directory)
+        whole = not (folder / CONFIG).is_file()
         kwargs["state_dict"] = stored_state(self, kwargs.get("state_dict") or self.state_dict())
         super().save_pretrained(save_directory, **kwargs)
+        # safetensors makes its files private; a checkpoint's have the rights of its configuration.
+        for path in folder.glob("*.safetensors"):
+            path.chmod((folder / "config.json").stat().st_mode & 0o777)
+        if whole and self.tokenizer_source is not None:
+            name, hub = self.tokenizer_source
+            save_around(folder, self.config, load_tokenizer("encoder", name, config=self.config.encoder_config, **hub))
 
     def merge(self) -> LusiferModel:
-        """Folds the adapters into the backbones, in place, and makes checkpoints of it standalone."""
-        for part in (self.encoder, self.llm):
-            merge_adapters(part)
-        self.config.encoder_adapter = self.config.llm_adapter = None
-        self.config.standalone = True
-        # From here on the names only tell where the weights came from.
-        for part, sub in (("encoder", self.config.encoder_config), ("llm", self.config.llm_config)):
-            name = without_paths(getattr(self.config, part))
-            setattr(self.config, part, name)
-            sub._name_or_path = name or ""
-        self.config.llm_base_adapters = without_paths(self.config.llm_base_adapters)
+        """Merges the adapters into the backbones, in place, and makes checkpoints of it standalone."""
+        merge_adapters(self)
+        self.config.make_standalone()
         return self
 
-    def fold_adapters(self) -> LusiferModel:
-        """Adds the adapters to the weights they belong to, for speed, until the model learns again; see `train`."""
-        for part in (self.encoder, self.llm):
-            fold_adapters(part, folded=True)
-        return self
+    def merge_for_inference(self) -> LusiferModel:
+        """Merges the adapters in place, for speed without a second copy; it can no longer be trained or saved."""
+        merge_in_place(self)
+        return self.eval()
 
     def train(self, mode: bool = True) -> LusiferModel:
-        """As for any module; folded adapters come out again, which restores the weights up to their rounding."""
+        """As for any module; frees the merged copy that encoding made, and refuses adapters merged for inference."""
         if mode:
-            for part in (self.encoder, self.llm):
-                fold_adapters(part, folded=False)
+            if is_merged_in_place(self):
+                raise LusiferError("this model was merged for inference and cannot train: load the checkpoint again")
+            forget_copy(self)
         return super().train(mode)
 
     def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
@@ -236,12 +251,12 @@ class LusiferModel(PreTrainedModel):
         setattr(self.config, f"{part}_adapter", fields)
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
-        """Chooses what learns: a stage is nothing but this choice and a loss.
+        """Chooses what trains: a stage is nothing but this choice and a loss.
 
         Args:
             encoder: ``frozen``, ``lora`` (its adapter only) or ``full``.
-            connector: Whether connector and head learn.
-            llm: Whether the LLM's adapter learns; its own weights never do.
+            connector: Whether connector and head train.
+            llm: Whether the LLM's adapter trains; its own weights never do.
 
         Raises:
             LusiferError: If an adapter is asked for that does not exist.
@@ -269,8 +284,8 @@ class LusiferModel(PreTrainedModel):
 
     def bos_embedding(self) -> Tensor | None:
         """(llm_dim,) float32 embedding that stands before the soft tokens; None where the model has none."""
-        found = self.config.llm_config.bos_token_id
-        bos_id = found[0] if isinstance(found, list) else found
+        configured = self.config.llm_config.bos_token_id
+        bos_id = configured[0] if isinstance(configured, list) else configured
         if not self.config.use_bos or bos_id is None:
             return None
         table: Any = self.llm.get_input_embeddings()
@@ -294,7 +309,7 @@ class LusiferModel(PreTrainedModel):
         # Encoders with absolute positions (BERT) count padding on the left too.
         packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
         seen = real.clone()
-        # A row with nothing in it: attention over nothing is not a number, nor is anything it touches.
+        # A row with nothing in it: attention over nothing is NaN, and so is everything it touches.
         seen[:, 0] |= ~real.any(dim=1)
         states = self.encoder(
             input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)
@@ -328,7 +343,7 @@ class LusiferModel(PreTrainedModel):
         *,
         target_ids: Tensor | None = None,
         target_mask: Tensor | None = None,
-        target_hidden: Tensor | None = None,
+        target_masked: Tensor | None = None,
         mask_embedding: Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
         """Embeds texts or, given targets, reads them causally after the texts' soft tokens (stage 1).
@@ -339,9 +354,9 @@ class LusiferModel(PreTrainedModel):
             return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
             target_ids: (batch, target_seq) int64, LLM token ids of the targets, padded on the right.
             target_mask: (batch, target_seq), non-zero at real target tokens; all real when None.
-            target_hidden: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
+            target_masked: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
                 target's input embedding; nowhere when None.
-            mask_embedding: (llm_dim,), needed with ``target_hidden``.
+            mask_embedding: (llm_dim,), needed with ``target_masked``.
 
         Returns:
             ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
@@ -350,15 +365,18 @@ class LusiferModel(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if target_ids is None and (groups := self._groups(attention_mask)):
-            return self._in_groups(input_ids, attention_mask, groups)
+        # While gradients flow a batch stays whole; distributed wrappers must see one forward pass per batch.
+        trains = torch.is_grad_enabled() or self.training or dist.is_initialized()
+        if target_ids is None and not trains and (groups := padding_groups(attention_mask)):
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return run_groups(self, batch, groups)
         embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
         if target_ids is not None:
             table: Any = self.llm.get_input_embeddings()
             target = table(target_ids).float()
-            if target_hidden is not None:
+            if target_masked is not None:
                 assert mask_embedding is not None
-                target = torch.where(target_hidden.unsqueeze(-1), mask_embedding.float(), target)
+                target = torch.where(target_masked.unsqueeze(-1), mask_embedding.float(), target)
             target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
             return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
         hidden = self._run_llm(embeds, mask, is_causal=False)
@@ -368,30 +386,6 @@ class LusiferModel(PreTrainedModel):
         if self.head is not None:
             vector = self.head(vector)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
-
-    def _groups(self, attention_mask: Tensor) -> list[Tensor]:
-        """Rows of similar length, where a batch on a CPU is mostly padding and nothing learns; else none.
-
-        Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
-        """
-        if torch.is_grad_enabled() or self.training or attention_mask.device.type != "cpu" or dist.is_initialized():
-            return []
-        lengths = attention_mask.bool().sum(dim=1)
-        if attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
-            return []
-        groups = micro_batches(lengths, PASS_TOKENS)
-        return groups if len(groups) > 1 else []
-
-    def _in_groups(self, input_ids: Tensor, attention_mask: Tensor, groups: list[Tensor]) -> BaseModelOutputWithPooling:
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        parts = [self(**trim(batch, rows)) for rows in groups]
-        width = max(part.last_hidden_state.shape[1] for part in parts)
-        hidden = [
-            nn.functional.pad(p.last_hidden_state, (0, 0, 0, width - p.last_hidden_state.shape[1])) for p in parts
-        ]
-        back = torch.argsort(torch.cat(groups))
-        pooled = torch.cat([part.pooler_output for part in parts])[back]
-        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(hidden)[back], pooler_output=pooled)
 
     def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
         """The states before each real target token, so that no position has seen what it predicts."""
@@ -403,5 +397,4 @@ class LusiferModel(PreTrainedModel):
         return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]
 
 
-AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)
 AutoModel.register(LusiferConfig, LusiferModel, exist_ok=True)

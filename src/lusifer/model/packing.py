@@ -3,16 +3,28 @@
 Attention of the varlen kind (FlashAttention and what transformers registers like it) reads one row
 of all texts and their boundaries, and so computes nothing for padding. Every other kind would let
 the texts of such a row see each other, whatever the position ids say; it gets padded rows.
+
+`embed_packed` keeps a whole batch in one row, from the tokens to the pooled vector:
+
+1. The encoder reads all texts as one row, with their boundaries.
+2. The connector maps real token states alone; every soft token goes to its place in a second row,
+   ``[bos] soft tokens [added tokens]`` text by text.
+3. The LLM reads that row in both directions; each text's states are pooled by sums over its part of the row.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
+
+from lusifer.model.backbone_pair import position_table
+
+if TYPE_CHECKING:
+    from lusifer.model.modeling import LusiferModel
 
 
 def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +35,7 @@ def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: (batch, seq) bool, True at real positions.
 
     Returns:
-        The packed states, zero behind each row's end, and their mask; both cut to the longest row.
+        The packed states, zero behind each row's end, and their mask; both truncated to the longest row.
     """
     if bool(mask.all()):
         return states, mask
@@ -77,3 +89,76 @@ def run_llm(llm: nn.Module, embeds: Tensor, mask: Tensor, *, is_causal: bool) ->
         **shared,
     ).last_hidden_state.squeeze(0)
     return packed.new_zeros((*mask.shape, packed.shape[-1])).masked_scatter(mask.unsqueeze(-1), packed)
+
+
+def can_pack(model: LusiferModel) -> bool:
+    """Whether both backbones have attention of the varlen kind and the encoder's positions are known."""
+    return (
+        is_varlen(model.encoder.config) and is_varlen(model.llm.config) and _first_position(model.encoder) is not None
+    )
+
+
+def _first_position(encoder: nn.Module) -> int | None:
+    """Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index."""
+    known: Any = getattr(encoder, "embeddings", None)
+    table = position_table(encoder) if hasattr(known, "position_embeddings") else None
+    return None if table is None else table.first
+
+
+def _within(lengths: Tensor) -> Tensor:
+    """(sum of lengths,) index of each token in its text."""
+    starts = (lengths.cumsum(dim=0) - lengths).repeat_interleave(lengths)
+    return torch.arange(len(starts), device=lengths.device) - starts
+
+
+def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Embeds texts that stand behind each other.
+
+    Args:
+        model: A model for which `can_pack` holds.
+        input_ids: (total,) int64, the encoder's token ids of all texts.
+        lengths: (rows,) int64, tokens of each text, at least one each.
+
+    Returns:
+        (rows, dim) float32, not normalised: the ``pooler_output`` of ``model``.
+    """
+    encoder: Any = model.encoder
+    llm: Any = model.llm
+    inside, first = _within(lengths), _first_position(encoder)
+    assert first is not None, "ask can_pack first"
+    states = encoder(
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=(inside + first).unsqueeze(0),
+        **text_bounds(lengths),
+    ).last_hidden_state.squeeze(0)
+    soft = model.connector(states.to(model.connector.up.weight.dtype)).float()
+    added = model.connector.added_tokens.float()
+    bos = model.bos_embedding()
+    front = 0 if bos is None else 1
+    longer = lengths + front + len(added)
+    starts = longer.cumsum(dim=0) - longer
+    row = soft.new_empty(int(longer.sum()), soft.shape[-1])
+    row[starts.repeat_interleave(lengths) + front + inside] = soft
+    if bos is not None:
+        row[starts] = bos
+    for number, token in enumerate(added):
+        row[starts + front + lengths + number] = token
+    places = _within(longer)
+    hidden = llm(
+        inputs_embeds=row.to(llm.dtype).unsqueeze(0),
+        position_ids=places.unsqueeze(0),
+        is_causal=False,
+        use_cache=False,
+        **text_bounds(longer),
+    ).last_hidden_state.squeeze(0)
+    if model.config.pooling == "last_token":
+        vector = hidden[starts + longer - 1].float()
+    else:
+        weights = (places >= front).float()
+        if model.config.pooling == "weighted_mean":
+            weights = weights * (places - front + 1)
+        texts = torch.arange(len(lengths), device=lengths.device).repeat_interleave(longer)
+        total = weights.new_zeros(len(lengths)).index_add_(0, texts, weights)
+        sums = weights.new_zeros(len(lengths), hidden.shape[-1])
+        vector = sums.index_add_(0, texts, hidden.float() * weights.unsqueeze(1)) / total.unsqueeze(1)
+    return vector if model.head is None else model.head(vector)

@@ -25,3 +25,17 @@ def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
     weights = mask.float() if how == "mean" else mask.float().cumsum(dim=1) * mask.float()
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.einsum("bs,bsd->bd", weights, states.float())
+
+
+def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the states at real tokens, in float32; zero for a row without any.
+
+    Args:
+        states: (batch, seq, dim).
+        mask: (batch, seq), non-zero at real tokens.
+
+    Returns:
+        (batch, dim) float32.
+    """
+    weights = mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Adapters that belong to an LLM as it is published: folded into its weights while it loads.
+"""Adapters that belong to an LLM as it is published: merged into its weights while it loads.
 
 Many LLM embedders are a base LLM and one or two LoRA adapters of PEFT on top (LLM2Vec, arXiv 2404.05961: one for
 masked next token prediction, then one for contrastive training). To us they are the LLM, which nothing trains further:
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.peft import forget_adapter
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import merge_adapters
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,20 +46,19 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
     options = {"revision": revision or "main", **hub}
     try:
         config: Any = PeftConfig.from_pretrained(where, **options)
-        path = cached_file(where, WEIGHTS, _raise_exceptions_for_missing_entries=False, **options)
+        path = cached_or_none(where, WEIGHTS, **options)
         tensors = None if path is None else load_file(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LusiferError(f"cannot read the adapter {name!r}: {reason}") from error
+        raise LusiferError(f"cannot read the adapter {name!r}: {first_line(error)}") from error
     if tensors is None:
         raise LusiferError(f"the adapter {name!r} has no {WEIGHTS}; other formats may run code: save it as safetensors")
     _check_kind(name, config)
-    found: dict[str, Tensor] = {}
+    matrices: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if (match := _TENSOR.fullmatch(key)) is None:
             raise LusiferError(f"the adapter {name!r} holds {key}, no LoRA matrix of a layer; merge it by hand")
-        found[f"{match['layer']} {match['side']}"] = tensor
-    return config, found
+        matrices[f"{match['layer']} {match['side']}"] = tensor
+    return config, matrices
 
 
 def _check_kind(name: str, config: Any) -> None:
@@ -72,11 +72,11 @@ def _check_kind(name: str, config: Any) -> None:
         "layer_replication": config.layer_replication,
         "trainable_token_indices": config.trainable_token_indices,
     }
-    if told := [field for field, value in refused.items() if value]:
-        raise LusiferError(f"the adapter {name!r} uses {', '.join(told)}; merge it into its LLM by hand")
+    if used := [field for field, value in refused.items() if value]:
+        raise LusiferError(f"the adapter {name!r} uses {', '.join(used)}; merge it into its LLM by hand")
 
 
-def fold_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
+def merge_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
     """Adds an adapter to the LLM it was trained on, in place; nothing of it remains to be trained.
 
     Sums are made in float32 and rounded once to the weights' data type.
@@ -95,9 +95,9 @@ def fold_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
     model: Any = llm
     kept = int(model.config.num_hidden_layers)
     layers = [layer for layer in adapted if not kept <= _number(layer) < depth]
-    there = {path for path, _ in llm.named_modules()}
-    if not adapted or (strange := [layer for layer in layers if layer not in there]):
-        what = strange[0] if adapted else "layer for it"
+    present = {path for path, _ in llm.named_modules()}
+    if not adapted or (unknown := [layer for layer in layers if layer not in present]):
+        what = unknown[0] if adapted else "layer for it"
         raise LusiferError(f"the adapter {name!r} does not fit the LLM, which has no {what}")
     ranks = {layer: tensors[f"{layer} A"].shape[0] for layer in layers if f"{layer} A" in tensors}
     fields = {
@@ -114,12 +114,12 @@ def fold_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
         raise LusiferError(f"cannot add the adapter {name!r}: {error}") from error
     _copy(llm, name, layers, tensors)
     merge_adapters(llm)
-    del model.peft_config  # PEFT would warn of a second adapter when ours comes.
+    forget_adapter(llm)
 
 
 def _number(layer: str) -> int:
-    found = re.search(r"\.(\d+)\.", f".{layer}")
-    return int(found[1]) if found else -1
+    number = re.search(r"\.(\d+)\.", f".{layer}")
+    return int(number[1]) if number else -1
 
 
 def _copy(llm: nn.Module, name: str, layers: list[str], tensors: dict[str, Tensor]) -> None:
@@ -128,6 +128,6 @@ def _copy(llm: nn.Module, name: str, layers: list[str], tensors: dict[str, Tenso
             place: Any = llm.get_submodule(f"{layer}.lora_{side}.default")
             tensor = tensors.get(f"{layer} {side}")
             if tensor is None or tensor.shape != place.weight.shape:
-                told = "lacks" if tensor is None else f"has shape {tuple(tensor.shape)} for"
-                raise LusiferError(f"the adapter {name!r} {told} {layer}.lora_{side}; it does not fit the LLM")
+                problem = "lacks" if tensor is None else f"has shape {tuple(tensor.shape)} for"
+                raise LusiferError(f"the adapter {name!r} {problem} {layer}.lora_{side}; it does not fit the LLM")
             place.weight.data = tensor.to(place.weight.device).float()

@@ -1,37 +1,47 @@
-"""The Sentence Transformers view of a model, and its folder on disk: whole or not there."""
+"""The Sentence Transformers view of a model, and its folder on disk: complete or not there."""
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.sentence_transformers import transformer_module
 from lusifer.model.card import CARD, make_card
 from lusifer.model.configuration import LusiferConfig
-from lusifer.model.modeling import LusiferModel
+from lusifer.publishing import publish_folder
 
-_MODALITIES: Any = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+if TYPE_CHECKING:
+    from lusifer.model.modeling import LusiferModel
+
+CONFIG = "config_sentence_transformers.json"  # The first file that Sentence Transformers writes into a folder.
 
 
-class _InMemory(Transformer):
-    """A Transformer module around a model that exists already, where the base class only loads from disk."""
+class _Saved(nn.Module):
+    """Stands for a model whose weights are in the folder already, or come later."""
 
-    def __init__(self, folder: str, model: LusiferModel, **kwargs: Any) -> None:
-        # nn.Module refuses sub-modules before its own constructor has run.
-        self.__dict__["_ready"] = model
-        super().__init__(folder, **kwargs)
+    def __init__(self, config: LusiferConfig) -> None:
+        super().__init__()
+        self.config = config
 
-    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__.pop("_ready")
+    def forward(self, input_ids: Any, attention_mask: Any = None, return_dict: Any = None) -> None:
+        """Is read for its arguments alone."""
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
+        """Writes the configuration.
+
+        Args:
+            folder: Where to.
+            **_: Ignored.
+        """
+        self.config.save_pretrained(folder)
 
 
 def to_sentence_transformer(model: LusiferModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
@@ -41,39 +51,40 @@ def to_sentence_transformer(model: LusiferModel, tokenizer: PreTrainedTokenizerB
         model: The model; shared, not copied.
         tokenizer: The encoder's tokenizer.
     """
+    return _wrap(model, tokenizer, str(model.connector.added_tokens.device))
+
+
+def _wrap(model: Any, tokenizer: PreTrainedTokenizerBase, device: str) -> SentenceTransformer:
     tokenizer.model_max_length = model.config.max_seq_length
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        module = _InMemory(folder, model, modality_config=_MODALITIES, module_output_name="sentence_embedding")
-    # modules.json then names the built-in class, which loads without trust_remote_code.
-    module.__class__ = Transformer
-    return SentenceTransformer(modules=[module, Normalize()], device=str(model.connector.added_tokens.device))
+        module = transformer_module(folder, model)
+    return SentenceTransformer(modules=[module, Normalize()], device=device)
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to write a checkpoint into, which takes the place of ``folder`` once it is complete.
+def save_around(
+    folder: Path,
+    config: LusiferConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts: dict[str, str] | None = None,
+    default_prompt: str | None = None,
+) -> None:
+    """Writes all of a checkpoint but its weights: configurations, tokenizer and card.
 
-    Raises:
-        LusiferError: If the disk is full or not writable; nothing half-written stays.
+    Args:
+        folder: Where to.
+        config: The model's configuration.
+        tokenizer: The encoder's tokenizer.
+        prompts: The model's prompts by name.
+        default_prompt: Name of the prompt that ``encode`` uses unless told otherwise.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
-            new, old = Path(staging) / "new", Path(staging) / "old"
-            yield new
-            try:
-                if folder.exists():
-                    os.replace(folder, old)
-                os.replace(new, folder)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, folder)
-                raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {reason}") from error
+    wrapped = _wrap(_Saved(config), tokenizer, "cpu")
+    wrapped.prompts.update(prompts or {})
+    wrapped.default_prompt_name = default_prompt
+    wrapped.save_pretrained(str(folder), create_model_card=False)
+    (folder / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
 
 
 def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreTrainedTokenizerBase) -> None:
@@ -87,13 +98,16 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     Raises:
         LusiferError: If the disk is full or not writable; nothing half-written stays.
     """
-    with replacing(folder) as new:
-        model.save_pretrained(str(new), create_model_card=False)
-        config = getattr(getattr(model[0], "auto_model", None), "config", None)
-        if isinstance(config, LusiferConfig):
-            (new / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
-        for name, tokenizer in tokenizers.items():
-            tokenizer.save_pretrained(new / name)
+    try:
+        with publish_folder(folder, "checkpoint") as new:
+            model.save_pretrained(str(new), create_model_card=False)
+            config = getattr(getattr(model[0], "auto_model", None), "config", None)
+            if isinstance(config, LusiferConfig):
+                (new / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
+            for name, tokenizer in tokenizers.items():
+                tokenizer.save_pretrained(new / name)
+    except SafetensorError as error:
+        raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {first_line(error)}") from error
 
 
 def lusifer_model(model: SentenceTransformer) -> LusiferModel:
@@ -102,7 +116,7 @@ def lusifer_model(model: SentenceTransformer) -> LusiferModel:
     Raises:
         LusiferError: If it is another kind of model.
     """
-    inner = getattr(model[0], "auto_model", None)
-    if not isinstance(inner, LusiferModel):
+    inner: Any = getattr(model[0], "auto_model", None)
+    if not isinstance(getattr(inner, "config", None), LusiferConfig):
         raise LusiferError(f"this is a {type(inner).__name__} model, not a LUSIFER checkpoint")
     return inner

@@ -3,36 +3,46 @@
 This is what ``lusifer.load`` encodes with, and so everything on top of Sentence Transformers.
 
 1. A window of texts is tokenised at once, in a thread of its own, while the model is busy with the window before.
-2. Its rows are sorted by their number of tokens and cut into batches of at most a budget of padded tokens, of equal
+2. Its rows are sorted by their number of tokens and split into batches of at most a budget of padded tokens, of equal
    length where there are enough, so that padding is a few per cent however lengths and scripts are mixed (sorted by
    characters, as Sentence Transformers does, a third of the tokens is padding when scripts differ).
-3. Each batch goes through the model, adapters folded into its weights, as one packed row where attention allows it
-   (`lusifer.model.varlen`); the vectors return to the order of the texts.
+3. Each batch goes through the model, adapters merged (`lusifer.model.adapters.inference_copy`), as one packed row where
+   attention allows it (`lusifer.model.packing`); the vectors return to the order of the texts.
+
+Several threads may encode with one model: nothing that they share is changed.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.sentence_transformers import InferenceHook
+from lusifer.model.adapters import inference_copy
 from lusifer.model.modeling import LusiferModel
+from lusifer.model.packing import can_pack, embed_packed
 from lusifer.model.token_batches import PASS_TOKENS, exact_batches
-from lusifer.model.varlen import can_pack, embed_packed
 
 WINDOW = 4096
 _CHARACTERS = 1 << 22  # Of a window: a token takes some 100 bytes while it is with the tokenizer.
 _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are needed to be busy.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _WORTH_IT = 1.3  # How much faster a shorter data type must be to be chosen: it costs some precision.
+_lock = threading.Lock()
+_backends: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 def choose_precision(model: SentenceTransformer) -> str:
@@ -66,6 +76,8 @@ def choose_precision(model: SentenceTransformer) -> str:
 def set_precision(model: SentenceTransformer, precision: str) -> str:
     """Converts a model, in place, to the data type it shall compute in; what adds up stays in float32.
 
+    Its adapters are merged, so that it can no longer be trained or saved.
+
     Args:
         model: A loaded model.
         precision: One of `PRECISIONS`; ``auto`` measures.
@@ -82,7 +94,7 @@ def set_precision(model: SentenceTransformer, precision: str) -> str:
     dtype = getattr(torch, precision)
     inner: Any = getattr(model[0], "auto_model", None)
     if isinstance(inner, LusiferModel):
-        inner.eval().fold_adapters()  # Before rounding, not after.
+        inner.merge_for_inference()  # Before rounding, not after.
         for part in (inner.encoder, inner.llm):
             part.to(dtype)
     else:
@@ -91,12 +103,54 @@ def set_precision(model: SentenceTransformer, precision: str) -> str:
 
 
 def _dimension(model: SentenceTransformer) -> int:
-    """Length of what the modules give, before ``truncate_dim`` cuts it."""
-    cut, model.truncate_dim = model.truncate_dim, None
-    try:
-        return int(model.get_embedding_dimension() or 0)
-    finally:
-        model.truncate_dim = cut
+    """Length of what the modules give, before ``truncate_dim`` shortens it."""
+    given = (getattr(module, "get_embedding_dimension", None) for module in reversed(list(model)))
+    return int(next((size for method in given if callable(method) and (size := method())), 0))
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of texts, special tokens included, truncated to what a model reads.
+
+    Calling a tokenizer of transformers switches truncation on and off in the one backend that all threads share, so
+    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings, made
+    once: one that never truncates, and one that always does, if a text needs it.
+
+    Args:
+        tokenizer: The tokenizer; not changed.
+        texts: The texts.
+        max_length: Most tokens of a text.
+
+    Returns:
+        Ids by text, at most ``max_length`` each, and whether each text was longer.
+    """
+    plain = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    rows: list[list[int]] = _private(tokenizer, truncation=False)(list(texts), truncation=False, **plain)["input_ids"]
+    longer = [len(ids) > max_length for ids in rows]
+    if any(longer):
+        # By the tokenizer, which knows what stands at the end.
+        options = {"truncation": True, "max_length": max_length}
+        truncating = _private(tokenizer, **options)
+        for row in (row for row, is_longer in enumerate(longer) if is_longer):
+            rows[row] = truncating(texts[row], **options, **plain)["input_ids"]
+    return rows, longer
+
+
+def _private(tokenizer: Any, **options: Any) -> Any:
+    """A copy of a tokenizer that is only ever called with these options."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # What a user may change afterwards: added tokens, sides, the language code of NLLB.
+    settings: tuple[Any, ...] = (*options.items(), id(backend), len(tokenizer), tokenizer.truncation_side)
+    settings = (*settings, repr(getattr(backend, "post_processor", None)))
+    with _lock:
+        copies = _backends.setdefault(tokenizer, {})
+        known = copies.get(options["truncation"])
+        if known is None or known[0] != settings:
+            own = copy.deepcopy(tokenizer)
+            own("a", **options)  # Switches its backend, before other threads see it.
+            known = copies[options["truncation"]] = (settings, own)
+        return known[1]
 
 
 class TextEncoder:
@@ -109,34 +163,31 @@ class TextEncoder:
 
     Attributes:
         dimension: Length of a vector, whatever the model's ``truncate_dim``.
-        max_seq_length: Tokens read of a text.
-        cut: How many texts so far were longer and were cut.
+        max_seq_length: Tokens read of a text; no more than the encoder has positions for.
+        cut: How many texts so far were longer.
     """
 
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
-        self.inner: Any = getattr(model[0], "auto_model", None)
-        self.packs = False
-        if isinstance(self.inner, LusiferModel):
-            self.inner.fold_adapters()
-            self.packs = can_pack(self.inner)
+        self.inner: Any = None
+        inner = getattr(model[0], "auto_model", None)
+        self.is_ours = isinstance(inner, LusiferModel)
+        self.max_seq_length = int(model.max_seq_length or 512)
+        if isinstance(inner, LusiferModel):
+            self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
+            self.inner = inference_copy(inner)
+        self.packs = self.is_ours and can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
         self.dimension = _dimension(model)
-        self.max_seq_length = int(model.max_seq_length or 512)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
         self.window = window
         self.cut = 0
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, special tokens included, cut to what the model reads; counts the cut ones."""
-        found: list[list[int]] = self.tokenizer(
-            list(texts), truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        long = [row for row, ids in enumerate(found) if len(ids) > self.max_seq_length]
-        for row in long:  # Cut by the tokenizer, which knows what stands at the end.
-            found[row] = self.tokenizer(texts[row], truncation=True, max_length=self.max_seq_length)["input_ids"]
-        self.cut += len(long)
-        return found
+        """Token ids of texts, special tokens included, truncated to what the model reads; counts the truncated ones."""
+        ids, longer = token_ids(self.tokenizer, texts, self.max_seq_length)
+        self.cut += sum(longer)
+        return ids
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
@@ -144,24 +195,24 @@ class TextEncoder:
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
-            tick: Is told after each batch how many texts it held.
+            tick: Called after each batch with the number of its texts.
 
         Returns:
             (n, dim) float32 unit vectors, in the order of the texts.
         """
-        found = np.empty((len(ids), self.dimension), dtype=np.float32)
+        embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
         for rows, vectors in self._batches(ids):
-            found[rows] = vectors
+            embeddings[rows] = vectors
             if tick is not None:
                 tick(len(rows))
-        return found
+        return embeddings
 
     def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
         """Embeds texts as they come, in memory for two windows of them.
 
         Args:
             texts: The texts; read one window ahead of what is yielded.
-            tick: Is told after each batch how many texts it held.
+            tick: Called after each batch with the number of its texts.
 
         Yields:
             (n, dim) float32 unit vectors, in the order of the texts; n is at most ``window``.
@@ -179,13 +230,13 @@ class TextEncoder:
         Returns:
             (n, dim) float32 unit vectors.
         """
-        found = np.empty((len(texts), self.dimension), dtype=np.float32)
+        embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         begin = 0
         with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
             for vectors in self.stream(texts, bar.update):
-                found[begin : begin + len(vectors)] = vectors
+                embeddings[begin : begin + len(vectors)] = vectors
                 begin += len(vectors)
-        return found
+        return embeddings
 
     def _tokenized(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
         """Windows of token ids, each made while the one before is in the model."""
@@ -200,14 +251,14 @@ class TextEncoder:
                 yield ahead.result()
 
     def _next_window(self, texts: Iterator[str]) -> list[str]:
-        found: list[str] = []
+        window: list[str] = []
         characters = 0
         for text in texts:
-            found.append(text)
+            window.append(text)
             characters += len(text)
-            if len(found) == self.window or characters >= _CHARACTERS:
+            if len(window) == self.window or characters >= _CHARACTERS:
                 break
-        return found
+        return window
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if not len(ids):
@@ -219,40 +270,37 @@ class TextEncoder:
 
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
+        device = self.model.device
         if self.packs:
-            device = self.model.device
             flat = torch.tensor([token for row in ids for token in row], device=device)
             vectors = embed_packed(self.inner, flat, torch.tensor([len(row) for row in ids], device=device))
-            for module in list(self.model)[1:]:
-                vectors = module({"sentence_embedding": vectors})["sentence_embedding"]
-            return vectors
-        batch = self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt", verbose=False)
-        features = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        return self.model(features)["sentence_embedding"]
+        else:
+            batch = self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt", verbose=False)
+            features = {name: tensor.to(device) for name, tensor in batch.items()}
+            if not self.is_ours:
+                return self.model(features)["sentence_embedding"]
+            vectors = self.inner(features["input_ids"], features["attention_mask"]).pooler_output
+        for module in list(self.model)[1:]:
+            vectors = module({"sentence_embedding": vectors})["sentence_embedding"]
+        return vectors
 
 
-class FastSentenceTransformer(SentenceTransformer):
+class FastSentenceTransformer(InferenceHook):
     """A Sentence Transformers model whose ``encode`` takes the path of `TextEncoder`; all else is as there.
 
     ``batch_size`` bounds the tokens of a pass: never more than so many texts of full length.
     """
 
-    def _inference(self, inputs: list[Any], **options: Any) -> Any:
-        """Embeddings (n, dim) of texts with arguments that ``encode`` has resolved; what is not plain goes its way."""
-        known = ("prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
-        # `task` is what encode_query and encode_document say to a router of modules, which our models have none of.
-        extra = set(options) - {*known, "truncate_dim", "device", "task"}
-        inner = getattr(self[0], "auto_model", None)
-        plain = options["output_value"] == "sentence_embedding" and not extra and isinstance(inner, LusiferModel)
-        if not plain or not all(isinstance(text, str) for text in inputs) or not inputs:
-            return super()._inference(inputs, **options)
-        self._resolve_inference_device(options["device"])
+    def embed_texts(self, texts: list[str], *, batch_size: int, progress: bool) -> Tensor | None:
+        """(n, dim) float32 embeddings of texts; None where the model is none of ours.
+
+        Args:
+            texts: The texts, prompts included.
+            batch_size: Most texts of full length in one pass.
+            progress: Whether to show a bar.
+        """
+        if not isinstance(getattr(self[0], "auto_model", None), LusiferModel):
+            return None
         encoder = TextEncoder(self)
-        encoder.token_budget = min(encoder.token_budget, options["batch_size"] * encoder.max_seq_length)
-        texts = [f"{options['prompt']}{text}" for text in inputs] if options["prompt"] else inputs
-        found = torch.from_numpy(encoder.encode(texts, progress=options["show_progress_bar"]))
-        if options["truncate_dim"] is not None:
-            found = found[:, : options["truncate_dim"]]
-        if options["normalize_embeddings"]:
-            found = torch.nn.functional.normalize(found, dim=1)
-        return found if options["save_to_cpu"] else found.to(self.device)
+        encoder.token_budget = min(encoder.token_budget, batch_size * encoder.max_seq_length)
+        return torch.from_numpy(encoder.encode(texts, progress=progress))

@@ -1,17 +1,20 @@
-"""token_batches."""
+"""Which rows of a batch go through a model together: groups of similar length, within a budget of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 Features = dict[str, Tensor]
 
 
 # Tokens of a pass on a CPU: enough rows for matrix products at full speed, few enough to stay in its cache.
 PASS_TOKENS = 1024
+# Padded by real tokens, above which a batch is split into groups: below it, the groups' own overhead is as much.
+WORTH_SPLITTING = 1.15
 
 
 def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[Tensor]:
@@ -36,6 +39,24 @@ def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[T
         half = (len(groups[widest]) + 1) // 2
         groups[widest : widest + 1] = [groups[widest][:half], groups[widest][half:]]
     return groups
+
+
+def padding_groups(attention_mask: Tensor) -> list[Tensor]:
+    """Rows of similar length, where a batch on a CPU is mostly padding; else none.
+
+    Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
+
+    Args:
+        attention_mask: (rows, seq), non-zero at real tokens.
+
+    Returns:
+        Row indices of each group; empty where splitting gains nothing.
+    """
+    lengths = attention_mask.bool().sum(dim=1)
+    if attention_mask.device.type != "cpu" or attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
+        return []
+    groups = micro_batches(lengths, PASS_TOKENS)
+    return groups if len(groups) > 1 else []
 
 
 def exact_batches(lengths: Tensor, max_tokens: int, enough: int = 256) -> list[Tensor]:
@@ -90,3 +111,22 @@ def token_features(batch: dict[str, Any]) -> Features:
     """The entries of a batch that have one value per token: tensors of the shape of ``input_ids``."""
     shape = batch["input_ids"].shape
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+
+
+def run_groups(model: nn.Module, batch: Features, groups: list[Tensor]) -> BaseModelOutputWithPooling:
+    """Runs a model group by group and puts the rows back into their order.
+
+    Args:
+        model: Takes the batch's entries as arguments.
+        batch: Tensors (rows, seq), among them ``attention_mask``.
+        groups: Row indices of each group.
+
+    Returns:
+        ``last_hidden_state`` (rows, length, dim), zero behind each group's end, and ``pooler_output`` (rows, dim).
+    """
+    parts = [model(**trim(batch, rows)) for rows in groups]
+    hidden, back = [part.last_hidden_state for part in parts], torch.argsort(torch.cat(groups))
+    width = max(states.shape[1] for states in hidden)
+    padded = [nn.functional.pad(states, (0, 0, 0, width - states.shape[1])) for states in hidden]
+    pooled = torch.cat([part.pooler_output for part in parts])[back]
+    return BaseModelOutputWithPooling(last_hidden_state=torch.cat(padded)[back], pooler_output=pooled)

@@ -147,8 +147,7 @@ class ModelRecipe(_Strict):
 
     def architecture(self, *left_out: str) -> dict[str, Any]:
         """The fields that `LusiferModel.from_backbones` and `LusiferConfig` take, by their names there."""
-        fields = self.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
-        return {"connector_shortcut": fields.pop("connector_residual"), **fields}
+        return self.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
 
 
 class WarmStartRecipe(_Strict):

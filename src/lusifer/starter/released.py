@@ -8,13 +8,11 @@ Sentence Transformers, MTEB and everything else open like any other.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from lusifer.errors import LusiferError
+from lusifer.publishing import publish_folder
 from lusifer.starter.fetch import cache_dir, starter_path
 
 NAME = "starter"
@@ -42,27 +40,7 @@ def assemble(source: Path | None = None) -> Path:
     folder = cache_dir() / "models" / f"{NAME}-{digest.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}-") as scratch:
-            staging = Path(scratch) / "model"
-            shutil.copytree(source, staging)
-            shutil.copyfile(tokenizer / _TOKENIZER, staging / _TOKENIZER)
-            if not folder.is_dir():  # Another process may have been faster.
-                os.replace(staging, folder)
-    except OSError as error:
-        if not folder.is_dir():
-            reason = error.strerror or error
-            raise LusiferError(f"cannot write the released model into {str(folder.parent)!r}: {reason}") from error
+    with publish_folder(folder, "released model") as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        shutil.copyfile(tokenizer / _TOKENIZER, staging / _TOKENIZER)
     return folder
-
-
-def resolve_model(name_or_path: str) -> str:
-    """Maps ``starter`` to the released model's folder and returns everything else unchanged.
-
-    Raises:
-        LusiferError: If it is the starter and its backbones are not fetched.
-    """
-    if name_or_path == NAME and not Path(name_or_path).exists():
-        return str(assemble())
-    return name_or_path

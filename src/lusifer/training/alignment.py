@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from lusifer.errors import LusiferError
-from lusifer.model.lm_head import LMHead
 from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
 from lusifer.training.distributed import gather
 from lusifer.training.gradient_cache import Backward, NoSync, groups_within
+from lusifer.training.lm_head import LMHead
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -164,7 +164,7 @@ class AlignmentLoss(nn.Module):
             source["attention_mask"],
             target_ids=target["input_ids"],
             target_mask=target["attention_mask"],
-            target_hidden=masked,
+            target_masked=masked,
             mask_embedding=None if masked is None else self.mask_embedding,
         ).last_hidden_state
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lusifer.model.adapters import parameters_by_part
+from lusifer.model.backbone_pair import check_window
 from lusifer.model.backbones import keep_layers, load_config
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
@@ -41,6 +42,7 @@ def model_on_meta(recipe: Recipe) -> LusiferModel:
     """
     chosen = recipe.model
     encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
+    check_window(chosen.encoder, encoder, chosen.max_seq_length)
     llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
     if chosen.llm_layers is not None:
         keep_layers(llm, chosen.llm_layers)

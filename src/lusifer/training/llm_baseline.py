@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.model.adapters import add_lora, merge_adapters
 from lusifer.model.backbone_alone import mean_pooled_llm
+from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 from lusifer.training.stages import contrast
@@ -38,9 +39,7 @@ class LLMAlone(nn.Module):
             ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
         """
         states = self.llm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).float()
-        mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean_pool(states, attention_mask))
 
 
 def llm_alone(recipe: Recipe) -> SentenceTransformer:

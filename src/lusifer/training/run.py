@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
+from lusifer.model.backbone_pair import check_window
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.published_adapters import read_base_adapter
@@ -55,8 +56,10 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         LusiferError: If one is missing, broken or of the wrong kind; see `lusifer.data.records`.
     """
-    load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
+    encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
     llm = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+    lengths = [stage.max_seq_length or 0 for stage in (recipe.align, recipe.contrast) if stage.enabled]
+    check_window(recipe.model.encoder, encoder, max(recipe.model.max_seq_length, *lengths, 0))
     for adapter in recipe.model.llm_base_adapters:
         read_base_adapter(adapter)
     depth = recipe.model.llm_layers or llm.num_hidden_layers

@@ -15,15 +15,15 @@ from lusifer.data.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.data.mixture import Mixture
 from lusifer.data.records import read_texts
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_alone import EncoderGuide
+from lusifer.model.backbone_alone import EncoderAlone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
-from lusifer.model.lm_head import load_lm_head
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
 from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics
 from lusifer.training.contrastive import ContrastiveLoss
 from lusifer.training.gradient_stage import run_gradient_stage
+from lusifer.training.lm_head import load_lm_head
 from lusifer.training.warm_start import fit_connector, start_connector
 
 logger = logging.getLogger(__name__)
@@ -160,11 +160,11 @@ def run_contrast(
     return contrast(recipe, inner, model.tokenizer, limit, folder, progress)
 
 
-def _guide(recipe: Recipe) -> EncoderGuide | SentenceTransformer | None:
+def _guide(recipe: Recipe) -> EncoderAlone | SentenceTransformer | None:
     name, chosen = recipe.contrast.guide, recipe.model
     if name == "encoder":
         limit = recipe.contrast.max_seq_length or chosen.max_seq_length
-        return EncoderGuide.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=limit)
+        return EncoderAlone.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=limit)
     return load_checkpoint(name) if name else None
 
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from lusifer.errors import LusiferError
-from lusifer.model.backbones import SAFE_LOADING, load_part, no_load_report
+from lusifer.hooks.transformers import no_load_report
+from lusifer.model.backbones import SAFE_LOADING, load_part
 
 
 class LMHead(nn.Module):

@@ -1,0 +1,76 @@
+"""What we use of Sentence Transformers that is not public."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import nn
+
+_MODALITIES: Any = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+
+
+class _InMemory(Transformer):
+    """A Transformer module around a model in memory, where the base class only loads from disk."""
+
+    def __init__(self, folder: str, model: nn.Module) -> None:
+        # nn.Module refuses sub-modules before its own constructor has run.
+        self.__dict__["_ready"] = model
+        super().__init__(folder, modality_config=_MODALITIES, module_output_name="sentence_embedding")
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__.pop("_ready")
+
+
+def transformer_module(folder: str, model: nn.Module) -> Transformer:
+    """The module of Sentence Transformers around a model in memory.
+
+    Touches ``Transformer._load_model``, which is given the model instead of reading one, and the module's class, so
+    that modules.json names the built-in one, which loads without ``trust_remote_code``.
+
+    Args:
+        folder: Folder with the model's configuration and tokenizer.
+        model: The model; its output has ``pooler_output``, (batch, dim).
+    """
+    module = _InMemory(folder, model)
+    module.__class__ = Transformer
+    return module
+
+
+class InferenceHook(SentenceTransformer):
+    """A Sentence Transformers model whose embeddings of plain texts are made by `embed_texts`.
+
+    Touches ``SentenceTransformer._inference``, which every ``encode`` comes to with its arguments resolved, and
+    ``_resolve_inference_device``.
+    """
+
+    def embed_texts(self, texts: list[str], *, batch_size: int, progress: bool) -> torch.Tensor | None:
+        """Embeddings of texts, (n, dim) float32 on the CPU; None leaves them to Sentence Transformers.
+
+        Args:
+            texts: The texts, prompts included.
+            batch_size: Most texts of full length in one pass.
+            progress: Whether to show a bar.
+        """
+        raise NotImplementedError
+
+    def _inference(self, inputs: list[Any], **options: Any) -> Any:
+        known = ("prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
+        # ``task`` is what encode_query and encode_document say to a router of modules, which our models have none of.
+        extra = set(options) - {*known, "truncate_dim", "device", "task"}
+        plain = options["output_value"] == "sentence_embedding" and not extra
+        vectors = None
+        if plain and inputs and all(isinstance(text, str) for text in inputs):
+            self._resolve_inference_device(options["device"])
+            texts = [f"{options['prompt']}{text}" for text in inputs] if options["prompt"] else inputs
+            size, progress = options["batch_size"], options["show_progress_bar"]
+            vectors = self.embed_texts(texts, batch_size=size, progress=progress)
+        if vectors is None:
+            return super()._inference(inputs, **options)
+        if options["truncate_dim"] is not None:
+            vectors = vectors[:, : options["truncate_dim"]]
+        if options["normalize_embeddings"]:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return vectors if options["save_to_cpu"] else vectors.to(self.device)

@@ -1,0 +1,183 @@
+"""The two backbones of a model together: checked before anything is loaded, identified, loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lusifer.errors import LusiferError
+from lusifer.model.backbones import (
+    build_encoder,
+    commit_of,
+    keep_layers,
+    load_config,
+    load_encoder,
+    load_llm,
+    load_tokenizer,
+    quantized,
+)
+from lusifer.model.configuration import LusiferConfig
+from lusifer.model.fingerprint import files_fingerprint
+from lusifer.starter.fetch import PREFIX
+
+
+def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields: Any) -> LusiferConfig:
+    """The configuration of a new model, after everything that can be checked of its backbones without loading them.
+
+    Args:
+        encoder: Hub id, local folder or starter name.
+        llm: The same of the LLM.
+        llm_layers: Use only the LLM's first layers; all when None.
+        **fields: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
+
+    Raises:
+        LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder reads
+            fewer tokens than ``max_seq_length`` says.
+    """
+    names = {"encoder": recorded_name(encoder), "llm": recorded_name(llm)}
+    configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}
+    if "max_seq_length" in fields:
+        check_window(encoder, configs["encoder"], fields["max_seq_length"])
+    else:
+        fields["max_seq_length"] = min(512, encoder_window(configs["encoder"]) or 512)
+    for part, name in names.items():
+        load_tokenizer(part, name, revision=fields.get(f"{part}_revision"), config=configs[part])
+        # A hub's branch moves on and a folder's content changes; the checkpoint is to mean what it was trained with.
+        fields[f"{part}_revision"] = commit_of(name, fields.get(f"{part}_revision"))
+        fields[f"{part}_fingerprint"] = identity(name, fields[f"{part}_revision"])
+    if llm_layers is not None:
+        keep_layers(configs["llm"], llm_layers)
+    fields["llm_base_adapters"] = [recorded_name(name) for name in fields.get("llm_base_adapters") or []]
+    fields |= {**names, "encoder_config": configs["encoder"], "llm_config": configs["llm"]}
+    return LusiferConfig(**fields)
+
+
+def load_backbones(
+    config: LusiferConfig,
+    encoder_dtype: torch.dtype | str,
+    llm_dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    quantization: str | None = None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Loads the encoder and the LLM a configuration names; ``quantization`` is for the LLM.
+
+    Raises:
+        LusiferError: If it names none, one cannot be read, or the LLM cannot be quantised.
+    """
+    if config.encoder is None or config.llm is None:
+        raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
+    for part in ("encoder", "llm"):
+        _check_identity(config, part, **hub)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    encoder = load_encoder(
+        config.encoder,
+        config.encoder_config,
+        dtype=encoder_dtype,
+        revision=config.encoder_revision or "main",
+        **attention,
+        **hub,
+    )
+    llm = load_llm(
+        config.llm,
+        config.llm_config,
+        dtype=llm_dtype,
+        adapters=config.llm_base_adapters,
+        revision=config.llm_revision or "main",
+        **quantized(quantization, llm_dtype),
+        **attention,
+        **hub,
+    )
+    return encoder, llm
+
+
+def recorded_name(name: str) -> str:
+    """A backbone's name as a checkpoint records it: a folder as its absolute path, everything else as it is."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
+
+
+def identity(name: str, revision: str | None = None, **hub: Any) -> str | None:
+    """Fingerprint of a backbone's weights; None for starters, whose version pins them.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        revision: Hub revision.
+        **hub: ``token``, ``cache_dir``, ...
+    """
+    return None if name.startswith(PREFIX) else files_fingerprint(name, revision=revision or "main", **hub)
+
+
+def _check_identity(config: LusiferConfig, part: str, **hub: Any) -> None:
+    """Refuses another backbone under the recorded name; checkpoints of before record no fingerprint.
+
+    Raises:
+        LusiferError: If the weights are not those that the checkpoint was trained with.
+    """
+    name, recorded = getattr(config, part), getattr(config, f"{part}_fingerprint")
+    if recorded is None or (part == "encoder" and config.encoder_stored):
+        return
+    present = identity(name, getattr(config, f"{part}_revision"), **hub)
+    if present not in (None, recorded):
+        raise LusiferError(
+            f"the {part} {name!r} is not the one this checkpoint was trained with: its weights are different "
+            f"(fingerprint {present}, not {recorded}); put the right model there, or its place into config.json"
+        )
+
+
+class PositionTable(NamedTuple):
+    """An encoder's table of absolute positions.
+
+    Attributes:
+        window: Most tokens of a text, special tokens included.
+        first: Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index.
+    """
+
+    window: int
+    first: int
+
+
+def position_table(encoder: nn.Module) -> PositionTable | None:
+    """The table of absolute positions of an encoder; None where positions are relative or rotary, without an end."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            config: Any = encoder.config
+            rows = min(module.num_embeddings, getattr(config, "max_position_embeddings", module.num_embeddings))
+            return PositionTable(rows - first, first)
+    return None
+
+
+def encoder_window(config: PretrainedConfig) -> int | None:
+    """Most tokens an encoder can read of a text; None where its positions have no end. Needs no weights.
+
+    Args:
+        config: The encoder's configuration.
+    """
+    with torch.device("meta"):
+        table = position_table(build_encoder(copy.deepcopy(config)))  # T5 changes the configuration it is built from.
+    return None if table is None else table.window
+
+
+def check_window(name: str, config: PretrainedConfig, max_seq_length: int) -> None:
+    """Refuses a length that the encoder's positions do not reach, where the first long text would raise an IndexError.
+
+    Args:
+        name: The encoder's name, for the message.
+        config: Its configuration.
+        max_seq_length: Tokens of a text that shall be read, special tokens included.
+
+    Raises:
+        LusiferError: If the encoder reads fewer.
+    """
+    window = encoder_window(config)
+    if window is not None and max_seq_length > window:
+        raise LusiferError(
+            f"max_seq_length is {max_seq_length}, but the encoder {name!r} reads at most {window} tokens; "
+            f"set max_seq_length to {window} or less"
+        )
