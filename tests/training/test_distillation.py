@@ -74,3 +74,12 @@ def test_an_encoder_of_sentences_adds_its_own_embedding():
     own = output.pooler_output
     torch.testing.assert_close(found[:, -own.shape[1] :], own)
     assert found.shape[1] == own.shape[1] + output.last_hidden_state.shape[2]
+
+
+def test_as_a_model_an_encoder_of_sentences_is_its_own_embedding_alone():
+    torch.manual_seed(0)
+    encoder = UseModel(UseConfig(vocab_size=50)).eval()
+    alone = EncoderAlone(encoder, None, 8)
+    features = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    alone.preprocess = lambda texts: features
+    torch.testing.assert_close(alone.embed(["a"]), encoder(**features).pooler_output)

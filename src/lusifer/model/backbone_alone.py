@@ -70,7 +70,10 @@ def mean_pooled_llm(
 
 
 class EncoderAlone(nn.Module):
-    """A multilingual encoder by itself: the mean of its states, joined with its own sentence embedding if it has one.
+    """A multilingual encoder by itself.
+
+    As a model it is its own sentence embedding if it has one, else the mean of its states (`embed`). As a guide of
+    training it is both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
 
     A pooler that next-sentence prediction left behind (BERT) is no sentence embedding: an encoder says by the attribute
     ``embeds_sentences`` that its ``pooler_output`` is one.
@@ -118,7 +121,7 @@ class EncoderAlone(nn.Module):
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Embeds texts.
+        """The guide's embeddings.
 
         Args:
             features: ``input_ids`` and ``attention_mask``, (batch, seq).
@@ -126,19 +129,23 @@ class EncoderAlone(nn.Module):
         Returns:
             ``sentence_embedding`` (batch, dim) float32; each of its one or two parts has unit length.
         """
+        return {"sentence_embedding": torch.cat(self._parts(features), dim=-1)}
+
+    def _parts(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Unit vectors (batch, dim): the mean of the states and, where there is one, the own sentence embedding."""
         mask = features["attention_mask"]
         with torch.autocast(mask.device.type, enabled=False):
             output = self.encoder(input_ids=features["input_ids"], attention_mask=mask)
         parts = [mean_pool(output.last_hidden_state, mask)]
         if getattr(self.encoder, "embeds_sentences", False):
             parts.append(output.pooler_output.float())
-        return {"sentence_embedding": torch.cat([normalize(part, dim=-1) for part in parts], dim=-1)}
+        return [normalize(part, dim=-1) for part in parts]
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeds texts: (n, dim) float32 on the encoder's device."""
+        """Embeds texts: (n, dim) float32 unit vectors on the encoder's device."""
         device = next(self.encoder.parameters()).device
-        return self({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})["sentence_embedding"]
+        return self._parts({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})[-1]
 
 
 Embed = Callable[[Sequence[str]], Tensor]
