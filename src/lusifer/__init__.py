@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lusifer.errors import LusiferError
+from lusifer.lazy import lazy
 from lusifer.registration import register
 
 if TYPE_CHECKING:
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LusiferConfig", "LusiferError", "LusiferModel", "__version__", "load", "path"]
 
-
-_LAZY = {"LusiferConfig": "lusifer.model.configuration", "LusiferModel": "lusifer.model.modeling"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'lusifer' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+__getattr__ = lazy(__name__, {"LusiferConfig": "model.configuration", "LusiferModel": "model.modeling"})
 
 
 def load(path: str, **kwargs: Any) -> SentenceTransformer:

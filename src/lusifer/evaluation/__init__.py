@@ -11,21 +11,26 @@ mteb is imported by `instructions`, `intervals`, `mteb_model`, `results`, `run` 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "diagnose": "diagnosis",
-    "choose": "tasks",
-    "load_prompts": "instructions",
-    "main_scores": "results",
-    "score": "everyday",
-}
-__all__ = list(_HOMES)
+from lusifer.lazy import lazy
 
+if TYPE_CHECKING:
+    from lusifer.evaluation.diagnosis import diagnose
+    from lusifer.evaluation.everyday import score
+    from lusifer.evaluation.instructions import load_prompts
+    from lusifer.evaluation.results import main_scores
+    from lusifer.evaluation.tasks import choose
 
-def __getattr__(name: str) -> Any:
-    """Loads a public name at its first use, so that light modules stay light."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["choose", "diagnose", "load_prompts", "main_scores", "score"]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "choose": "tasks",
+        "diagnose": "diagnosis",
+        "load_prompts": "instructions",
+        "main_scores": "results",
+        "score": "everyday",
+    },
+)

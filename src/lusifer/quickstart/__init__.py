@@ -7,15 +7,13 @@ plot, without torch. Both go on where an interrupted run was.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from lusifer.lazy import lazy
+
+if TYPE_CHECKING:
+    from lusifer.quickstart.run import quickstart
 
 __all__ = ["quickstart"]
 
-
-def __getattr__(name: str) -> Any:
-    """Loads `quickstart` at its first use, so that the report alone needs no torch."""
-    if name != "quickstart":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lusifer.quickstart.run import quickstart
-
-    return quickstart
+__getattr__ = lazy(__name__, {"quickstart": "run"})

@@ -6,19 +6,27 @@
 map of the texts (`corpus_map`).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lusifer.lazy import lazy
 
 if TYPE_CHECKING:
     from lusifer.search.locations import create_store, open_store, store_exists
     from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
-_HOMES = {name: "locations" for name in ("create_store", "open_store", "store_exists")}
-_HOMES |= {name: "store" for name in ("Entry", "Hit", "IndexInfo", "Store")}
 __all__ = ["Entry", "Hit", "IndexInfo", "Store", "create_store", "open_store", "store_exists"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "Entry": "store",
+        "Hit": "store",
+        "IndexInfo": "store",
+        "Store": "store",
+        "create_store": "locations",
+        "open_store": "locations",
+        "store_exists": "locations",
+    },
+)

@@ -9,18 +9,13 @@ the embedding. Both gradient stages run in `gradient_stage` through the `trainer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lusifer.lazy import lazy
 
 if TYPE_CHECKING:
     from lusifer.training.run import train
 
 __all__ = ["train"]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports torch and the trainer only when they are asked for."""
-    if name == "train":
-        from lusifer.training.run import train
-
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, {"train": "run"})
