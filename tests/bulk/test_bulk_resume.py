@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from lusifer.bulk import local_engine as bulk_local
+from lusifer.bulk import local_engine
 from lusifer.bulk.job import Settings
 from lusifer.bulk.run import encode
 from lusifer.model.sentence_transformer import save_atomically
@@ -99,7 +99,7 @@ def test_two_processes_make_the_bytes_of_one(finished, tmp_path):
 
 def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, monkeypatch):
     common, settings, expected, _ = finished
-    real = bulk_local.Processes._receive
+    real = local_engine.Processes._receive
     received = []
 
     def receive(self, pipe, work):
@@ -110,7 +110,7 @@ def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, mon
                 os.kill(process.pid, signal.SIGKILL)
         return found
 
-    monkeypatch.setattr(bulk_local.Processes, "_receive", receive)
+    monkeypatch.setattr(local_engine.Processes, "_receive", receive)
     message = refused(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
     assert "died (exit code -9" in message and "the same command goes on" in message
     monkeypatch.undo()

@@ -8,7 +8,13 @@ import threading
 import numpy as np
 import pytest
 
-from lusifer.serving.batcher import Batcher, Overloaded, TooLarge
+from lusifer.serving.batcher import Batcher
+from lusifer.serving.limits import ApiError
+
+
+def retry_after(error):
+    assert error.status == 429
+    return int(error.headers["retry-after"])
 
 
 class Model:
@@ -126,19 +132,19 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
             try:
                 batcher.check(10)
                 taken.append(await submitted(batcher, texts(3, 2)))
-            except Overloaded as error:
-                refused.append(error.retry_after)
+            except ApiError as error:
+                refused.append(retry_after(error))
             assert batcher.weight <= 640 and batcher.waiting == 10 * len(taken)
         assert len(taken) == 64 and len(refused) == 36
         # Ten tokens have to go, at a hundred a second.
         assert set(refused) == {1}
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(ApiError, match="the queue is full") as caught:
             await batcher.submit(texts(3, 60))
-        assert caught.value.retry_after == 1  # It weighs one batch: 80 tokens.
+        assert retry_after(caught.value) == 1  # It weighs one batch: 80 tokens.
         batcher.rate = 10.0  # At which it all takes 64 of the allowed 1000 seconds.
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(ApiError, match="the queue is full") as caught:
             batcher.check(80)
-        assert caught.value.retry_after == 8
+        assert retry_after(caught.value) == 8
         model.free.set()
         await asyncio.gather(first, *taken)
         assert batcher.waiting == 0
@@ -156,9 +162,9 @@ def test_a_slow_model_has_a_shorter_queue():
             batcher.rate = rate
             assert batcher.bound == bound
         taken = [await submitted(batcher, [[1] * 10]) for _ in range(8)]
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(ApiError, match="the queue is full") as caught:
             batcher.check(10)
-        assert caught.value.retry_after == 1
+        assert retry_after(caught.value) == 1
         model.free.set()
         await asyncio.gather(first, *taken)
 
@@ -181,12 +187,12 @@ def test_what_cannot_be_finished_in_time_is_refused_at_once():
     async def steps(batcher, model):
         first = await block(batcher, model)
         batcher.rate = 100.0  # Ten seconds: a thousand tokens.
-        with pytest.raises(TooLarge, match="about 20 s, and 10 s are allowed"):
+        with pytest.raises(ApiError, match="about 20 s, and 10 s are allowed"):
             batcher.check(2000)
         long = await submitted(batcher, texts(1000, 120))
-        with pytest.raises(Overloaded) as caught:
+        with pytest.raises(ApiError, match="the queue is full") as caught:
             batcher.check(600)  # Beside the long one it would get half of the model: twelve seconds.
-        assert caught.value.retry_after == 3
+        assert retry_after(caught.value) == 3
         batcher.check(100)
         model.free.set()
         await asyncio.gather(first, long)

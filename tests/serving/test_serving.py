@@ -41,7 +41,7 @@ from support.tiny import CORPUS, sharpen
 
 # Unit vectors in float32 whose sums ran in another order, as their batches differ; JSON and base64 are exact.
 TOLERANCE = 1e-5
-SMALL = Limits(max_body=20_000, body_timeout=0.7, max_texts=50)
+SMALL = Limits(max_body=20_000, body_timeout=0.7)
 
 
 class Gated(TextEncoder):
@@ -254,25 +254,30 @@ WRONG = [
     (b'{"input": ' + b"[" * 9000, "invalid_json", None, "not JSON"),
     (b'{"input": [' + b"9" * 5000 + b"]}", "invalid_json", None, "not JSON"),
     (b"{}", None, "input", "required"),
-    (b'{"input": []}', None, "input", "empty"),
-    (b'{"input": ""}', None, "input", "empty"),
-    (b'{"input": ["a", ""]}', None, "input", r"input\[1\] is empty"),
-    (b'{"input": [[]]}', None, "input", "empty"),
-    (b'{"input": null}', None, "input", "no string"),
-    (b'{"input": {"a": 1}}', None, "input", "no string"),
-    (b'{"input": [{"a": 1}]}', None, "input", "no string"),
-    (b'{"input": ["a", 1]}', None, "input", r"input\[1\]"),
-    (b'{"input": [1, "a"]}', None, "input", "token ids"),
-    (b'{"input": [1.5]}', None, "input", "no string"),
-    (b'{"input": [true]}', None, "input", "token ids"),
-    (b'{"input": [[1], 2]}', None, "input", r"input\[1\]"),
-    (b'{"input": [-1]}', None, "input", "no token id"),
-    (b'{"input": [1000000]}', None, "input", "no token id"),
+    (b'{"input": []}', None, "input", "input: List should have at least 1 item"),
+    (b'{"input": ""}', None, "input", "input: String should have at least 1 character"),
+    (b'{"input": ["a", ""]}', None, "input", r"input\[1\]: String should have at least 1 character"),
+    (b'{"input": [[]]}', None, "input", r"input\[0\]: List should have at least 1 item"),
+    (b'{"input": null}', None, "input", "a string, a list of strings, or token ids"),
+    (b'{"input": 5}', None, "input", "a string, a list of strings, or token ids"),
+    (b'{"input": true}', None, "input", "a string, a list of strings, or token ids"),
+    (b'{"input": 1.5}', None, "input", "a string, a list of strings, or token ids"),
+    (b'{"input": {"a": 1}}', None, "input", "a string, a list of strings, or token ids"),
+    (b'{"input": [{"a": 1}]}', None, "input", r"input\[0\]: Input should be a valid list"),
+    (b'{"input": ["a", 1]}', None, "input", r"input\[1\]: Input should be a valid string"),
+    (b'{"input": [1, "a"]}', None, "input", r"input\[1\]: Input should be a valid integer"),
+    (b'{"input": [1.5]}', None, "input", r"input\[0\]: Input should be a valid list"),
+    (b'{"input": [true]}', None, "input", r"input\[0\]: Input should be a valid integer"),
+    (b'{"input": [[1], 2]}', None, "input", r"input\[1\]: Input should be a valid list"),
+    (b'{"input": [[1], [2, true]]}', None, "input", r"input\[1\]\[1\]: Input should be a valid integer"),
+    (b'{"input": [-1]}', None, "input", r"input\[0\]: Input should be greater than or equal to 0"),
+    (b'{"input": [1000000]}', None, "input", "no token id of this model: they are 0 to"),
     (b'{"input": [' + b"9" * 4000 + b"]}", None, "input", "no token id"),
     (b'{"input": [' + b"5," * 64 + b"5]}", "context_length_exceeded", "input", "65 tokens"),
-    (b'{"input": "\\ud800x"}', None, "input", "surrogate"),
-    (b'{"input": ["a", "x\\udfff"]}', None, "input", r"input\[1\].*character 1"),
-    (json.dumps({"input": ["a"] * 51}).encode(), None, "input", "at most 50"),
+    (b'{"input": "\\ud800x"}', None, "input", "input: Input should be a valid string, .* unicode"),
+    (b'{"input": ["a", "x\\udfff"]}', None, "input", r"input\[1\]: .* unicode"),
+    (json.dumps({"input": ["a"] * 2049}).encode(), None, "input", "at most 2048 items"),
+    (json.dumps({"input": [[5]] * 2049}).encode(), None, "input", "at most 2048 items"),
     (b'{"input": "a", "inputs": 1}', None, "inputs", "there are input, model"),
     (b'{"input": "a", "\\ud800": 1}', None, "\ud800", "unknown field"),
     (b'{"input": "a", "dimensions": 0}', None, "dimensions", "greater"),
@@ -410,16 +415,19 @@ def test_a_slow_body_ends_after_its_time(raw, client):
 
 @pytest.mark.parametrize("beginning", [b"", b"POST /v1/emb", HEAD + b"X-A: b"], ids=["silent", "line", "header"])
 def test_a_slow_head_ends_after_its_time(raw, monkeypatch, beginning):
-    monkeypatch.setattr(httpserver.GuardedProtocol, "header_timeout", 0.5)
+    monkeypatch.setattr(httpserver.Protocol, "header_timeout", 0.5)
     begin = time.monotonic()
     assert answer_of(raw(beginning)).startswith(b"HTTP/1.1 408")
     assert 0.4 < time.monotonic() - begin < 3
 
 
 def test_a_slow_head_after_a_first_request_ends_too(raw, monkeypatch):
-    monkeypatch.setattr(httpserver.GuardedProtocol, "header_timeout", 0.5)
+    monkeypatch.setattr(httpserver.Protocol, "header_timeout", 0.5)
     connection = raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    first = b""
+    while b"}" not in first:  # Head and body may arrive apart.
+        first += connection.recv(65536)
+    assert first.startswith(b"HTTP/1.1 200")
     connection.sendall(b"GET /hea")
     assert answer_of(connection).startswith(b"HTTP/1.1 408")
 
@@ -431,16 +439,25 @@ def test_what_is_not_http_is_400(raw):
 
 
 def test_too_many_connections_get_503(raw, client, monkeypatch):
-    monkeypatch.setattr(httpserver.GuardedProtocol, "max_connections", 12)
+    monkeypatch.setattr(httpserver.Protocol, "max_connections", 12)
     many = [raw() for _ in range(20)]
-    found = []
+    request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answers = []
     for connection in many:
-        connection.settimeout(0.3)
-        try:
-            found.append(connection.recv(65536)[:12])
-        except TimeoutError:
-            found.append(b"")
-    assert found.count(b"HTTP/1.1 503") >= 8 and found.count(b"") >= 1
+        connection.sendall(request)
+        answers.append(answer_of(connection))
+    # The client that looks on has a connection too, and may have had another one.
+    assert [b"200" in answer[:12] for answer in answers[:10]] == [True] * 10
+    assert all(answer.startswith(b"HTTP/1.1 503") for answer in answers[12:])
+    assert all(b"retry-after: 1" in answer and b"too_many_connections" in answer for answer in answers[12:])
+    assert answer_of(raw(request)).startswith(b"HTTP/1.1 200"), "and when they have left there is room again"
+
+
+def test_answers_do_not_wait_for_an_acknowledgement():
+    with httpserver.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_work_of_a_client_that_left_never_reaches_the_model(raw, client, encoder):
@@ -644,7 +661,7 @@ def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
             assert refused.json()["error"]["code"] == "draining"
             assert not running.done()
             assert len(running.result().json()["data"]) == 500
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0  # Libraries take seconds to end on a busy machine.
         assert process.stderr.read() == "stopped\n"
     finally:
         process.kill()

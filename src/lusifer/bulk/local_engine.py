@@ -1,4 +1,4 @@
-"""Shards made on this machine: in this process, or in several, each with a model of its own."""
+"""Shards encoded on this machine: in this process, or in several, each with a model of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lusifer.quiet import quiet_libraries
 
 
 class InProcess:
-    """Makes shards here, one after the other.
+    """Encodes shards here, one after the other.
 
     Args:
         job: The job.
@@ -43,13 +43,19 @@ class InProcess:
         return self._ready().prepare()
 
     def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Makes shards and yields their facts; ``tick`` hears of every batch."""
+        """Encodes shards and yields their facts.
+
+        Args:
+            numbers: Of the shards.
+            prepared: From `prepare`.
+            tick: Called after each batch with the number of its texts.
+        """
         for number in numbers:
             yield self._ready().encode(self.job.plan.slices[number], prepared, tick)
 
 
 class Processes:
-    """Makes shards in several processes; whoever is done takes the next one.
+    """Encodes shards in several processes; whoever is done takes the next one.
 
     Each process has a pipe of its own, so that one that is killed takes nothing with it but its unfinished shard.
 
@@ -87,12 +93,17 @@ class Processes:
         """See `ShardEncoder.prepare`; the first process does it, the others start afterwards."""
         pipe = self._start(self.devices[0])
         pipe.send(None)
-        found = self._receive(pipe, "the first one")
-        assert isinstance(found, Prepared)
-        return found
+        prepared = self._receive(pipe, "the first one")
+        assert isinstance(prepared, Prepared)
+        return prepared
 
     def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Makes shards and yields their facts as they are done; ``tick`` hears of every batch.
+        """Encodes shards and yields their facts as they are done.
+
+        Args:
+            numbers: Of the shards.
+            prepared: From `prepare`.
+            tick: Called after each batch with the number of its texts.
 
         Raises:
             LusiferError: If a process reports one, or dies.
@@ -111,17 +122,17 @@ class Processes:
                 return
             for ready in wait(list(at_work)):
                 assert isinstance(ready, Connection)
-                found = self._receive(ready, f"shard {at_work[ready]}")
-                if isinstance(found, int):
-                    tick(found)
+                message = self._receive(ready, f"shard {at_work[ready]}")
+                if isinstance(message, int):
+                    tick(message)
                     continue
                 del at_work[ready]
                 idle.append(ready)
-                yield found
+                yield message
 
     def _receive(self, pipe: Connection, work: str) -> Any:
         try:
-            found = pipe.recv()
+            message = pipe.recv()
         except (EOFError, OSError) as error:
             self._running[pipe].join()
             code = self._running[pipe].exitcode
@@ -129,25 +140,22 @@ class Processes:
                 f"the process at {work} died (exit code {code}; out of memory?): try fewer --processes; the same "
                 "command goes on"
             ) from error
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(message, Exception):
+            raise message
+        return message
 
 
 def _work(pipe: Connection, job: Job, device: str | None) -> None:
-    """What a process does: makes the shards it is sent until the pipe closes."""
+    """What a process does: encodes the shards it is sent until the pipe closes."""
     # Ctrl-C reaches every process of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet_libraries(True)
     try:
         encoder = ShardEncoder(job, device)
         while True:
-            try:
-                task = pipe.recv()
-            except EOFError:
-                return
+            task = pipe.recv()
             pipe.send(encoder.prepare() if task is None else encoder.encode(task[0], task[1], pipe.send))
     except LusiferError as error:
         pipe.send(LusiferError(str(error)))  # Without its cause, which may not survive pickling.
-    except BrokenPipeError:
+    except (EOFError, BrokenPipeError):
         return  # The command is gone.

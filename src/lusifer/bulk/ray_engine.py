@@ -1,7 +1,7 @@
-"""Shards made by a Ray cluster: Ray Data hands them to a pool of actors and gives lost ones to others.
+"""Shards encoded by a Ray cluster: Ray Data gives them to a pool of actors, and those of lost actors to others.
 
 Actors read the input and write the output themselves, so both must be seen from every machine: an object store, or a
-folder they share. Shards are the same as made on one machine, and one that is made twice replaces itself.
+folder they share. Shards are those of one machine, and one that is encoded twice replaces itself.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from lusifer.bulk.job import Job, Prepared, ShardFacts
 from lusifer.bulk.shard import ShardEncoder, Tick
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 
 
 class _Actor:
-    """A model in a process of the cluster, made by Ray."""
+    """A model in a process of the cluster, started by Ray."""
 
     def __init__(self, job: Job, prepared: Prepared, device: str | None) -> None:
         self.prepared = prepared
@@ -25,9 +25,9 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         slices = self.encoder.job.plan.slices
-        found = [self.encoder.encode(slices[int(number)], self.prepared) for number in batch["id"]]
+        shards = [self.encoder.encode(slices[int(number)], self.prepared) for number in batch["id"]]
         names = ("number", "rows", "cut")
-        return {name: [getattr(facts, name) for facts in found] for name in names}
+        return {name: [getattr(facts, name) for facts in shards] for name in names}
 
 
 def _prepare(job: Job, device: str | None) -> Prepared:
@@ -35,7 +35,7 @@ def _prepare(job: Job, device: str | None) -> Prepared:
 
 
 class RayCluster:
-    """Makes shards on a Ray cluster: the one ``RAY_ADDRESS`` names, else the one running here, else a new one.
+    """Encodes shards on a Ray cluster: the one ``RAY_ADDRESS`` names, else the one running here, else a new one.
 
     Args:
         job: The job.
@@ -70,7 +70,7 @@ class RayCluster:
                 # Without an address Ray takes a running cluster if there is one, else starts one.
                 self.ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise LusiferError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}") from error
+                raise LusiferError(f"cannot reach the Ray cluster: {first_line(error)}") from error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,24 +78,29 @@ class RayCluster:
             self.ray.shutdown()
 
     def prepare(self) -> Prepared:
-        """See `ShardEncoder.prepare`; done where shards will be made, not here.
+        """See `ShardEncoder.prepare`; done where shards will be encoded, not here.
 
         Raises:
             LusiferError: As there, or if no machine has the resources.
         """
         task = self.ray.remote(**self.resources)(_prepare)
         try:
-            found = self.ray.get(task.remote(self.job, self.device))
+            prepared = self.ray.get(task.remote(self.job, self.device))
         except self.ray.exceptions.RayError as error:
-            raise _mended(error) from error
-        assert isinstance(found, Prepared)
-        return found
+            raise _as_one_line(error) from error
+        assert isinstance(prepared, Prepared)
+        return prepared
 
     def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Makes shards and yields their facts as they are done; ``tick`` hears of each.
+        """Encodes shards and yields their facts as they are done.
+
+        Args:
+            numbers: Of the shards.
+            prepared: From `prepare`.
+            tick: Called after each shard with the number of its texts.
 
         Raises:
-            LusiferError: If an actor reports one, or the cluster is gone. Ray makes shards of lost actors again.
+            LusiferError: If an actor reports one, or the cluster is gone. Ray encodes shards of lost actors again.
         """
         data = self.ray.data
         context = data.DataContext.get_current()
@@ -103,7 +108,7 @@ class RayCluster:
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         size = min(self.actors, len(numbers))
-        made = data.from_items([{"id": number} for number in numbers], override_num_blocks=len(numbers)).map_batches(
+        shards = data.from_items([{"id": number} for number in numbers], override_num_blocks=len(numbers)).map_batches(
             _Actor,
             batch_size=1,
             compute=data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
@@ -111,20 +116,20 @@ class RayCluster:
             **self.resources,
         )
         try:
-            for row in made.iter_rows():
+            for row in shards.iter_rows():
                 facts = ShardFacts(int(row["number"]), int(row["rows"]), int(row["cut"]))
                 tick(self.job.plan.slices[facts.number].rows)
                 yield facts
         except self.ray.exceptions.RayError as error:
-            raise _mended(error) from error
+            raise _as_one_line(error) from error
 
 
-def _mended(error: Exception) -> LusiferError:
+def _as_one_line(error: Exception) -> LusiferError:
     """What an actor raised, or what Ray says of its loss, as one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LusiferError):
-            return LusiferError(next(iter(str(getattr(cause, "cause", cause)).splitlines())))
+            return LusiferError(first_line(getattr(cause, "cause", cause)))
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return LusiferError(f"the Ray cluster gave up: {lines[-1]}; the same command goes on")

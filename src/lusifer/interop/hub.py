@@ -1,4 +1,4 @@
-"""Sharing a checkpoint on a model hub: looked over first, then one commit."""
+"""Sharing a checkpoint on a model hub: checked first, then uploaded in one commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.model.card import CARD, is_hub_id, read_config, write_card
 from lusifer.starter.fetch import PREFIX
 
@@ -19,7 +19,10 @@ _MACHINE = re.compile(r'"(?:/(?:home|root|Users|tmp|mnt|data|work|workspace|scra
 
 
 def check_shareable(folder: Path) -> dict[str, Any]:
-    """Whether others could load a checkpoint, and nothing is in its folder that should not leave the machine.
+    """Checks that others could load a checkpoint, and that its folder holds nothing that should not leave the machine.
+
+    Args:
+        folder: The checkpoint.
 
     Returns:
         The checkpoint's configuration.
@@ -36,15 +39,15 @@ def check_shareable(folder: Path) -> dict[str, Any]:
         inside = path.relative_to(folder)
         if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in inside.parts):
             raise LusiferError(f"{str(inside)!r} in {name!r} is no part of a checkpoint; move it away")
-        told = path.suffix == ".json" and path.name != "tokenizer.json"  # A vocabulary may hold anything.
-        if told and (found := _MACHINE.search(path.read_text(encoding="utf-8", errors="replace"))):
-            raise LusiferError(f"{str(inside)!r} in {name!r} holds a path of this machine, {found[0]}; remove it")
+        settings = path.suffix == ".json" and path.name != "tokenizer.json"  # A vocabulary may hold anything.
+        if settings and (match := _MACHINE.search(path.read_text(encoding="utf-8", errors="replace"))):
+            raise LusiferError(f"{str(inside)!r} in {name!r} holds a path of this machine, {match[0]}; remove it")
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as file:
                     file.keys()
             except (OSError, SafetensorError) as error:
-                raise LusiferError(f"cannot read {str(inside)!r} in {name!r}: {error}") from error
+                raise LusiferError(f"cannot read {str(inside)!r} in {name!r}: {first_line(error)}") from error
     if not config.get("standalone"):
         named = {"encoder": config.get("encoder"), "llm": config.get("llm")}
         named |= {f"adapter {i + 1} of the llm": n for i, n in enumerate(config.get("llm_base_adapters") or [])}
@@ -72,9 +75,9 @@ def push(
 
     Args:
         folder: The checkpoint; gets a card if it has none.
-        repo_id: ``owner/name``; made if it does not exist.
+        repo_id: ``owner/name``; created if it does not exist.
         private: Whether a new repository is private.
-        revision: Branch; made if it does not exist.
+        revision: Branch; created if it does not exist.
         message: Commit message.
         create_pr: Open a pull request instead of writing to the branch.
 
@@ -102,14 +105,14 @@ def push(
     except LocalTokenNotFoundError:
         raise LusiferError("no token: set HF_TOKEN or run `hf auth login`") from None
     except HFValidationError as error:
-        raise LusiferError(f"{repo_id!r} is no name for a repository: {str(error).splitlines()[0]}") from None
+        raise LusiferError(f"{repo_id!r} is no name for a repository: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise LusiferError(f"the hub refused {repo_id!r}: {_reason(error)}") from error
     except Exception as error:
         # Which HTTP library raises depends on the version of huggingface_hub.
         if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
             raise
-        raise LusiferError(f"cannot reach the hub at {api.endpoint}: {str(error).splitlines()[0]}") from error
+        raise LusiferError(f"cannot reach the hub at {api.endpoint}: {first_line(error)}") from error
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -123,5 +126,4 @@ def _reason(error: HfHubHTTPError) -> str:
     }
     if status in hints:
         return hints[status]
-    said = error.server_message or (str(error).splitlines() or [""])[0]
-    return f"status {status}: {said}"
+    return f"status {status}: {error.server_message or first_line(error)}"

@@ -1,1 +1,28 @@
-"""serving."""
+"""Embeddings over HTTP, as OpenAI's API has them: what `lusifer serve` runs.
+
+1. `server` runs the application under uvicorn and drains it at the end.
+2. `limits` reads each request whole, within its size and time, checks its key, and drops it when its client leaves.
+3. `schema` says what a request and its answer hold.
+4. `service` tokenises the texts in a thread; `batcher` collects many callers' texts into batches for the model.
+5. `app` puts these together as a FastAPI application; `metrics` counts for Prometheus.
+
+FastAPI and prometheus-client come with ``lusifer[serving]`` and are imported with the first name taken from here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lusifer.serving.app import create_app
+    from lusifer.serving.limits import ApiError, Limits
+
+__all__ = ["ApiError", "Limits", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{'app' if name == 'create_app' else 'limits'}"), name)

@@ -19,12 +19,10 @@ from starlette.exceptions import HTTPException
 
 from lusifer import __version__
 from lusifer.model.text_encoder import TextEncoder
-from lusifer.serving import schema as embedrequest
+from lusifer.serving import schema
 from lusifer.serving.limits import ApiError, Guard, Limits, Phase
 from lusifer.serving.metrics import Metrics
 from lusifer.serving.service import EmbeddingService
-
-_INLINE = 65_536  # Bytes of a body or numbers of an answer that the event loop handles itself.
 
 
 def _failed(error: ApiError) -> Response:
@@ -121,7 +119,7 @@ def _operations(phase: Phase, metrics: Metrics) -> APIRouter:
 def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
     codes = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
     router = APIRouter(
-        prefix="/v1", tags=["OpenAI"], responses={code: {"model": embedrequest.ErrorResponse} for code in codes}
+        prefix="/v1", tags=["OpenAI"], responses={code: {"model": schema.ErrorResponse} for code in codes}
     )
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lusifer"}
 
@@ -141,15 +139,15 @@ def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
         check_name(model_id, None)
         return card
 
-    body_schema = embedrequest.EmbeddingRequest.model_json_schema()
-    extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema}}}}
+    body = {"application/json": {"schema": schema.EmbeddingRequest.model_json_schema()}}
+    extra = {"requestBody": {"required": True, "content": body}}
 
-    @router.post("/embeddings", response_model=embedrequest.EmbeddingResponse, openapi_extra=extra)
+    @router.post("/embeddings", response_model=schema.EmbeddingResponse, openapi_extra=extra)
     async def embeddings(request: Request) -> Response:
         """Embeds texts, or their token ids."""
         try:
             async with asyncio.timeout(limits.timeout):
-                return await _embeddings(service, await request.body(), check_name, name, limits)
+                return await _embeddings(service, await request.body(), check_name, name)
         except TimeoutError:
             message = f"no answer within {limits.timeout:g} s; send fewer texts, or try again later"
             raise ApiError(504, message, code="timeout") from None
@@ -158,39 +156,40 @@ def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
 
 
 async def _embeddings(
-    service: EmbeddingService, body: bytes, check_name: Callable[[str, str | None], None], name: str, limits: Limits
+    service: EmbeddingService, body: bytes, check_name: Callable[[str, str | None], None], name: str
 ) -> Response:
-    encoder, loop = service.encoder, asyncio.get_running_loop()
+    encoder = service.encoder
     service.check_load()
 
-    def read() -> tuple[embedrequest.EmbeddingRequest, list[str], list[list[int]]]:
-        request = embedrequest.parse(body)
+    def read() -> tuple[schema.EmbeddingRequest, list[list[int]]]:
+        request = schema.parse(body)
         if request.model is not None:
             check_name(request.model, "model")
         if request.dimensions is not None and request.dimensions > encoder.dimension:
             message = f"dimensions: the model has {encoder.dimension}, not {request.dimensions}"
             raise ApiError(400, message, param="dimensions")
-        found = embedrequest.texts_or_ids(
-            request.input, most=limits.max_texts, vocabulary=len(encoder.tokenizer), window=encoder.max_seq_length
-        )
-        return request, *found
+        return request, request.token_ids(vocabulary=len(encoder.tokenizer), window=encoder.max_seq_length)
 
-    request, texts, ids = read() if len(body) < _INLINE else await loop.run_in_executor(service.json_threads, read)
-    model: Any = encoder.model
-    prompt = embedrequest.choose_prompt(model.prompts, model.default_prompt_name, request)
+    request, ids = await service.run_json(len(body), read)
+    prompt = _prompt(encoder, request)
     if ids and prompt:
-        message = "an instruction cannot go in front of token ids; send text, or put its tokens there"
+        message = "a prompt cannot go in front of token ids; send text, or put the prompt's tokens there"
         raise ApiError(400, message, param="prompt_name" if request.prompt_name is not None else "input_type")
-    cut = 0
-    if texts:
-        ids, cut = await service.tokenize([prompt + text for text in texts], truncate=request.truncate is not False)
-    vectors = embedrequest.cut_dimensions(await service.embed_ids(ids), request.dimensions)
-    tokens = sum(map(len, ids))
+    truncated = 0
+    if not ids:
+        texts = [prompt + text for text in request.texts()]
+        ids, truncated = await service.tokenize(texts, truncate=request.truncate is not False)
+    vectors = schema.truncate_dimensions(await service.embed_ids(ids), request.dimensions)
 
     def write() -> bytes:
-        return embedrequest.write(
-            vectors, encoding_format=request.encoding_format or "float", model=name, tokens=tokens
-        )
+        encoding_format = request.encoding_format or "float"
+        return schema.write(vectors, encoding_format=encoding_format, model=name, tokens=sum(map(len, ids)))
 
-    written = write() if vectors.size < _INLINE else await loop.run_in_executor(service.json_threads, write)
-    return Response(written, media_type="application/json", headers={"x-truncated-texts": str(cut)})
+    answer = await service.run_json(vectors.size, write)
+    return Response(answer, media_type="application/json", headers={"x-truncated-texts": str(truncated)})
+
+
+def _prompt(encoder: TextEncoder, request: schema.EmbeddingRequest) -> str:
+    """The prompt that a request asks for; the model's default prompt where it names none."""
+    model: Any = encoder.model
+    return schema.choose_prompt(model.prompts, model.default_prompt_name, request)

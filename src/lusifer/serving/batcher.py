@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lusifer.serving.limits import ApiError, try_again
+
 Ids = Sequence[int]
 Embed = Callable[[Sequence[Ids]], np.ndarray]
 # Called after each batch with its texts, its tokens and its seconds.
@@ -31,21 +33,6 @@ Observe = Callable[[int, int, float], None]
 
 _QUANTA = 8  # Callers that fit into one batch beside each other.
 _SMOOTHING = 0.3  # Weight of a full batch in the measured speed.
-
-
-class Overloaded(Exception):
-    """The queue is full; ``retry_after`` is in whole seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-class TooLarge(Exception):
-    """A request that could not be finished in time even by an idle model."""
-
-    def __init__(self, seconds: float, timeout: float) -> None:
-        super().__init__(f"this request would take about {seconds:.0f} s, and {timeout:.0f} s are allowed")
 
 
 @dataclass(eq=False, repr=False)
@@ -121,27 +108,29 @@ class Batcher:
         """Whether a request of so many tokens would be taken now.
 
         Raises:
-            TooLarge: If it could not be finished in time even alone.
-            Overloaded: If the queue is full, or it could not be finished in time.
+            ApiError: 413 if it could not be finished in time even alone; 429 if the queue is full, or it could not be
+                finished in time behind what waits.
         """
         own = min(tokens, self.batch_tokens)
         missing = self.weight + own - self.bound
         # An empty queue takes whatever fits into the time, also where its bound is smaller than one text.
         if missing > 0 and self._jobs:
-            raise Overloaded(self._seconds(missing))
+            raise self._full(missing)
         if not self.rate:
             return
         alone = tokens / self.rate
         if alone > self.timeout:
-            raise TooLarge(alone, self.timeout)
+            message = f"this request would take about {alone:.0f} s, and {self.timeout:.0f} s are allowed"
+            raise ApiError(413, f"{message}; send fewer texts at a time", code="request_too_large")
         # Until so many tokens of ours are through, every other caller has had as many, or all it wanted.
         ahead = self._running + sum(min(job.left, max(tokens, self._quantum)) for job in self._jobs)
         late = (ahead + tokens) / self.rate - self.timeout
         if late > 0:
-            raise Overloaded(self._seconds(late * self.rate))
+            raise self._full(late * self.rate)
 
-    def _seconds(self, tokens: float) -> int:
-        return max(1, min(math.ceil(tokens / self.rate), math.ceil(self.timeout))) if self.rate else 1
+    def _full(self, tokens: float) -> ApiError:
+        seconds = max(1, min(math.ceil(tokens / self.rate), math.ceil(self.timeout))) if self.rate else 1
+        return try_again(429, "the queue is full", code="rate_limit_exceeded", seconds=seconds)
 
     async def submit(self, ids: Sequence[Ids]) -> np.ndarray:
         """Embeds one caller's texts; a caller that is cancelled leaves the queue at once.
@@ -153,8 +142,7 @@ class Batcher:
             (n, dim) float32, in the order of the texts.
 
         Raises:
-            TooLarge: As `check`.
-            Overloaded: As `check`.
+            ApiError: As `check`.
             Exception: Whatever the model raised on these texts.
         """
         tokens = sum(map(len, ids))
@@ -182,7 +170,7 @@ class Batcher:
                 continue
             texts = [job.ids[begin:end] for job, begin, end in batch]
             self._running = tokens = sum(len(ids) for part in texts for ids in part)
-            seconds, found = await loop.run_in_executor(self._thread, self._embed_parts, texts)
+            seconds, embedded = await loop.run_in_executor(self._thread, self._embed_parts, texts)
             self._running = 0
             # From one batch to the next: where cores are short, all the rest slows the model down as well.
             end = time.perf_counter()
@@ -190,16 +178,16 @@ class Batcher:
             begin = end
             if self._observe is not None:
                 self._observe(sum(map(len, texts)), tokens, seconds)
-            for part, vectors in zip(batch, found, strict=True):
+            for part, vectors in zip(batch, embedded, strict=True):
                 self._deliver(part, vectors)
 
     async def warm_up(self, ids: Sequence[Ids]) -> None:
         """Runs texts through the model twice, before the first caller, and takes the second time as its speed."""
         loop = asyncio.get_running_loop()
         for _ in range(2):
-            seconds, found = await loop.run_in_executor(self._thread, self._embed_parts, [ids])
-            if isinstance(found[0], Exception):
-                raise found[0]
+            seconds, embedded = await loop.run_in_executor(self._thread, self._embed_parts, [ids])
+            if isinstance(embedded[0], Exception):
+                raise embedded[0]
             self.rate = sum(map(len, ids)) / seconds
 
     def close(self) -> None:
@@ -235,13 +223,13 @@ class Batcher:
     def _embed_parts(self, parts: list[Sequence[Ids]]) -> tuple[float, list[np.ndarray | Exception]]:
         """Seconds, and vectors by part; where the model fails, each part alone, so that one cannot spoil another's."""
         begin = time.perf_counter()
-        found: list[np.ndarray | Exception] = []
+        results: list[np.ndarray | Exception] = []
         try:
             vectors = self._embed([ids for part in parts for ids in part])
-            found.extend(np.split(vectors, np.cumsum([len(part) for part in parts])[:-1]))
+            results.extend(np.split(vectors, np.cumsum([len(part) for part in parts])[:-1]))
         except Exception as error:
-            found = [error] if len(parts) == 1 else [self._embed_parts([part])[1][0] for part in parts]
-        return max(time.perf_counter() - begin, 1e-9), found
+            results = [error] if len(parts) == 1 else [self._embed_parts([part])[1][0] for part in parts]
+        return max(time.perf_counter() - begin, 1e-9), results
 
     def _measure(self, tokens: int, seconds: float) -> None:
         # A small batch leaves the model half idle and says little about its speed under load.

@@ -1,19 +1,21 @@
-"""What stands between the network and an ASGI application: keys, sizes, times, and clients that went away.
+"""ASGI middleware between the network and the application: keys, sizes, times, and clients that went away.
 
 Every answer that is an error has the body of OpenAI's: ``{"error": {"message", "type", "param", "code"}}``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+import anyio
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 Observe = Callable[[str, int, float], None]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_CLIENT_LEFT = 499  # The status that servers log for a client that did not wait.
 _LINGER = 2.0  # Seconds in which a refused client may end its sending, so that it reads why.
 
 
@@ -33,7 +36,7 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status.
-        message: One line: what was wrong, how to mend it.
+        message: One line: what is wrong, how to fix it.
         code: Short name for programs.
         param: The field at fault.
         headers: Further headers.
@@ -56,8 +59,20 @@ class ApiError(Exception):
         """The JSON of the answer, in ASCII: a message may quote what UTF-8 cannot hold."""
         kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         kind = "server_error" if self.status >= 500 else kind
-        found = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": found}).encode("ascii")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode("ascii")
+
+
+def try_again(status: int, message: str, *, code: str, seconds: int) -> ApiError:
+    """A refusal that says when to try again.
+
+    Args:
+        status: 429 or 503.
+        message: What is short.
+        code: Short name for programs.
+        seconds: For ``Retry-After``.
+    """
+    return ApiError(status, f"{message}; try again in {seconds} s", code=code, headers={"retry-after": str(seconds)})
 
 
 @dataclass(frozen=True)
@@ -66,14 +81,12 @@ class Limits:
 
     Args:
         max_body: Bytes of a request body; all bodies in hand together may hold eight times as many.
-        max_texts: Texts of a request; OpenAI's limit.
         max_requests: Requests in hand at a time.
         timeout: Seconds from the whole request to its answer.
         body_timeout: Seconds in which a body has to arrive.
     """
 
     max_body: int = 8 << 20
-    max_texts: int = 2048
     max_requests: int = 1024
     timeout: float = 60.0
     body_timeout: float = 20.0
@@ -81,12 +94,30 @@ class Limits:
 
 @dataclass
 class Phase:
-    """Where a server stands in its life."""
+    """Where a server stands in its life.
+
+    Args:
+        ready: The model is loaded.
+        draining: New requests are refused, those in hand are finished.
+        in_flight: Requests in hand.
+        failure: Why the model could not be loaded.
+        deadline: `time.monotonic` at which draining ends, whatever is in hand.
+    """
 
     ready: bool = False
     draining: bool = False
     in_flight: int = 0
     failure: Exception | None = None
+    deadline: float = math.inf
+
+    def drain(self, seconds: float) -> None:
+        """Refuses new requests, and gives those in hand some seconds."""
+        self.draining, self.deadline = True, time.monotonic() + seconds
+
+    def finished(self) -> bool:
+        """Whether the server may end."""
+        drained = self.draining and (not self.in_flight or time.monotonic() > self.deadline)
+        return drained or self.failure is not None
 
 
 class Guard:
@@ -130,6 +161,7 @@ class Guard:
         counted = scope["path"] not in OPEN_PATHS
         self.phase.in_flight += counted
         try:
+            self._admit(scope)
             await self._serve(scope, receive, answer)
         except ApiError as error:
             await answer.refuse(error, receive)
@@ -141,39 +173,40 @@ class Guard:
             if self._observe is not None:
                 self._observe(scope["path"], answer.status, time.perf_counter() - begin)
 
-    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        path = scope["path"]
-        if path not in OPEN_PATHS:
+    def _admit(self, scope: Message) -> None:
+        """Refuses what need not be read."""
+        if scope.get("state", {}).get("too_many_connections"):
+            raise try_again(503, "too many connections", code="too_many_connections", seconds=1)
+        headers = dict(scope["headers"])
+        if scope["path"] not in OPEN_PATHS:
             if self.phase.draining:
                 raise ApiError(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
-            if path not in self._public:
+            if self._keys and scope["path"] not in self._public:
                 self._authenticate(headers.get(b"authorization", b""))
             if self.phase.in_flight > self.limits.max_requests:
-                message = f"more than {self.limits.max_requests} requests at a time; try again in 1 s"
-                raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self.app(scope, receive, answer.send)
-            return
+                message = f"more than {self.limits.max_requests} requests at a time"
+                raise try_again(429, message, code="rate_limit_exceeded", seconds=1)
         size = headers.get(b"content-length", b"")
         if size.isdigit() and int(size[:20]) > self.limits.max_body:
             raise self._too_big()
+
+    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, answer.send)
+            return
         chunks: list[bytes] = []
         try:
-            if not await self._read(receive, chunks):
-                return  # Nobody is there to be answered.
-            await self._run(scope, b"".join(chunks), receive, answer)
+            if await self._read(receive, chunks):
+                await self._run(scope, b"".join(chunks), receive, answer)
         finally:
             self._buffered -= sum(map(len, chunks))
 
     def _authenticate(self, header: bytes) -> None:
-        if not self._keys:
-            return
         scheme, _, given = header.partition(b" ")
         digest = hashlib.sha256(given.strip()).digest()
         # No early end: the time tells neither which key matched nor how much of it.
-        found = [hmac.compare_digest(digest, key) for key in self._keys]
-        if scheme.lower() != b"bearer" or not any(found):
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        if scheme.lower() != b"bearer" or not any(matches):
             message = "missing or wrong API key; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
@@ -183,59 +216,46 @@ class Guard:
 
     async def _read(self, receive: Receive, chunks: list[bytes]) -> bool:
         """Collects the body; whether the client was there until its end."""
-        size = 0
+        size, more = 0, True
         try:
-            async with asyncio.timeout(self.limits.body_timeout):
-                while True:
+            with anyio.fail_after(self.limits.body_timeout):
+                while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return False
-                    chunk = message.get("body", b"")
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    self._buffered += len(chunk)
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    self._buffered += len(chunks[-1])
                     if size > self.limits.max_body:
                         raise self._too_big()
                     if self._buffered > 8 * self.limits.max_body:
-                        message_ = "too many bytes are being received; try again in 1 s"
-                        raise ApiError(429, message_, code="rate_limit_exceeded", headers={"retry-after": "1"})
-                    if not message.get("more_body", False):
-                        return True
+                        raise try_again(429, "too many bytes are arriving", code="rate_limit_exceeded", seconds=1)
+                    more = message.get("more_body", False)
         except TimeoutError:
-            message_ = f"the body did not arrive within {self.limits.body_timeout:g} s"
-            raise ApiError(408, message_, code="body_timeout") from None
+            late = f"the body did not arrive within {self.limits.body_timeout:g} s"
+            raise ApiError(408, late, code="body_timeout") from None
+        return True
 
     async def _run(self, scope: Message, body: bytes, receive: Receive, answer: _Answer) -> None:
         """Runs the application on a body, for as long as the client waits for it."""
-        gone = asyncio.Event()
-        first = True
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            nonlocal first
-            if first:
-                first = False
-                return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
+            if not unread:
+                await anyio.sleep_forever()  # Until the client goes away, which cancels the application.
+            return unread.pop()
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
+            if not answer.complete:
+                answer.status = _CLIENT_LEFT
+                group.cancel_scope.cancel()
 
-        work = asyncio.ensure_future(self.app(scope, replay, answer.send))
-        watcher = asyncio.ensure_future(watch())
-        try:
-            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not answer.complete:
-                answer.status = 499  # The name that servers have for a client that did not wait.
-                work.cancel()
-            await asyncio.wait({work})
-            if not work.cancelled():
-                work.result()
-        finally:
-            work.cancel()
-            watcher.cancel()
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await self.app(scope, replay, answer.send)
+            group.cancel_scope.cancel()
 
 
 class _Answer:
@@ -243,7 +263,7 @@ class _Answer:
 
     def __init__(self, send: Send, phase: Phase) -> None:
         self._send, self._phase = send, phase
-        self.status = 499
+        self.status = _CLIENT_LEFT
         self.started = self.complete = False
 
     async def send(self, message: Message) -> None:
@@ -262,15 +282,12 @@ class _Answer:
         body = error.body()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         headers |= error.headers
-        sent = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": error.status, "headers": sent})
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
         # A connection closed on unread bytes is reset, and the client would never see the answer.
         if error.status != 500:
-            try:
-                async with asyncio.timeout(_LINGER):
-                    while (message := await receive())["type"] != "http.disconnect" and message.get("more_body"):
-                        pass
-            except TimeoutError:
-                pass
+            with anyio.move_on_after(_LINGER):
+                while (message := await receive())["type"] != "http.disconnect" and message.get("more_body"):
+                    pass
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})

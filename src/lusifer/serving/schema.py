@@ -1,31 +1,56 @@
-"""What an embeddings request says, checked by hand: the first mistake ends it, however large the request is."""
+"""Request and answer of ``POST /v1/embeddings``, as OpenAI has them."""
 
 from __future__ import annotations
 
-import base64
 import json
+from base64 import b64encode
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import to_json
 
 from lusifer.serving.limits import ApiError
 
 # Names of input types that other services use, and ours.
 INPUT_TYPES = {"search_query": "query", "search_document": "document", "passage": "document"}
-_ROWS = 16  # Vectors written as JSON in one go; other threads run in between.
+_MAX_TEXTS = 2048  # OpenAI's limit.
 
-_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 2048}
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_INPUT = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        _TEXTS,
-        _IDS,
-        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": 2048},
-    ],
-    "description": "A text, texts, the token ids of a text, or those of texts (special tokens included).",
-}
+
+def _input_kind(value: Any) -> str | None:
+    """Which form of ``input`` a value has to have, judged by its first item."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "texts" if isinstance(first, str) else "token ids" if isinstance(first, int) else "token ids of texts"
+
+
+# With `fail_fast` the first mistake ends the check, however large the request is.
+_Text = Annotated[StrictStr, Field(min_length=1)]
+_TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+_Input = Annotated[
+    Annotated[_Text, Tag("text")]
+    | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=_MAX_TEXTS), Tag("texts")]
+    | Annotated[_TokenIds, Tag("token ids")]
+    | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=_MAX_TEXTS), Tag("token ids of texts")],
+    Discriminator(
+        _input_kind,
+        custom_error_type="input_kind",
+        custom_error_message="must be a string, a list of strings, or token ids",
+    ),
+]
 
 
 class EmbeddingRequest(BaseModel):
@@ -33,7 +58,9 @@ class EmbeddingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    input: Annotated[Any, WithJsonSchema(_INPUT)]
+    input: _Input = Field(
+        description="A text, texts, the token ids of a text, or those of texts (special tokens included)."
+    )
     model: StrictStr | None = Field(None, description="The served model's name; may be left out.")
     encoding_format: Literal["float", "base64"] | None = Field("float", description="base64: little-endian float32.")
     dimensions: StrictInt | None = Field(None, ge=1, description="Keep the first so many, and normalise again.")
@@ -41,8 +68,38 @@ class EmbeddingRequest(BaseModel):
         None, description="query or document (also search_query, search_document, passage): the model's prompt."
     )
     prompt_name: StrictStr | None = Field(None, description="Name of one of the model's prompts.")
-    truncate: StrictBool | None = Field(True, description="Cut texts to the model's window; false: an error instead.")
+    truncate: StrictBool | None = Field(
+        True, description="Truncate texts to the model's window; false: an error instead."
+    )
     user: StrictStr | None = Field(None, description="Accepted and not used.")
+
+    def texts(self) -> list[str]:
+        """The texts of ``input``; empty if it holds token ids."""
+        if isinstance(self.input, str):
+            return [self.input]
+        return [text for text in self.input if isinstance(text, str)]
+
+    def token_ids(self, *, vocabulary: int, window: int) -> list[list[int]]:
+        """The token ids of ``input`` by text; empty if it holds texts.
+
+        Args:
+            vocabulary: Number of token ids the model knows.
+            window: Most token ids of a text.
+
+        Raises:
+            ApiError: 400, naming the first text at fault.
+        """
+        if self.texts():
+            return []
+        rows: Any = [self.input] if isinstance(self.input[0], int) else self.input
+        for row, ids in enumerate(rows):
+            if len(ids) > window:
+                message = f"input[{row}] has {len(ids)} tokens; the model reads {window}"
+                raise ApiError(400, message, param="input", code="context_length_exceeded")
+            if max(ids) >= vocabulary:
+                message = f"input[{row}] holds what is no token id of this model: they are 0 to {vocabulary - 1}"
+                raise ApiError(400, message, param="input")
+        return rows
 
 
 class Usage(BaseModel):
@@ -84,93 +141,37 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def _constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
 def parse(body: bytes) -> EmbeddingRequest:
-    """Reads a body; of ``input`` only its presence is checked, see `texts_or_ids`.
+    """Reads a body.
 
     Raises:
         ApiError: 400, for the first mistake.
     """
     try:
-        found = json.loads(body, parse_constant=_constant)
+        value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object with 'input'", code="invalid_json")
-    known = EmbeddingRequest.model_fields
-    for name in found:
-        if name not in known:
-            raise ApiError(400, f"unknown field {name[:60]!r}; there are {', '.join(known)}", param=name[:60])
+    fields = EmbeddingRequest.model_fields
+    for name in value:
+        if name not in fields:
+            raise ApiError(400, f"unknown field {name[:60]!r}; there are {', '.join(fields)}", param=name[:60])
     try:
-        return EmbeddingRequest.model_validate(found)
+        return EmbeddingRequest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = str(first["loc"][0])
-        raise ApiError(400, f"{where}: {first['msg']}", param=where) from None
-
-
-def texts_or_ids(value: Any, *, most: int, vocabulary: int, window: int) -> tuple[list[str], list[list[int]]]:
-    """The texts, or the token ids by text, of ``input``; the other list is empty.
-
-    Args:
-        value: The field's JSON.
-        most: Most texts.
-        vocabulary: Number of token ids there are.
-        window: Most token ids of a text.
-
-    Raises:
-        ApiError: 400, naming the first text at fault.
-    """
-    items = value if isinstance(value, list) else [value]
-    if items and isinstance(items[0], int):
-        items = [items]
-    if not items:
-        raise _wrong("input is empty; give at least one text")
-    if len(items) > most:
-        raise _wrong(f"input has {len(items)} texts; at most {most} go into one request")
-    if isinstance(items[0], list):
-        for row, ids in enumerate(items):
-            _check_ids(ids, row, vocabulary, window)
-        return [], items
-    for row, text in enumerate(items):
-        _check_text(text, row)
-    return items, []
-
-
-def _wrong(message: str, code: str | None = None) -> ApiError:
-    return ApiError(400, message, param="input", code=code)
-
-
-def _check_text(text: Any, row: int) -> None:
-    if not isinstance(text, str):
-        raise _wrong(f"input[{row}] is no string; input is a string, a list of strings, or token ids")
-    if not text:
-        raise _wrong(f"input[{row}] is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _wrong(f"input[{row}] has half of a surrogate pair at character {error.start}: not Unicode") from None
-
-
-def _check_ids(ids: Any, row: int, vocabulary: int, window: int) -> None:
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise _wrong(f"input[{row}] is no list of token ids, where the others are")
-    if not ids:
-        raise _wrong(f"input[{row}] is empty")
-    if len(ids) > window:
-        raise _wrong(f"input[{row}] has {len(ids)} tokens; the model reads {window}", "context_length_exceeded")
-    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        # A number of thousands of digits must not become text.
-        shown = wrong if abs(wrong) < 1 << 63 else "a number"
-        raise _wrong(f"input[{row}] has {shown}, which is no token id of this model: they are 0 to {vocabulary - 1}")
+        field, *inside = first["loc"]
+        where = f"{field}{''.join(f'[{part}]' for part in inside if isinstance(part, int))}"
+        raise ApiError(400, f"{where}: {first['msg'].replace(' after validation', '')}", param=str(field)) from None
 
 
 def choose_prompt(prompts: dict[str, str], default: str | None, request: EmbeddingRequest) -> str:
-    """The instruction in front of every text.
+    """The prompt in front of every text.
 
     Args:
         prompts: The model's, by name.
@@ -195,7 +196,7 @@ def choose_prompt(prompts: dict[str, str], default: str | None, request: Embeddi
     return prompts[name]
 
 
-def cut_dimensions(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+def truncate_dimensions(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     """The first ``dimensions`` of unit vectors, as unit vectors again (Matryoshka, arXiv 2205.13147).
 
     Args:
@@ -220,12 +221,8 @@ def write(vectors: np.ndarray, *, encoding_format: str, model: str, tokens: int)
         model: The served name.
         tokens: Tokens read.
     """
-    parts = []
-    for begin in range(0, len(vectors), _ROWS):
-        rows = vectors[begin : begin + _ROWS].astype("<f4")
-        values = [base64.b64encode(row.tobytes()).decode() for row in rows]
-        found = values if encoding_format == "base64" else rows.tolist()
-        data = [{"object": "embedding", "index": begin + row, "embedding": value} for row, value in enumerate(found)]
-        parts.append(json.dumps(data, separators=(",", ":"))[1:-1])
-    tail = json.dumps({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
-    return f'{{"object":"list","data":[{",".join(parts)}],{tail[1:]}'.encode()
+    rows = vectors.astype("<f4")
+    values: list[Any] = rows.tolist() if encoding_format == "float" else [b64encode(row).decode() for row in rows]
+    data = [{"object": "embedding", "index": row, "embedding": value} for row, value in enumerate(values)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return to_json({"object": "list", "data": data, "model": model, "usage": usage})

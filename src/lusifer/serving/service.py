@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lusifer.model.text_encoder import TextEncoder
-from lusifer.serving.batcher import Batcher, Overloaded, TooLarge
+from lusifer.serving.batcher import Batcher
 from lusifer.serving.limits import ApiError, Phase
 from lusifer.serving.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _CHARACTERS = 32  # Characters a token, more than any script has: so many are looked at first of a very long text.
 _GIVE_UP = 256  # After so many characters a token of the window, what follows is not looked at.
 _JOB = 65_536  # Characters tokenised in one go; callers take turns.
+_INLINE = 65_536  # Bytes of a body or numbers of an answer that the event loop handles itself.
 
 
 class EmbeddingService:
@@ -52,9 +52,9 @@ class EmbeddingService:
         self._batch_tokens = batch_tokens
         self._encoder: TextEncoder | None = None
         self._batcher: Batcher | None = None
-        # One thread: a tokenizer that cuts must not be used by two.
-        self._words = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self.json_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="json")
+        # One thread: a tokenizer that truncates must not be used by two.
+        self._tokenizer_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._json_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="json")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -69,8 +69,8 @@ class EmbeddingService:
                 await work
             if self._batcher is not None:
                 await asyncio.to_thread(self._batcher.close)
-            self._words.shutdown(wait=False, cancel_futures=True)
-            self.json_threads.shutdown(wait=False, cancel_futures=True)
+            self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+            self._json_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
         try:
@@ -104,6 +104,17 @@ class EmbeddingService:
         """As `embed`, for threads other than the event loop's, which would wait for itself."""
         return asyncio.run_coroutine_threadsafe(self.embed(texts), self._loop).result()
 
+    async def run_json(self, size: int, work: Callable[[], Result]) -> Result:
+        """Reads or writes JSON, in a thread where it is large.
+
+        Args:
+            size: Bytes of a body, or numbers of an answer.
+            work: Reads or writes it.
+        """
+        if size < _INLINE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._json_threads, work)
+
     def check_load(self) -> None:
         """Refuses a request before any work is spent on it, if even the shortest would not be taken.
 
@@ -111,89 +122,100 @@ class EmbeddingService:
             ApiError: 429 or 503.
         """
         assert self.encoder and self._batcher
-        with _as_answers():
-            self._batcher.check(1)
+        self._batcher.check(1)
 
     async def tokenize(self, texts: Sequence[str], *, truncate: bool = True) -> tuple[list[list[int]], int]:
-        """Token ids of texts, and how many of them were cut to the model's window.
+        """Token ids of texts, and how many texts were truncated to the model's window.
+
+        Args:
+            texts: With their prompt.
+            truncate: Whether texts may be truncated.
 
         Raises:
-            ApiError: 400 naming the first text that is too long, unless they may be cut.
+            ApiError: 400 naming the first text that is too long, unless texts may be truncated.
         """
         encoder, loop = self.encoder, asyncio.get_running_loop()
-        found: list[list[int]] = []
-        cut = 0
+        ids: list[list[int]] = []
+        truncated = 0
         for chunk in _chunks(texts):
-            ids, long = await loop.run_in_executor(self._words, token_ids, encoder, chunk)
+            chunk_ids, long = await loop.run_in_executor(self._tokenizer_thread, token_ids, encoder, chunk)
             if long and not truncate:
-                message = (
-                    f"input[{len(found) + long[0]}] is longer than the {encoder.max_seq_length} tokens of the model"
-                )
+                message = f"input[{len(ids) + long[0]}] is longer than the {encoder.max_seq_length} tokens of the model"
                 raise ApiError(400, message, param="input", code="context_length_exceeded")
-            found += ids
-            cut += len(long)
-        self.metrics.truncated.inc(cut)
-        return found, cut
+            ids += chunk_ids
+            truncated += len(long)
+        self.metrics.truncated.inc(truncated)
+        return ids, truncated
 
     async def embed_ids(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Embeds tokenised texts: (n, dim) float32 unit vectors.
+        """Embeds tokenised texts.
+
+        Args:
+            ids: Token ids by text, none empty.
+
+        Returns:
+            (n, dim) float32 unit vectors.
 
         Raises:
             ApiError: 413, 429 or 500.
         """
         assert self.encoder and self._batcher
-        with _as_answers():
-            vectors = await self._batcher.submit(ids)
+        vectors = await self._batcher.submit(ids)
         if not np.isfinite(vectors).all():
-            message = "the model gave numbers that are not finite; the operator may try --precision float32"
+            message = "an embedding has NaN or infinite values; the operator may try --precision float32"
             raise ApiError(500, message, code="not_finite")
         return vectors
 
     async def embed(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """Embeds texts behind a prompt, cut to the model's window: (n, dim) float32 unit vectors."""
+        """Embeds texts, truncated to the model's window.
+
+        Args:
+            texts: Any number.
+            prompt: Put in front of every text.
+
+        Returns:
+            (n, dim) float32 unit vectors.
+
+        Raises:
+            ApiError: 413, 429, 500 or 503.
+        """
         self.check_load()
         ids, _ = await self.tokenize([prompt + text for text in texts])
         return await self.embed_ids(ids)
 
 
-@contextmanager
-def _as_answers() -> Iterator[None]:
-    """Turns the queue's refusals into answers."""
-    try:
-        yield
-    except Overloaded as error:
-        headers = {"retry-after": str(error.retry_after)}
-        raise ApiError(429, str(error), code="rate_limit_exceeded", headers=headers) from None
-    except TooLarge as error:
-        raise ApiError(413, f"{error}; send fewer texts at a time", code="request_too_large") from None
-
-
 def _chunks(texts: Sequence[str]) -> list[list[str]]:
-    found: list[list[str]] = []
+    """Texts in lists of about `_JOB` characters."""
+    chunks: list[list[str]] = []
     room = 0
     for text in texts:
         if room <= 0:
-            found.append([])
+            chunks.append([])
             room = _JOB
-        found[-1].append(text)
+        chunks[-1].append(text)
         room -= len(text) + 64
-    return found
+    return chunks
 
 
 def token_ids(encoder: TextEncoder, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-    """Token ids as `TextEncoder.tokenize` gives them, and the rows that were cut.
+    """Token ids as `TextEncoder.tokenize` gives them, and the rows that were truncated.
 
     A text of a megabyte costs no more than the part of it that the model reads.
+
+    Args:
+        encoder: The model.
+        texts: Any number.
     """
+    window = encoder.max_seq_length
     heads = [_head(encoder, text) for text in texts]
-    found = encoder.tokenize(heads)
-    long = []
-    for row, (head, text) in enumerate(zip(heads, texts, strict=True)):
-        if len(head) < len(text):
-            long.append(row)
-        elif len(found[row]) == encoder.max_seq_length:  # Cut, or just as long as that.
-            long += [row] if len(_whole(encoder, head)) > encoder.max_seq_length else []
-    return found, long
+    ids = encoder.tokenize(heads)
+    long = [
+        row
+        for row, (head, text) in enumerate(zip(heads, texts, strict=True))
+        # A text that fills the window was truncated, or is just as long as that.
+        if len(head) < len(text) or (len(ids[row]) == window and len(_whole(encoder, head)) > window)
+    ]
+    return ids, long
 
 
 def _whole(encoder: TextEncoder, text: str) -> list[int]:

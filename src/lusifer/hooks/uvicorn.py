@@ -1,0 +1,120 @@
+"""uvicorn with the limits it lacks: deadlines for a connection, and an orderly end with exit code 0."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+class LimitedProtocol(H11Protocol):
+    """HTTP/1.1 with deadlines for a request's head and for an unread answer; errors have the body the server chooses.
+
+    Private: the methods of `H11Protocol` overridden here, its attributes ``app_state``, ``connections``, ``cycle``,
+    ``loop`` and ``transport``, and ``RequestResponseCycle.response_complete``.
+
+    Attributes:
+        header_timeout: Seconds for the head of a request, from the connection or from its first byte on.
+        write_timeout: Seconds for a client to take its answer.
+        max_connections: Beyond so many, the scope's ``state`` has ``too_many_connections``.
+        error_body: (status, message, code) -> body of an answer that the application does not give; JSON.
+    """
+
+    header_timeout = 10.0
+    write_timeout = 120.0
+    max_connections = 4096
+    error_body: Callable[[int, str, str], bytes]
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts the clock of the first head."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self.app_state = {**self.app_state, "too_many_connections": True}
+        self._start_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Feeds the parser; the clock stops when a head is complete, and starts with the next."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_head_timer()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clock."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Looks again later whether the client has taken its answer."""
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self.write_timeout, self._abort_unread)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP."""
+        self._refuse(400, msg, "invalid_http")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        body = self.error_body(status, message, code)
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.header_timeout, self._head_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            message = f"the head of the request did not arrive within {self.header_timeout:g} s"
+            self._refuse(408, message, "head_timeout")
+
+    def _abort_unread(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that keeps answering while it drains, and whose exit code is 0 after SIGTERM or Ctrl-C.
+
+    uvicorn's own refuses connections at once, so that nobody learns why, and raises the signal again at its end.
+
+    Private: the methods of `uvicorn.Server` overridden here, called at each signal and ten times a second, and its
+    attributes ``should_exit`` and ``force_exit``.
+
+    Args:
+        config: uvicorn's.
+        drain: Called at the first signal.
+        finished: Whether the server may end.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, drain: Callable[[], None], finished: Callable[[], bool]) -> None:
+        super().__init__(config)
+        self._drain, self._finished = drain, finished
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain; a second Ctrl-C ends at once."""
+        if not self._draining:
+            self._draining = True
+            self._drain()
+        elif sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end."""
+        return self._finished() or await super().on_tick(counter)
