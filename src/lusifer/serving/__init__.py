@@ -11,7 +11,9 @@ FastAPI and prometheus-client come with ``lusifer[serving]`` and are imported wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lusifer.lazy import lazy
 
 if TYPE_CHECKING:
     from lusifer.serving.app import create_app
@@ -19,10 +21,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ApiError", "Limits", "create_app"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{'app' if name == 'create_app' else 'limits'}"), name)
+__getattr__ = lazy(__name__, {"ApiError": "limits", "Limits": "limits", "create_app": "app"})

@@ -18,6 +18,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from lusifer import __version__
+from lusifer.data.prompts import prompt_for
+from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.serving import schema
 from lusifer.serving.limits import ApiError, Guard, Limits, Phase
@@ -190,6 +192,15 @@ async def _embeddings(
 
 
 def _prompt(encoder: TextEncoder, request: schema.EmbeddingRequest) -> str:
-    """The prompt that a request asks for; the model's default prompt where it names none."""
+    """The prompt that a request asks for, by name or by the role of its texts; else the model's default prompt."""
+    if request.input_type is not None and request.prompt_name is not None:
+        raise ApiError(400, "give input_type or prompt_name, not both", param="prompt_name")
+    field = "prompt_name" if request.input_type is None else "input_type"
     model: Any = encoder.model
-    return schema.choose_prompt(model.prompts, model.default_prompt_name, request)
+    name = request.prompt_name if request.input_type is None else request.input_type
+    try:
+        if name is not None and name not in model.prompts and field == "input_type":
+            name = schema.INPUT_TYPES.get(name, name)
+        return prompt_for(model, None, prompt_name=name)
+    except LusiferError as error:
+        raise ApiError(400, f"{field}: {error}", param=field) from error

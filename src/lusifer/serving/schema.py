@@ -170,32 +170,6 @@ def parse(body: bytes) -> EmbeddingRequest:
         raise ApiError(400, f"{where}: {first['msg'].replace(' after validation', '')}", param=str(field)) from None
 
 
-def choose_prompt(prompts: dict[str, str], default: str | None, request: EmbeddingRequest) -> str:
-    """The prompt in front of every text.
-
-    Args:
-        prompts: The model's, by name.
-        default: The name that holds where the request names none.
-        request: The request.
-
-    Raises:
-        ApiError: 400 if there is no such name, or two are given.
-    """
-    if request.input_type is not None and request.prompt_name is not None:
-        raise ApiError(400, "give input_type or prompt_name, not both", param="prompt_name")
-    given = request.prompt_name if request.prompt_name is not None else request.input_type
-    field = "prompt_name" if request.prompt_name is not None else "input_type"
-    name = default if given is None else given
-    if name is None:
-        return ""
-    if field == "input_type" and name not in prompts:
-        name = INPUT_TYPES.get(name, name)
-    if name not in prompts:
-        known = ", ".join(sorted(prompts)) or "none"
-        raise ApiError(400, f"{field}: the model has no prompt {name[:60]!r}; there are {known}", param=field)
-    return prompts[name]
-
-
 def truncate_dimensions(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     """The first ``dimensions`` of unit vectors, as unit vectors again (Matryoshka, arXiv 2205.13147).
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lusifer.model.text_encoder import TextEncoder
+from lusifer.model.text_encoder import TextEncoder, token_ids
 from lusifer.serving.batcher import Batcher
 from lusifer.serving.limits import ApiError, Phase
 from lusifer.serving.metrics import Metrics
@@ -219,7 +219,7 @@ def token_ids(encoder: TextEncoder, texts: Sequence[str]) -> tuple[list[list[int
 
 
 def _whole(encoder: TextEncoder, text: str) -> list[int]:
-    return encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    return token_ids(encoder.tokenizer, [text], sys.maxsize)[0][0]
 
 
 def _head(encoder: TextEncoder, text: str) -> str:
