@@ -35,7 +35,7 @@ from lusifer.serving import server as httpserver
 from lusifer.serving import service as embedservice
 from lusifer.serving.app import create_app
 from lusifer.serving.limits import Limits, Phase
-from lusifer.serving.service import token_ids
+from lusifer.serving.service import truncated_ids
 from support.command import mistake
 from support.tiny import CORPUS, sharpen
 
@@ -225,21 +225,23 @@ def test_of_a_very_long_text_only_its_beginning_is_tokenised(encoder, monkeypatc
     texts = ["cat", exact, CORPUS[1] * 400, "x" * 5000, "日本" * 4000, " " * 8000 + "cat", "dog " * 100_000]
     expected = [encoder.tokenize([text])[0] for text in texts]
     read = []
-    whole = encoder.tokenizer._encode_plus
+    kind = type(encoder.tokenizer)
+    whole = kind._encode_plus
 
-    def counting(text, *args, **kwargs):
+    def counting(self, text, *args, **kwargs):
         read.append(sum(map(len, text)) if isinstance(text, list) else len(text))
-        return whole(text, *args, **kwargs)
+        return whole(self, text, *args, **kwargs)
 
-    monkeypatch.setattr(encoder.tokenizer, "_encode_plus", counting)
-    found, long = token_ids(encoder, texts)
+    monkeypatch.setattr(kind, "_encode_plus", counting)
+    found, long = truncated_ids(encoder, texts)
     assert found == expected
-    assert long == [row for row, text in enumerate(texts) if len(embedservice._whole(encoder, text)) > 64]
+    lengths = [len(encoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]) for text in texts]
+    assert long == [row for row, length in enumerate(lengths) if length > 64]
     read.clear()
-    token_ids(encoder, [texts[-1]])
-    assert sum(read) < 0.1 * len(texts[-1])
+    truncated_ids(encoder, [texts[-1]])
+    assert 0 < sum(read) < 0.1 * len(texts[-1])
     monkeypatch.setattr(embedservice, "_CHARACTERS", 1)  # As if a token had more characters than expected.
-    assert token_ids(encoder, texts) == (expected, long)
+    assert truncated_ids(encoder, texts) == (expected, long)
 
 
 # Mistakes

@@ -138,7 +138,7 @@ class EmbeddingService:
         ids: list[list[int]] = []
         truncated = 0
         for chunk in _chunks(texts):
-            chunk_ids, long = await loop.run_in_executor(self._tokenizer_thread, token_ids, encoder, chunk)
+            chunk_ids, long = await loop.run_in_executor(self._tokenizer_thread, truncated_ids, encoder, chunk)
             if long and not truncate:
                 message = f"input[{len(ids) + long[0]}] is longer than the {encoder.max_seq_length} tokens of the model"
                 raise ApiError(400, message, param="input", code="context_length_exceeded")
@@ -197,8 +197,8 @@ def _chunks(texts: Sequence[str]) -> list[list[str]]:
     return chunks
 
 
-def token_ids(encoder: TextEncoder, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-    """Token ids as `TextEncoder.tokenize` gives them, and the rows that were truncated.
+def truncated_ids(encoder: TextEncoder, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+    """Token ids of texts, truncated to what the model reads, and the rows that were longer.
 
     A text of a megabyte costs no more than the part of it that the model reads.
 
@@ -206,27 +206,17 @@ def token_ids(encoder: TextEncoder, texts: Sequence[str]) -> tuple[list[list[int
         encoder: The model.
         texts: Any number.
     """
-    window = encoder.max_seq_length
     heads = [_head(encoder, text) for text in texts]
-    ids = encoder.tokenize(heads)
-    long = [
-        row
-        for row, (head, text) in enumerate(zip(heads, texts, strict=True))
-        # A text that fills the window was truncated, or is just as long as that.
-        if len(head) < len(text) or (len(ids[row]) == window and len(_whole(encoder, head)) > window)
-    ]
-    return ids, long
-
-
-def _whole(encoder: TextEncoder, text: str) -> list[int]:
-    return token_ids(encoder.tokenizer, [text], sys.maxsize)[0][0]
+    ids, longer = token_ids(encoder.tokenizer, heads, encoder.max_seq_length)
+    parts = zip(longer, heads, texts, strict=True)
+    return ids, [row for row, (more, head, text) in enumerate(parts) if more or len(head) < len(text)]
 
 
 def _head(encoder: TextEncoder, text: str) -> str:
     """As much of a text as holds twice the tokens that are read, so that where it ends makes no difference."""
     size, last = _CHARACTERS * encoder.max_seq_length, _GIVE_UP * encoder.max_seq_length
     while size < min(len(text), last):
-        if len(_whole(encoder, text[:size])) >= 2 * encoder.max_seq_length:
+        if len(token_ids(encoder.tokenizer, [text[:size]], len(text))[0][0]) >= 2 * encoder.max_seq_length:
             return text[:size]
         size *= 2
     return text[:last]
