@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from lusifer.data.rows import Slice
+from lusifer.data.rows import Position, Slice
 from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
 from lusifer.storage import Folder
@@ -20,19 +23,32 @@ FACTS = b"lusifer"
 
 @dataclass(frozen=True)
 class Plan:
-    """What `make_plan` found.
+    """The shards of an input, as the manifest records them.
 
     Attributes:
-        slices: The shards.
         rows: Rows of the input, bad ones included.
         bad: Rows that are skipped.
         id_type: ``int64``, ``uint64`` or ``string``.
+        starts: Where each shard begins.
+        shard_rows: Rows of a shard; the last one may have fewer.
     """
 
-    slices: list[Slice]
     rows: int
     bad: int
     id_type: str
+    starts: Sequence[Sequence[int]]
+    shard_rows: int
+
+    def packed(self) -> dict[str, Any]:
+        """The plan as the manifest holds it; the settings beside it have ``shard_rows``."""
+        return {name: value for name, value in vars(self).items() if name in ("rows", "bad", "id_type", "starts")}
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """The shards."""
+        firsts = range(0, self.rows, self.shard_rows)
+        shards = enumerate(zip(firsts, self.starts, strict=True))
+        return [Slice(k, first, min(self.shard_rows, self.rows - first), Position(*at)) for k, (first, at) in shards]
 
 
 @dataclass(frozen=True)
@@ -110,8 +126,7 @@ class Prepared:
     prompt: str | None = None
 
 
-@dataclass(frozen=True)
-class ShardFacts:
+class ShardFacts(NamedTuple):
     """A finished shard: its number, rows written, texts that were truncated to the model's window."""
 
     number: int
@@ -125,20 +140,30 @@ def shard_name(number: int) -> str:
 
 
 def stored_width(dimension: int, output_dtype: str) -> int:
-    """Numbers of a stored embedding: its dimensions, or a byte for eight of them."""
+    """Numbers of a stored embedding: its ``dimension``, or a byte for eight of them where ``output_dtype`` is bits."""
     return -(-dimension // 8) if output_dtype == "ubinary" else dimension
 
 
 def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
-    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size."""
+    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size.
+
+    Args:
+        settings: Those of the run.
+        id_type: Arrow's name for the type of the ids.
+        dimension: Of the embeddings in the output.
+    """
     width = stored_width(dimension, settings.output_dtype)
-    fields = [("id", pa.type_for_alias(id_type)), ("text", pa.string())]
     embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
-    return pa.schema([*(fields if settings.text else fields[:1]), embedding])
+    text = [("text", pa.string())] if settings.text else []
+    return pa.schema([("id", pa.type_for_alias(id_type)), *text, embedding])
 
 
 def read_facts(folder: Folder, number: int) -> ShardFacts:
     """What a finished shard says of itself.
+
+    Args:
+        folder: The output.
+        number: The shard's.
 
     Raises:
         LusiferError: If it is damaged.
@@ -146,9 +171,8 @@ def read_facts(folder: Folder, number: int) -> ShardFacts:
     name = shard_name(number)
     try:
         with folder.fs.open(folder.path(name), "rb") as file:
-            found = json.loads(parquet.ParquetFile(file).metadata.metadata[FACTS])
-        return ShardFacts(number, int(found["rows"]), int(found["cut"]))
+            facts = json.loads(parquet.ParquetFile(file).metadata.metadata[FACTS])
+        return ShardFacts(number, int(facts["rows"]), int(facts["cut"]))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise LusiferError(
-            f"{folder.url}/{name} is damaged ({type(error).__name__}); remove it to have it again"
-        ) from error
+        problem = f"is damaged ({type(error).__name__}); remove it to have it again"
+        raise LusiferError(f"{folder.url}/{name} {problem}") from error

@@ -13,10 +13,9 @@ from transformers.utils import cached_file
 
 
 def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
-    """Path of a model's file in its folder or in the hub's cache; None where there is no such file.
+    """Path of a model's file in its folder or in the hub's cache; None where there is none, or no hub.
 
-    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``: without them a missing
-    file and a hub out of reach are exceptions.
+    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``.
 
     Args:
         name: Folder or hub id.
@@ -50,10 +49,7 @@ def set_name(config: PretrainedConfig, name: str | None) -> None:
 
 @contextmanager
 def no_load_report() -> Iterator[None]:
-    """Silences the list of tensors that a ``from_pretrained`` leaves out, for loads that leave some out on purpose.
-
-    Touches the logger of ``transformers.modeling_utils``, which writes that list.
-    """
+    """Silences the list of tensors that a load leaves out: touches the logger of ``transformers.modeling_utils``."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
