@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -23,25 +23,13 @@ FACTS = b"lusifer"
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards of an input, as the manifest records them.
-
-    Attributes:
-        rows: Rows of the input, bad ones included.
-        bad: Rows that are skipped.
-        id_type: ``int64``, ``uint64`` or ``string``.
-        starts: Where each shard begins.
-        shard_rows: Rows of a shard; the last one may have fewer.
-    """
+    """An input's rows (``bad`` ones included), the Arrow type of its ids, and where each shard of them begins."""
 
     rows: int
     bad: int
     id_type: str
     starts: Sequence[Sequence[int]]
     shard_rows: int
-
-    def packed(self) -> dict[str, Any]:
-        """The plan as the manifest holds it; the settings beside it have ``shard_rows``."""
-        return {name: value for name, value in vars(self).items() if name in ("rows", "bad", "id_type", "starts")}
 
     @cached_property
     def slices(self) -> list[Slice]:
@@ -86,16 +74,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """All a process needs to make shards; small, and can be pickled.
+    """All a process needs to make shards of ``output``, a folder or a file; can be pickled.
 
-    Attributes:
-        model: Checkpoint folder or hub id.
-        files: The input.
-        plan: Its shards.
-        settings: What to make of it.
-        threads: Torch threads of a process. Sums of other thread counts differ in the last digits.
-        output: Folder, path or URL; a file when ``single``.
-        single: Whether the output is one file.
+    ``threads`` are Torch's in a process: sums of other thread counts differ in the last digits.
     """
 
     model: str
@@ -145,13 +126,7 @@ def stored_width(dimension: int, output_dtype: str) -> int:
 
 
 def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
-    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size.
-
-    Args:
-        settings: Those of the run.
-        id_type: Arrow's name for the type of the ids.
-        dimension: Of the embeddings in the output.
-    """
+    """Columns of a shard: ``id`` of type ``id_type``, ``text`` where wanted, ``embedding``, a list of fixed size."""
     width = stored_width(dimension, settings.output_dtype)
     embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
     text = [("text", pa.string())] if settings.text else []
@@ -159,11 +134,7 @@ def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
 
 
 def read_facts(folder: Folder, number: int) -> ShardFacts:
-    """What a finished shard says of itself.
-
-    Args:
-        folder: The output.
-        number: The shard's.
+    """What a finished shard in ``folder`` says of itself.
 
     Raises:
         LusiferError: If it is damaged.

@@ -14,32 +14,15 @@ from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
 
-class InProcess:
-    """Encodes shards here, one after the other.
-
-    Args:
-        job: The job.
-        device: Torch device; the best there is when None.
-    """
-
-    def __init__(self, job: Job, device: str | None = None) -> None:
-        self.job = job
-        self._encoder = ShardEncoder(job, device)
-        self.prepare = self._encoder.prepare
+class InProcess(ShardEncoder):
+    """Makes shards here, one after the other."""
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Makes shards and yields their facts.
-
-        Args:
-            numbers: The shards.
-            prepared: What `prepare` found in this run.
-            tick: Is told after each batch how many texts it held.
-        """
-        for number in numbers:
-            yield self._encoder.encode(self.job.plan.slices[number], prepared, tick)
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """Makes shards and yields their facts; ``tick`` is told after each batch how many texts it held."""
+        return (self.encode(self.job.plan.slices[number], prepared, tick) for number in numbers)
 
 
 class Processes:
@@ -80,8 +63,8 @@ class Processes:
         pipe.send(None)
         return self._receive(pipe, "the first one")
 
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """As `InProcess.encode`, shards as they are done.
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """As `InProcess.make`, shards as they are done.
 
         Raises:
             LusiferError: If a process reports one, or dies.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from lusifer.bulk.job import Plan
@@ -35,6 +36,7 @@ def make_plan(
     """
     starts: list[Position] = []
     ids = _Ids()
+    step = shard_rows or sys.maxsize
     count = bad = reported = row = number = 0
     for rows in read_rows(files, columns):
         block = rows.block
@@ -42,8 +44,7 @@ def make_plan(
             block.refuse_problems()
         row = row if number == block.file_number else 0
         number = block.file_number
-        step = shard_rows or count + len(block) + 1
-        for index in range(-count % step if starts or shard_rows else 0, len(block), step):
+        for index in range(-count % step, len(block), step):
             starts.append(Position(number, block.ends[index - 1] if index else block.begin, row + index))
         count, row, bad = count + len(block), row + len(block), bad + len(block.problems)
         ids.add(rows)

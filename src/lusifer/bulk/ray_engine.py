@@ -84,8 +84,8 @@ class RayCluster:
         except self.ray.exceptions.RayError as error:
             raise _one_line(error) from error
 
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """As `lusifer.bulk.local_engine.InProcess.encode`, shards as they are done; ``tick`` hears of each.
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """As `lusifer.bulk.local_engine.InProcess.make`, shards as they are done; ``tick`` hears of each.
 
         Raises:
             LusiferError: If an actor reports one, or the cluster is gone. Ray encodes shards of lost actors again.

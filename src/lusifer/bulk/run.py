@@ -63,7 +63,7 @@ def encode(
 
     Args:
         model: Checkpoint folder, hub id, or ``starter``.
-        source: Input: a file, a folder or a glob, here or in a store; see `lusifer.data.sources.find_files`.
+        source: A file, a folder or a glob, here or in a store.
         output: A folder for shards and ``_manifest.json``, or a file ``.parquet`` or ``.npy``.
         settings: What to make of it.
         engine: ``local``, or ``ray`` for a cluster.
@@ -103,15 +103,15 @@ def _check(settings: Settings, engine: str) -> None:
 
 
 def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
-    from lusifer.bulk.local_engine import InProcess
+    from lusifer.bulk.shard import ShardEncoder
 
     plan = _plan(run["files"], run["settings"], None, options["progress"])
     job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
-    engine = InProcess(job, options["device"])
-    prepared = engine.prepare()
+    encoder = ShardEncoder(job, options["device"])
+    prepared = encoder.prepare()
     with _bar(plan.rows, 0, options["progress"]) as bar:
-        facts = list(engine.encode([0], prepared, bar.update))
-    return _summary(facts, prepared.dimension, plan.bad, job.output)
+        shard = encoder.encode(plan.slices[0], prepared, bar.update)
+    return _summary([shard._asdict()], prepared.dimension, plan.bad, job.output)
 
 
 def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
             target.write_json(MANIFEST, manifest)
             plan = _plan(run["files"], run["settings"], run["settings"].shard_rows, options["progress"])
             manifest["threads"] = options["threads"] or _threads(options["processes"])
-            manifest["plan"] = plan.packed()
+            manifest["plan"] = {"rows": plan.rows, "bad": plan.bad, "id_type": plan.id_type, "starts": plan.starts}
             target.write_json(MANIFEST, manifest)
         plan = Plan(**manifest["plan"], shard_rows=run["settings"].shard_rows)
         job = Job(**run, plan=plan, threads=manifest["threads"])
@@ -155,20 +155,19 @@ def _make_missing(
             target.write_json(MANIFEST, manifest)
         prepared = Prepared(**manifest["prepared"])
         with _bar(job.plan.rows, sum(slices[number].rows for number in done), progress) as bar:
-            return list(engine.encode(missing, prepared, bar.update))
+            return list(engine.make(missing, prepared, bar.update))
 
 
 def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
     from lusifer.bulk.local_engine import InProcess, Processes
     from lusifer.bulk.ray_engine import RayCluster
 
-    devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if engine == "ray":
         return RayCluster(job, processes, device)
+    devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if len(devices) > 1 and processes > 1:
         raise LusiferError("several devices get a process each; leave --processes out")
-    devices = devices * processes
-    return InProcess(job, devices[0]) if len(devices) == 1 else Processes(job, devices)
+    return Processes(job, devices * processes) if len(devices) * processes > 1 else InProcess(job, devices[0])
 
 
 def _threads(processes: int) -> int:
@@ -247,15 +246,15 @@ def _finish(target: Folder, job: Job, manifest: dict[str, Any], facts: Sequence[
     return _summary_of_folder(manifest, job.output)
 
 
-def _summary(facts: Sequence[ShardFacts], dimension: int, bad: int, output: str) -> dict[str, Any]:
-    texts, truncated = sum(shard.rows for shard in facts), sum(shard.cut for shard in facts)
+def _summary(shards: Sequence[dict[str, Any]], dimension: int, bad: int, output: str) -> dict[str, Any]:
+    texts, truncated = (sum(shard[name] for shard in shards) for name in ("rows", "cut"))
     return {"texts": texts, "dimension": dimension, "cut": truncated, "skipped": bad, "output": output}
 
 
 def _summary_of_folder(manifest: dict[str, Any], output: str) -> dict[str, Any]:
-    facts = [ShardFacts(number, shard["rows"], shard["cut"]) for number, shard in enumerate(manifest["shards"])]
-    summary = _summary(facts, manifest["prepared"]["dimension"], manifest["plan"]["bad"], output)
-    return {**summary, "shards": len(facts)}
+    shards = manifest["shards"]
+    summary = _summary(shards, manifest["prepared"]["dimension"], manifest["plan"]["bad"], output)
+    return {**summary, "shards": len(shards)}
 
 
 def _plan(files: Sequence[InputFile], settings: Settings, shard_rows: int | None, progress: bool) -> Plan:

@@ -54,9 +54,6 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(normalise(text).encode(), digest_size=8).digest())
 
 
-# ------------------------------------------------------------------------------------------------ evaluation data
-
-
 def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -> dict[int, str]:
     """Digests of all normalised texts of evaluation data, each with the name of a file that holds it.
 
@@ -92,9 +89,6 @@ def _strings(values: Any) -> Iterator[str]:
     elif isinstance(values, list):
         for value in values:
             yield from _strings(value)
-
-
-# ------------------------------------------------------------------------------------------------------- one set
 
 
 def _texts_by_column(record: dict[str, Any]) -> dict[str, list[str]]:
@@ -162,9 +156,6 @@ def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, s
         if name in limits:
             facts["truncated" if name == "encoder" else "targets_truncated"] = float((counts > limits[name]).mean())
     return facts
-
-
-# ------------------------------------------------------------------------------------------------- the whole recipe
 
 
 def check(recipe: Recipe, *, against: Sequence[str | Path] = (), progress: bool = False) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def choose(
 
 
 class _Texts:
-    """Unique texts in the order they were met, and for each a class of texts equal but for case and punctuation."""
+    """Unique texts in order, and for each its ``kind``, shared by texts equal but for case and punctuation."""
 
     def __init__(self) -> None:
         self.number: dict[str, int] = {}
@@ -217,7 +217,7 @@ def mine(
     prompts: Mapping[Role, str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes a copy of a pair set whose ``negative`` are mined, hardest first.
+    """Writes a copy of a pair set whose ``negative`` are mined, hardest first; an interrupted call is taken up again.
 
     Args:
         item: The set of pairs; its own negatives are replaced.
@@ -233,8 +233,6 @@ def mine(
 
     Returns:
         The summary: ``teacher``, settings, counts, mean scores, ``rows_short`` (fewer negatives than asked for).
-
-    An interrupted call leaves its embeddings in ``<output>.embeddings``, and the next one goes on with them.
 
     Raises:
         LusiferError: If data cannot be read, or the output exists or cannot be written.
@@ -275,9 +273,8 @@ def _choose_all(
     rows_of: list[list[int]] = [[] for _ in range(len(queries))]
     for row, (query, _) in enumerate(problem.rows):
         rows_of[query].append(row)
-    most = max(len(own) for own in problem.own)
     # Own texts may fill the first ranks, each with a few copies that differ in case or punctuation.
-    k = min(settings.range_max + 2 * most, len(passages))
+    k = min(settings.range_max + 2 * max(map(len, problem.own)), len(passages))
     chosen: list[list[int]] = [[] for _ in problem.rows]
     positive_sum, negative_scores = 0.0, []
     with tqdm(total=len(queries), desc="searching", unit=" queries", leave=False, disable=not progress or None) as bar:

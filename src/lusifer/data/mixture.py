@@ -73,6 +73,8 @@ class Stratum:
 class Mixture(Dataset):
     """The examples of one stage, in the order they are trained on.
 
+    ``strata`` are its sets and clusters; ``plan``, (steps,) int32, is the stratum of every step.
+
     Args:
         sets: The sets.
         steps: Steps of the stage.
@@ -81,12 +83,7 @@ class Mixture(Dataset):
         held_out: Rows to keep out of training for evaluation, at most a tenth of each set; see `held_out_examples`.
 
     Raises:
-        LusiferError: If a set cannot be used (see `lusifer.data.records.open_records`), or is smaller than a global
-            batch that takes its negatives from itself.
-
-    Attributes:
-        strata: Sets and clusters.
-        plan: (steps,) int32, the stratum of every step.
+        LusiferError: If a set cannot be used, or is smaller than a global batch that takes its negatives from itself.
     """
 
     def __init__(
@@ -129,12 +126,15 @@ class Mixture(Dataset):
 
 
 def open_strata(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> list[Stratum]:
-    """Opens every set and splits those with clusters; raises as `Mixture` does.
+    """Opens every set and splits those with clusters.
 
     Args:
         sets: The sets.
-        batch_size: Rows of a global batch, for the check of sizes.
+        batch_size: Rows of a global batch.
         seed: Seed of the rows that ``cap`` keeps.
+
+    Raises:
+        LusiferError: See `Mixture`.
     """
     strata: list[Stratum] = []
     for item in sets:

@@ -21,12 +21,10 @@ class Prompted(Protocol):
     @property
     def prompts(self) -> Mapping[str, str]:
         """Prompts by name."""
-        ...
 
     @property
     def default_prompt_name(self) -> str | None:
         """Name of the prompt of a text whose role has none."""
-        ...
 
 
 def prompt_for(model: Prompted, role: Role | None, *, prompt: str | None = None, prompt_name: str | None = None) -> str:
@@ -75,7 +73,7 @@ def with_instruction(instruction: str | None, query: str) -> str:
     """A query behind its task instruction; documents carry none (E5-Mistral, arXiv 2401.00368, section 3.1).
 
     Args:
-        instruction: The instruction; nothing stands in front of the query when it is empty or None.
+        instruction: Nothing stands in front of the query when it is empty or None.
         query: The query.
     """
     return f"Instruct: {instruction}\nQuery: {query}" if instruction else query

@@ -102,7 +102,11 @@ class Block:
             return None
 
     def refuse_problems(self) -> None:
-        """Raises a LusiferError for the first broken record, if there is one."""
+        """Raises what is wrong with the first broken record.
+
+        Raises:
+            LusiferError: If there is one.
+        """
         if self.problems:
             index = min(self.problems)
             raise self.error(index, self.problems[index])
@@ -185,9 +189,6 @@ def _text_blocks(file: InputFile, raw: Any, number: int, offset: int, text: str)
         yield block()
 
 
-# ------------------------------------------------------------------------------------------------------------ hub
-
-
 def load_hub_set(item: DataRecipe, *, streaming: bool) -> Any:
     """A split of a data set as `datasets` gives it: one of the hub, or a folder in its layout.
 
@@ -209,7 +210,11 @@ def load_hub_set(item: DataRecipe, *, streaming: bool) -> Any:
 
 
 def hub_blocks(item: DataRecipe) -> Iterator[Block]:
-    """The records of a set that `datasets` reads, in their order; raises a LusiferError if they cannot be read."""
+    """The records of a set that `datasets` reads, in their order.
+
+    Raises:
+        LusiferError: If they cannot be read.
+    """
     records = load_hub_set(item, streaming=item.streaming)
     done = 0
     try:

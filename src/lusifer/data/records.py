@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,17 +36,6 @@ _PAIR, _TEXT = ("query", "positive", "negative"), ("text",)
 _WHERE = {"subset", "split", "revision", "columns", "streaming", "cap"}
 
 _log = logging.getLogger(__name__)
-
-
-class Rows(Protocol):
-    """What a mixture reads: so many rows, each ``{"query", "positive", "negative"}`` or ``{"text"}``."""
-
-    item: DataRecipe
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    def where(self, row: int) -> str:
-        """File and line (or row) of a row, for messages."""
 
 
 def _holds_texts(item: DataRecipe) -> bool:
@@ -101,12 +90,8 @@ class Records:
     def __post_init__(self) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "table"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    def __reduce__(self) -> Any:  # Other processes map the file themselves.
+        return Records, (self.item, self.path, self.files, self.chosen, self.left_out)
 
     def __len__(self) -> int:
         return self.table.num_rows if self.chosen is None else len(self.chosen)
@@ -215,32 +200,13 @@ def _choose_rows(records: Records, seed: int) -> None:
 
 
 def left_out(count: int, hard_negatives: int) -> str:
-    """One line on ``count`` rows that are not trained on, as ``hard_negatives`` of the recipe asks for some."""
+    """One line on rows that are not trained on.
+
+    Args:
+        count: How many.
+        hard_negatives: What the recipe asks for.
+    """
     return f"{count:,} rows have no 'negative' and are left out (hard_negatives is {hard_negatives})"
-
-
-def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
-    """Opens a set the way its recipe says, and raises as `StreamedRecords` or `open_records` does.
-
-    Args:
-        item: The set.
-        seed: Seed of the rows that ``cap`` keeps.
-    """
-    return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
-
-
-def read_texts(item: DataRecipe, limit: int) -> list[str]:
-    """The first texts of a set: its ``text`` column, or queries and positives of pair records.
-
-    Args:
-        item: The set.
-        limit: How many at most.
-
-    Raises:
-        LusiferError: If it cannot be read.
-    """
-    records = open_set(DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct"))
-    return [records[row]["text"] for row in range(min(limit, len(records)))]
 
 
 class StreamedRecords:
@@ -262,12 +228,8 @@ class StreamedRecords:
         self._start = 0
         self._batch: pa.RecordBatch | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"item": self.item, "_cap": self._cap}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._rewind()
+    def __reduce__(self) -> Any:  # Other processes read the set themselves.
+        return StreamedRecords, (self.item,)
 
     def __len__(self) -> int:
         return self._cap
@@ -281,8 +243,7 @@ class StreamedRecords:
             self._rewind()
         while self._batch is None or row >= self._start + self._batch.num_rows:
             self._start += 0 if self._batch is None else self._batch.num_rows
-            batch = next(self._batches, None)
-            if batch is None:
+            if (batch := next(self._batches, None)) is None:
                 have = f"holds only {self._start} rows, fewer than its cap of {self._cap}"
                 raise LusiferError(f"{self.item.source!r} {have}; lower the cap")
             if "cluster" in batch.schema.names and not batch["cluster"].null_count:
@@ -295,3 +256,33 @@ class StreamedRecords:
     def __getitem__(self, row: int) -> dict[str, Any]:
         batch = self._load(row)
         return {name: batch[name][row - self._start].as_py() for name in _columns(self.item)}
+
+
+Rows = Records | StreamedRecords  # So many rows, each ``{"query", "positive", "negative"}`` or ``{"text"}``.
+
+
+def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
+    """Opens a set the way its recipe says: streamed, or read and checked in full.
+
+    Args:
+        item: The set.
+        seed: Seed of the rows that ``cap`` keeps.
+
+    Raises:
+        LusiferError: See `open_records` and `StreamedRecords`.
+    """
+    return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
+
+
+def read_texts(item: DataRecipe, limit: int) -> list[str]:
+    """The first texts of a set: its ``text`` column, or queries and positives of pair records.
+
+    Args:
+        item: The set.
+        limit: How many at most.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    records = open_set(DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct"))
+    return [records[row]["text"] for row in range(min(limit, len(records)))]

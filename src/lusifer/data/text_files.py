@@ -28,11 +28,14 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def refuse_repeated(file: str, names: Sequence[str]) -> None:
-    """Raises a LusiferError for a file with a column twice.
+    """Refuses a file with a column twice.
 
     Args:
         file: Its name.
         names: Its columns.
+
+    Raises:
+        LusiferError: If one occurs twice.
     """
     if (repeated := _repeated(names)) is not None:
         raise LusiferError(f"{file}: the column {repeated!r} occurs twice; rename or remove one")

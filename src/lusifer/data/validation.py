@@ -70,7 +70,7 @@ def text_problems(values: list[Any], column: str) -> dict[int, str]:
 
 
 def id_problems(values: list[Any], column: str) -> dict[int, str]:
-    """What is wrong with ids, by their index: each must be text that is not empty, or a whole number of 64 bits.
+    """What is wrong with ids, by their index: each must be text, or a whole number of 64 bits.
 
     Args:
         values: The ids as they were read.
@@ -96,9 +96,6 @@ def repeated_id(value: Any, where: str, first: str) -> LusiferError:
     """
     problem = f"the id {value!r} is that of {first} already; give every record its own id, or remove one"
     return LusiferError(f"{where}: {problem}")
-
-
-# ------------------------------------------------------------------------------------------------ training records
 
 
 def _check_texts(block: Block, name: str, texts: pa.Array, parents: np.ndarray) -> None:

@@ -37,14 +37,24 @@ def listen(task: Any, predictions: Callable[..., None], query_scores: Callable[.
 
 
 def restrict(task: Any, *, splits: Sequence[str], subsets: Sequence[str]) -> None:
-    """Leaves an mteb task with some splits and subsets, also ones mteb does not list; touches ``_eval_splits``."""
+    """Leaves a task with some of its splits and subsets, also ones that mteb does not list; touches ``_eval_splits``.
+
+    Args:
+        task: An mteb task object.
+        splits: The splits.
+        subsets: The subsets.
+    """
     task.hf_subsets, task._eval_splits = list(subsets), list(splits)
 
 
 def add_benchmark(name: str, benchmark: Any) -> None:
-    """Makes a benchmark known to ``mteb.get_benchmark`` by a name; it reads a module's variables once.
+    """Makes a benchmark known to ``mteb.get_benchmark``, which reads a module's variables once.
 
     Touches ``mteb.benchmarks.benchmarks`` (a variable added) and ``_build_registry`` (its cache emptied).
+
+    Args:
+        name: The benchmark's name.
+        benchmark: An mteb benchmark.
     """
     setattr(known_benchmarks, name.replace("-", "_").upper(), benchmark)
     registry: Any = getattr(__import__(get_benchmark.__module__, fromlist=["_build_registry"]), "_build_registry", None)

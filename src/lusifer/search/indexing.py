@@ -130,10 +130,10 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
             changed = [entry for entry in same if known[entry.id][0] != entry]
             new = [entry for entry in part if entry.id not in known or known[entry.id][0].text != entry.text]
             if new or changed:
-                vectors = np.empty((len(new) + len(changed), store.info.dimension), dtype=np.float32)
-                vectors[: len(new)] = encoder.encode([prompt + entry.text for entry in new])
-                vectors[len(new) :] = [known[entry.id][1] for entry in changed] or np.empty((0, store.info.dimension))
-                store.upsert([*new, *changed], vectors)
+                vectors = encoder.encode([prompt + entry.text for entry in new])
+                store.upsert(
+                    [*new, *changed], np.concatenate([vectors, *(known[entry.id][1][None] for entry in changed)])
+                )
             counts["added"] += sum(entry.id not in known for entry in new)
             counts["updated"] += sum(entry.id in known for entry in new)
             counts["changed"] += len(changed)
@@ -176,8 +176,6 @@ def _complete(entry: Entry, store: Store) -> Entry:
 _INT64 = range(-(2**63), 2**63)
 # A column of true/false holds no numbers, though Python would let it; one of "int" no fractions.
 _HOLDS = {"bool": COLUMN_TYPES["bool"], "int": (int,), "float": COLUMN_TYPES["float"]}
-
-
 # What a cell of CSV looks like; 007 is a name, not a number.
 _CELLS: tuple[tuple[Callable[[str], Value], re.Pattern[str]], ...] = (
     (int, re.compile(r"-?(0|[1-9]\d{0,17})")),
