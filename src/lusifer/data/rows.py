@@ -115,12 +115,12 @@ class RowReader:
                 self._rows, self._next = next(self._later, None), 0
                 if self._rows is None:
                     raise LusiferError(f"the input ends before row {number + 1}: it changed while it was read")
-            rows = self._rows
-            first, count = self._next, min(len(rows.block) - self._next, end - number)
+            block, texts, ids = self._rows
+            first, count = self._next, min(len(block) - self._next, end - number)
             self._next += count
             for index in range(first, first + count):
-                if index not in rows.block.problems:
-                    yield (number + index - first if rows.ids is None else rows.ids[index]), rows.texts[index]
+                if index not in block.problems:
+                    yield (number + index - first if ids is None else ids[index]), texts[index]
             number += count
 
     def _go_to(self, start: Position) -> None:

@@ -39,14 +39,6 @@ def has_pooler(config: PretrainedConfig) -> bool:
     return isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters
 
 
-def set_name(config: PretrainedConfig, name: str | None) -> None:
-    """Sets the name that a configuration writes into config.json.
-
-    Touches ``PretrainedConfig._name_or_path``: the public ``name_or_path`` sets the same, but ``to_dict`` reads this.
-    """
-    config._name_or_path = name or ""
-
-
 @contextmanager
 def no_load_report() -> Iterator[None]:
     """Silences the list of tensors that a load leaves out: touches the logger of ``transformers.modeling_utils``."""
