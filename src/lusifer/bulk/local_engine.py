@@ -15,13 +15,19 @@ from lusifer.quiet import quiet_libraries
 
 
 class InProcess(ShardEncoder):
-    """Makes shards here, one after the other."""
+    """Encodes shards here, one after the other."""
 
     def close(self) -> None:
         """Nothing to end."""
 
     def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Makes shards and yields their facts; ``tick`` is told after each batch how many texts it held."""
+        """Encodes shards and yields their facts.
+
+        Args:
+            numbers: Of the shards.
+            prepared: From `prepare`.
+            tick: Called after each batch with the number of its texts.
+        """
         return (self.encode(self.job.plan.slices[number], prepared, tick) for number in numbers)
 
 

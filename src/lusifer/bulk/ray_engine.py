@@ -1,7 +1,7 @@
 """Shards encoded by a Ray cluster: Ray Data gives them to a pool of actors, and those of lost actors to others.
 
 Actors read the input and write the output themselves, so both must be seen from every machine: an object store, or a
-folder they share. Shards are the same as made on one machine.
+folder they share. Shards are those of one machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         slices = self.encoder.job.plan.slices
-        made = [self.encoder.encode(slices[int(number)], self.prepared) for number in batch["id"]]
-        return {name: [getattr(facts, name) for facts in made] for name in ShardFacts._fields}
+        shards = [self.encoder.encode(slices[int(number)], self.prepared) for number in batch["id"]]
+        return {name: [getattr(facts, name) for facts in shards] for name in ShardFacts._fields}
 
 
 def _prepare(job: Job, device: str | None) -> Prepared:
@@ -82,7 +82,7 @@ class RayCluster:
         try:
             return self.ray.get(task.remote(self.job, self.device))
         except self.ray.exceptions.RayError as error:
-            raise _one_line(error) from error
+            raise _as_one_line(error) from error
 
     def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
         """As `lusifer.bulk.local_engine.InProcess.make`, shards as they are done; ``tick`` hears of each.
@@ -104,15 +104,15 @@ class RayCluster:
             **self.resources,
         )
         try:
-            for row in made.iter_rows():
+            for row in shards.iter_rows():
                 facts = ShardFacts(*(int(row[name]) for name in ShardFacts._fields))
                 tick(self.job.plan.slices[facts.number].rows)
                 yield facts
         except self.ray.exceptions.RayError as error:
-            raise _one_line(error) from error
+            raise _as_one_line(error) from error
 
 
-def _one_line(error: Exception) -> LusiferError:
+def _as_one_line(error: Exception) -> LusiferError:
     """What an actor raised, or what Ray says of its loss, as one line."""
     cause: BaseException | None = error
     while cause is not None:
