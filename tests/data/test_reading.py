@@ -162,7 +162,8 @@ def test_ids_of_every_kind(tmp_path, kind, ids, words):
     source = stored(tmp_path / f"d.{kind}", rows)
     for command, read in COMMANDS.items():
         lenient = kind == "csv" and any(not isinstance(key, str | None) for key in ids)  # All cells are text.
-        if words is None or (lenient and words != "is that of"):
+        repeats = words == "is that of" and command == "encode"  # Chunks of one page may share its id.
+        if words is None or repeats or (lenient and words != "is that of"):
             got = [key for key, _ in read(source)]
             assert got == (ids if command == "encode" and kind != "csv" else [str(key) for key in ids])
             continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from lusifer.data.rows import Slice
+from lusifer.data.rows import Position, Slice
 from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
 from lusifer.storage import Folder
@@ -20,19 +23,20 @@ FACTS = b"lusifer"
 
 @dataclass(frozen=True)
 class Plan:
-    """What `make_plan` found.
+    """An input's rows (``bad`` ones included), the Arrow type of its ids, and where each shard of them begins."""
 
-    Attributes:
-        slices: The shards.
-        rows: Rows of the input, bad ones included.
-        bad: Rows that are skipped.
-        id_type: ``int64``, ``uint64`` or ``string``.
-    """
-
-    slices: list[Slice]
     rows: int
     bad: int
     id_type: str
+    starts: Sequence[Sequence[int]]
+    shard_rows: int
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """The shards."""
+        firsts = range(0, self.rows, self.shard_rows)
+        shards = enumerate(zip(firsts, self.starts, strict=True))
+        return [Slice(k, first, min(self.shard_rows, self.rows - first), Position(*at)) for k, (first, at) in shards]
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """All a process needs to make shards; small, and can be pickled.
+    """All a process needs to make shards of ``output``, a folder or a file; can be pickled.
 
-    Attributes:
-        model: Checkpoint folder or hub id.
-        files: The input.
-        plan: Its shards.
-        settings: What to make of it.
-        threads: Torch threads of a process. Sums of other thread counts differ in the last digits.
-        output: Folder, path or URL; a file when ``single``.
-        single: Whether the output is one file.
+    ``threads`` are Torch's in a process: sums of other thread counts differ in the last digits.
     """
 
     model: str
@@ -110,8 +107,7 @@ class Prepared:
     prompt: str | None = None
 
 
-@dataclass(frozen=True)
-class ShardFacts:
+class ShardFacts(NamedTuple):
     """A finished shard: its number, rows written, texts that were truncated to the model's window."""
 
     number: int
@@ -125,20 +121,20 @@ def shard_name(number: int) -> str:
 
 
 def stored_width(dimension: int, output_dtype: str) -> int:
-    """Numbers of a stored embedding: its dimensions, or a byte for eight of them."""
+    """Numbers of a stored embedding: its ``dimension``, or a byte for eight of them where ``output_dtype`` is bits."""
     return -(-dimension // 8) if output_dtype == "ubinary" else dimension
 
 
 def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
-    """Columns of a shard: ``id``, ``text`` where wanted, and ``embedding``, a list of fixed size."""
+    """Columns of a shard: ``id`` of type ``id_type``, ``text`` where wanted, ``embedding``, a list of fixed size."""
     width = stored_width(dimension, settings.output_dtype)
-    fields = [("id", pa.type_for_alias(id_type)), ("text", pa.string())]
     embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
-    return pa.schema([*(fields if settings.text else fields[:1]), embedding])
+    text = [("text", pa.string())] if settings.text else []
+    return pa.schema([("id", pa.type_for_alias(id_type)), *text, embedding])
 
 
 def read_facts(folder: Folder, number: int) -> ShardFacts:
-    """What a finished shard says of itself.
+    """What a finished shard in ``folder`` says of itself.
 
     Raises:
         LusiferError: If it is damaged.
@@ -146,9 +142,8 @@ def read_facts(folder: Folder, number: int) -> ShardFacts:
     name = shard_name(number)
     try:
         with folder.fs.open(folder.path(name), "rb") as file:
-            found = json.loads(parquet.ParquetFile(file).metadata.metadata[FACTS])
-        return ShardFacts(number, int(found["rows"]), int(found["cut"]))
+            facts = json.loads(parquet.ParquetFile(file).metadata.metadata[FACTS])
+        return ShardFacts(number, int(facts["rows"]), int(facts["cut"]))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise LusiferError(
-            f"{folder.url}/{name} is damaged ({type(error).__name__}); remove it to have it again"
-        ) from error
+        problem = f"is damaged ({type(error).__name__}); remove it to have it again"
+        raise LusiferError(f"{folder.url}/{name} {problem}") from error

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, Self
+from typing import Any
 
 from lusifer.bulk.job import Job, Prepared, ShardFacts
 from lusifer.bulk.shard import ShardEncoder, Tick
@@ -14,35 +14,13 @@ from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
 
-class InProcess:
-    """Encodes shards here, one after the other.
+class InProcess(ShardEncoder):
+    """Encodes shards here, one after the other."""
 
-    Args:
-        job: The job.
-        device: Torch device; the best there is when None.
-    """
+    def close(self) -> None:
+        """Nothing to end."""
 
-    def __init__(self, job: Job, device: str | None = None) -> None:
-        self.job = job
-        self.device = device
-        self._encoder: ShardEncoder | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._encoder = None
-
-    def _ready(self) -> ShardEncoder:
-        if self._encoder is None:
-            self._encoder = ShardEncoder(self.job, self.device)
-        return self._encoder
-
-    def prepare(self) -> Prepared:
-        """See `ShardEncoder.prepare`."""
-        return self._ready().prepare()
-
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
         """Encodes shards and yields their facts.
 
         Args:
@@ -50,8 +28,7 @@ class InProcess:
             prepared: From `prepare`.
             tick: Called after each batch with the number of its texts.
         """
-        for number in numbers:
-            yield self._ready().encode(self.job.plan.slices[number], prepared, tick)
+        return (self.encode(self.job.plan.slices[number], prepared, tick) for number in numbers)
 
 
 class Processes:
@@ -65,14 +42,11 @@ class Processes:
     """
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
-        self.job = job
-        self.devices = devices
+        self.job, self.devices = job, devices
         self._running: dict[Connection, Any] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Ends the processes."""
         for pipe, process in self._running.items():
             pipe.close()
             process.terminate()
@@ -93,17 +67,10 @@ class Processes:
         """See `ShardEncoder.prepare`; the first process does it, the others start afterwards."""
         pipe = self._start(self.devices[0])
         pipe.send(None)
-        prepared = self._receive(pipe, "the first one")
-        assert isinstance(prepared, Prepared)
-        return prepared
+        return self._receive(pipe, "the first one")
 
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Encodes shards and yields their facts as they are done.
-
-        Args:
-            numbers: Of the shards.
-            prepared: From `prepare`.
-            tick: Called after each batch with the number of its texts.
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """As `InProcess.make`, shards as they are done.
 
         Raises:
             LusiferError: If a process reports one, or dies.
@@ -122,27 +89,24 @@ class Processes:
                 return
             for ready in wait(list(at_work)):
                 assert isinstance(ready, Connection)
-                message = self._receive(ready, f"shard {at_work[ready]}")
-                if isinstance(message, int):
-                    tick(message)
+                answer = self._receive(ready, f"shard {at_work[ready]}")
+                if isinstance(answer, int):
+                    tick(answer)
                     continue
                 del at_work[ready]
                 idle.append(ready)
-                yield message
+                yield answer
 
     def _receive(self, pipe: Connection, work: str) -> Any:
         try:
-            message = pipe.recv()
+            answer = pipe.recv()
         except (EOFError, OSError) as error:
             self._running[pipe].join()
-            code = self._running[pipe].exitcode
-            raise LusiferError(
-                f"the process at {work} died (exit code {code}; out of memory?): try fewer --processes; the same "
-                "command goes on"
-            ) from error
-        if isinstance(message, Exception):
-            raise message
-        return message
+            died = f"the process at {work} died (exit code {self._running[pipe].exitcode}; out of memory?)"
+            raise LusiferError(f"{died}: try fewer --processes; the same command goes on") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 def _work(pipe: Connection, job: Job, device: str | None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from lusifer.bulk.job import Plan
-from lusifer.data.rows import Columns, Position, Rows, Slice, read_rows
+from lusifer.data.rows import Columns, Position, Rows, read_rows
 from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
 
@@ -22,8 +23,6 @@ def make_plan(
 ) -> Plan:
     """Reads the whole input once: checks every row and notes where each shard begins.
 
-    Memory is that of a block, and eight bytes a row where there are ids.
-
     Args:
         files: The input.
         columns: What is read of it.
@@ -32,11 +31,12 @@ def make_plan(
         tick: Is told now and then how many bytes were read since.
 
     Raises:
-        LusiferError: If a file cannot be read or lacks a column, a row is bad (the message names file and row), ids are
-            of two kinds, or there is no row to encode.
+        LusiferError: If a file cannot be read or lacks a column, a row is bad, ids are of two kinds, or there is no
+            row to encode.
     """
     starts: list[Position] = []
     ids = _Ids()
+    step = shard_rows or sys.maxsize
     count = bad = reported = row = number = 0
     for rows in read_rows(files, columns):
         block = rows.block
@@ -44,8 +44,7 @@ def make_plan(
             block.refuse_problems()
         row = row if number == block.file_number else 0
         number = block.file_number
-        step = shard_rows or count + len(block) + 1
-        for index in range(-count % step if starts or shard_rows else 0, len(block), step):
+        for index in range(-count % step, len(block), step):
             starts.append(Position(number, block.ends[index - 1] if index else block.begin, row + index))
         count, row, bad = count + len(block), row + len(block), bad + len(block.problems)
         ids.add(rows)
@@ -58,26 +57,18 @@ def make_plan(
     if count == bad:
         name = files[0].url if len(files) == 1 else f"{files[0].url} and {len(files) - 1} more"
         raise LusiferError(f"{name!r} holds no texts" + (f" ({bad} bad rows)" if bad else ""))
-    size = shard_rows or count
-    slices = [
-        Slice(number, number * size, min(size, count - number * size), start) for number, start in enumerate(starts)
-    ]
-    return Plan(slices, count, bad, ids.type())
+    return Plan(count, bad, ids.type(), starts, shard_rows or count)
 
 
 class _Ids:
-    """What all ids of an input have in common."""
+    """What all ids of an input have in common: text, or whole numbers of one type of 64 bits."""
 
     def __init__(self) -> None:
         self._least = self._greatest = 0
         self._kinds: set[type] = set()
 
     def add(self, rows: Rows) -> None:
-        """Takes in the ids of the good rows of a block.
-
-        Raises:
-            LusiferError: If they are not all text, or whole numbers of one type of 64 bits.
-        """
+        """Takes in the ids of the good rows of a block."""
         bad = rows.block.problems
         good = [(index, value) for index, value in enumerate(rows.ids or ()) if index not in bad]
         if not good:
@@ -87,7 +78,7 @@ class _Ids:
         self._kinds = before | set(map(type, values))
         if len(self._kinds) > 1:
             index = next(index for index, value in good if type(value) not in before)
-            raise LusiferError(f"{rows.block.where(index)}: ids are numbers and text; use one of them")
+            raise rows.block.error(index, "ids are numbers and text; use one of them")
         if int in self._kinds:
             self._least, self._greatest = min(self._least, min(values)), max(self._greatest, max(values))
             if self._least < 0 and self._greatest >= _INT64:

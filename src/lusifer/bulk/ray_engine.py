@@ -1,7 +1,7 @@
 """Shards encoded by a Ray cluster: Ray Data gives them to a pool of actors, and those of lost actors to others.
 
 Actors read the input and write the output themselves, so both must be seen from every machine: an object store, or a
-folder they share. Shards are those of one machine, and one that is encoded twice replaces itself.
+folder they share. Shards are those of one machine.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 from lusifer.bulk.job import Job, Prepared, ShardFacts
 from lusifer.bulk.shard import ShardEncoder, Tick
@@ -26,8 +26,7 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         slices = self.encoder.job.plan.slices
         shards = [self.encoder.encode(slices[int(number)], self.prepared) for number in batch["id"]]
-        names = ("number", "rows", "cut")
-        return {name: [getattr(facts, name) for facts in shards] for name in names}
+        return {name: [getattr(facts, name) for facts in shards] for name in ShardFacts._fields}
 
 
 def _prepare(job: Job, device: str | None) -> Prepared:
@@ -55,25 +54,21 @@ class RayCluster:
             import ray.data
         except ImportError as error:
             raise LusiferError("--engine ray needs Ray: pip install 'lusifer[ray]'") from error
-        self.ray = ray
-        self.job = job
-        self.actors = actors
+        self.ray, self.job, self.actors = ray, job, actors
         self.device = device or "cpu"
         if self.device not in ("cpu", "cuda"):
             raise LusiferError(f"with --engine ray, --device is cpu or cuda (a GPU each), not {device!r}")
         self.resources: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": int(self.device == "cuda")}
         self._own = not ray.is_initialized()
-
-    def __enter__(self) -> Self:
         if self._own:
             try:
                 # Without an address Ray takes a running cluster if there is one, else starts one.
-                self.ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise LusiferError(f"cannot reach the Ray cluster: {first_line(error)}") from error
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Leaves the cluster, unless somebody else joined it."""
         if self._own:
             self.ray.shutdown()
 
@@ -85,19 +80,12 @@ class RayCluster:
         """
         task = self.ray.remote(**self.resources)(_prepare)
         try:
-            prepared = self.ray.get(task.remote(self.job, self.device))
+            return self.ray.get(task.remote(self.job, self.device))
         except self.ray.exceptions.RayError as error:
             raise _as_one_line(error) from error
-        assert isinstance(prepared, Prepared)
-        return prepared
 
-    def encode(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
-        """Encodes shards and yields their facts as they are done.
-
-        Args:
-            numbers: Of the shards.
-            prepared: From `prepare`.
-            tick: Called after each shard with the number of its texts.
+    def make(self, numbers: Sequence[int], prepared: Prepared, tick: Tick) -> Iterator[ShardFacts]:
+        """As `lusifer.bulk.local_engine.InProcess.make`, shards as they are done; ``tick`` hears of each.
 
         Raises:
             LusiferError: If an actor reports one, or the cluster is gone. Ray encodes shards of lost actors again.
@@ -117,7 +105,7 @@ class RayCluster:
         )
         try:
             for row in shards.iter_rows():
-                facts = ShardFacts(int(row["number"]), int(row["rows"]), int(row["cut"]))
+                facts = ShardFacts(*(int(row[name]) for name in ShardFacts._fields))
                 tick(self.job.plan.slices[facts.number].rows)
                 yield facts
         except self.ray.exceptions.RayError as error:

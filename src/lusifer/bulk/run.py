@@ -1,20 +1,16 @@
 """Bulk encoding: any amount of texts into a folder of Parquet shards, to be interrupted and resumed at will.
 
-1. The input is read once: rows are checked and counted, and shards, fixed ranges of rows, are laid out.
-2. What a run shares is measured once: the data type of the computation, the ranges of int8.
-3. Shards are made in any order, by any number of processes (`lusifer.bulk.local_engine`,
-   `lusifer.bulk.ray_engine`), each whole.
-
-The manifest holds 1 and 2 before the first shard is made, and refuses to go on with anything else. A shard that is
-there is complete, so the same call does what is missing; its bytes do not depend on how often that took.
+The input is read once to check it and lay out shards; what a run shares is measured once. The manifest holds both
+before the first shard is made, and refuses to go on with anything else. Shards are then made in any order, by any
+number of processes, each whole: the same call does what is missing, and the bytes do not depend on how often that took.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from tqdm.auto import tqdm
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
 from lusifer.bulk.plan import make_plan
 from lusifer.data.prompts import explicit_prompt
-from lusifer.data.rows import Columns, Position, Slice
+from lusifer.data.rows import Columns
 from lusifer.data.sources import InputFile, find_files
 from lusifer.errors import LusiferError
 from lusifer.loading import resolve
@@ -35,19 +31,14 @@ from lusifer.storage import Folder, is_remote
 MANIFEST = "_manifest.json"
 ENGINES = ("local", "ray")
 _FORMAT = 1
-_FILES = (".parquet", ".npy")
 
 
-def is_single(output: str) -> bool:
-    """Whether an output is one file rather than a folder of shards.
-
-    Raises:
-        LusiferError: If its name ends as that of a file we do not write, or a file's folder is not there.
-    """
+def _is_single(output: str) -> bool:
+    """Whether an output is one file rather than a folder of shards; refuses a name that can be neither."""
     path = Path(output)
     if output.endswith("/") or path.is_dir():
         return False
-    if path.suffix in _FILES:
+    if path.suffix in (".parquet", ".npy"):
         if not is_remote(output) and not path.parent.is_dir():
             raise LusiferError(f"cannot write into {str(path.parent)!r}: no such folder")
         return True
@@ -72,7 +63,7 @@ def encode(
 
     Args:
         model: Checkpoint folder, hub id, or ``starter``.
-        source: Input: a file, a folder or a glob, here or in a store; see `lusifer.data.sources.find_files`.
+        source: A file, a folder or a glob, here or in a store.
         output: A folder for shards and ``_manifest.json``, or a file ``.parquet`` or ``.npy``.
         settings: What to make of it.
         engine: ``local``, or ``ray`` for a cluster.
@@ -86,13 +77,12 @@ def encode(
         ``output``, and ``shards`` of a folder.
 
     Raises:
-        LusiferError: If input, model, settings or output are not as they must be; see `lusifer.bulk.plan.make_plan`
-            and `lusifer.bulk.shard.ShardEncoder`. A folder holds complete shards whatever happens, and the same call
-            goes on.
+        LusiferError: If input, model, settings or output are not as they must be. A folder holds complete shards
+            whatever happens, and the same call goes on.
     """
     settings = settings or Settings()
     _check(settings, engine)
-    single = is_single(output)
+    single = _is_single(output)
     if single and (processes > 1 or engine != "local" or (device and "," in device)):
         raise LusiferError("several processes need a folder as output, not a file")
     files = find_files(source, output=output)
@@ -104,10 +94,7 @@ def encode(
 
 def _check(settings: Settings, engine: str) -> None:
     explicit_prompt(settings.prompt, settings.instruction)  # Refuses both.
-    for name, value, known in (
-        ("output dtype", settings.output_dtype, OUTPUT_DTYPES),
-        ("engine", engine, ENGINES),
-    ):
+    for name, value, known in (("output dtype", settings.output_dtype, OUTPUT_DTYPES), ("engine", engine, ENGINES)):
         if value not in known:
             raise LusiferError(f"no {name} {value!r}; there are {', '.join(known)}")
     for name, number in (("dim", settings.dim), ("shard rows", settings.shard_rows)):
@@ -116,15 +103,15 @@ def _check(settings: Settings, engine: str) -> None:
 
 
 def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
-    from lusifer.bulk.local_engine import InProcess
+    from lusifer.bulk.shard import ShardEncoder
 
-    plan = _plan(run["files"], replace(run["settings"], shard_rows=0), options["progress"])
+    plan = _plan(run["files"], run["settings"], None, options["progress"])
     job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
-    with InProcess(job, options["device"]) as engine:
-        prepared = engine.prepare()
-        with _bar(plan.rows, 0, options["progress"]) as bar:
-            facts = list(engine.encode([0], prepared, bar.update))
-    return _summary(facts, prepared.dimension, plan.bad, job.output)
+    encoder = ShardEncoder(job, options["device"])
+    prepared = encoder.prepare()
+    with _bar(plan.rows, 0, options["progress"]) as bar:
+        shard = encoder.encode(plan.slices[0], prepared, bar.update)
+    return _summary([shard._asdict()], prepared.dimension, plan.bad, job.output)
 
 
 def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -143,11 +130,11 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
         if manifest.get("plan") is None:
             # Written before hours of work: a store that refuses us shall do so now.
             target.write_json(MANIFEST, manifest)
-            plan = _plan(run["files"], run["settings"], options["progress"])
+            plan = _plan(run["files"], run["settings"], run["settings"].shard_rows, options["progress"])
             manifest["threads"] = options["threads"] or _threads(options["processes"])
-            manifest["plan"] = _packed(plan)
+            manifest["plan"] = {"rows": plan.rows, "bad": plan.bad, "id_type": plan.id_type, "starts": plan.starts}
             target.write_json(MANIFEST, manifest)
-        plan = _unpacked(manifest["plan"], run["settings"].shard_rows)
+        plan = Plan(**manifest["plan"], shard_rows=run["settings"].shard_rows)
         job = Job(**run, plan=plan, threads=manifest["threads"])
         facts = [read_facts(target, number) for number in sorted(done)]
         facts += _make_missing(target, job, manifest, done, **options)
@@ -160,39 +147,33 @@ def _make_missing(
     """Makes the shards that are not there."""
     slices = job.plan.slices
     missing = [part.number for part in slices if part.number not in done]
-    facts: list[ShardFacts] = []
     if not missing:
-        return facts
-    with _engine(job, **options) as engine:
+        return []
+    with closing(_engine(job, **options)) as engine:
         if manifest["prepared"] is None:
             manifest["prepared"] = asdict(engine.prepare())
             target.write_json(MANIFEST, manifest)
         prepared = Prepared(**manifest["prepared"])
         with _bar(job.plan.rows, sum(slices[number].rows for number in done), progress) as bar:
-            facts.extend(engine.encode(missing, prepared, bar.update))
-    return facts
+            return list(engine.make(missing, prepared, bar.update))
 
 
 def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
     from lusifer.bulk.local_engine import InProcess, Processes
     from lusifer.bulk.ray_engine import RayCluster
 
-    devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if engine == "ray":
         return RayCluster(job, processes, device)
+    devices: list[str | None] = [part.strip() for part in device.split(",")] if device else [None]
     if len(devices) > 1 and processes > 1:
         raise LusiferError("several devices get a process each; leave --processes out")
-    devices = devices * processes
-    return InProcess(job, devices[0]) if len(devices) == 1 else Processes(job, devices)
+    return Processes(job, devices * processes) if len(devices) * processes > 1 else InProcess(job, devices[0])
 
 
 def _threads(processes: int) -> int:
     import torch
 
     return max(1, torch.get_num_threads() // processes)
-
-
-# ------------------------------------------------------------------------------------------------------- manifest
 
 
 @contextmanager
@@ -219,24 +200,20 @@ def _locked(target: Folder) -> Iterator[None]:
 
 
 def _resume(target: Folder, identity: dict[str, Any], threads: int | None) -> tuple[dict[str, Any], set[int]]:
-    """The manifest to go on with and the numbers of the shards that are there.
-
-    Raises:
-        LusiferError: If the folder holds shards of anything else.
-    """
+    """The manifest to go on with and the shards that are there; refuses a folder that holds another run."""
+    fresh = {**identity, "plan": None, "prepared": None, "complete": False}
     names = target.names()
     known = target.read_json(MANIFEST) if MANIFEST in names else None
     shards = {name for name in names if name.startswith("part-")}
     if known is None:
         if shards:
             raise LusiferError(f"{target.url!r} holds shards without a {MANIFEST}; choose another folder, or empty it")
-        return {**identity, "plan": None, "prepared": None, "complete": False}, set()
-    asked = {**identity, "threads": threads}
-    changed = _difference(known, asked)
+        return fresh, set()
+    changed = _difference(known, {**identity, "threads": threads})
     if changed and (shards or known.get("complete")):
         raise LusiferError(f"{target.url!r} holds another run: {changed}; choose another folder, or remove it")
     if changed or known.get("plan") is None:
-        return {**identity, "plan": None, "prepared": None, "complete": False}, set()
+        return fresh, set()
     return known, {number for number in range(len(known["plan"]["starts"])) if shard_name(number) in shards}
 
 
@@ -261,66 +238,34 @@ def _difference(known: dict[str, Any], asked: dict[str, Any]) -> str:
 
 def _finish(target: Folder, job: Job, manifest: dict[str, Any], facts: Sequence[ShardFacts]) -> dict[str, Any]:
     """Writes the final manifest: the same whoever made the shards, and when."""
-    dimension = manifest["prepared"]["dimension"]
-    form = schema(job.settings, job.plan.id_type, dimension)
+    form = schema(job.settings, job.plan.id_type, manifest["prepared"]["dimension"])
     manifest["columns"] = {field.name: str(field.type) for field in form}
-    manifest["shards"] = [
-        {"file": shard_name(shard.number), "rows": shard.rows, "cut": shard.cut}
-        for shard in sorted(facts, key=lambda shard: shard.number)
-    ]
+    manifest["shards"] = [{"file": shard_name(number), "rows": rows, "cut": cut} for number, rows, cut in sorted(facts)]
     manifest["complete"] = True
     target.write_json(MANIFEST, manifest)
     return _summary_of_folder(manifest, job.output)
 
 
-def _summary(facts: Sequence[ShardFacts], dimension: int, bad: int, output: str) -> dict[str, Any]:
-    return {
-        "texts": sum(shard.rows for shard in facts),
-        "dimension": dimension,
-        "cut": sum(shard.cut for shard in facts),
-        "skipped": bad,
-        "output": output,
-    }
+def _summary(shards: Sequence[dict[str, Any]], dimension: int, bad: int, output: str) -> dict[str, Any]:
+    texts, truncated = (sum(shard[name] for shard in shards) for name in ("rows", "cut"))
+    return {"texts": texts, "dimension": dimension, "cut": truncated, "skipped": bad, "output": output}
 
 
 def _summary_of_folder(manifest: dict[str, Any], output: str) -> dict[str, Any]:
-    facts = [ShardFacts(number, shard["rows"], shard["cut"]) for number, shard in enumerate(manifest["shards"])]
-    summary = _summary(facts, manifest["prepared"]["dimension"], manifest["plan"]["bad"], output)
-    return {**summary, "shards": len(facts)}
+    shards = manifest["shards"]
+    summary = _summary(shards, manifest["prepared"]["dimension"], manifest["plan"]["bad"], output)
+    return {**summary, "shards": len(shards)}
 
 
-def _packed(plan: Plan) -> dict[str, Any]:
-    starts = [list(part.start) for part in plan.slices]
-    return {"rows": plan.rows, "bad": plan.bad, "id_type": plan.id_type, "starts": starts}
-
-
-def _unpacked(plan: dict[str, Any], size: int) -> Plan:
-    slices = [
-        Slice(number, number * size, min(size, plan["rows"] - number * size), Position(*start))
-        for number, start in enumerate(plan["starts"])
-    ]
-    return Plan(slices, plan["rows"], plan["bad"], plan["id_type"])
-
-
-# ----------------------------------------------------------------------------------------------------------- bars
-
-
-def _plan(files: Sequence[InputFile], settings: Settings, progress: bool) -> Plan:
+def _plan(files: Sequence[InputFile], settings: Settings, shard_rows: int | None, progress: bool) -> Plan:
     from lusifer.model.text_encoder import PRECISIONS
 
     if settings.precision not in PRECISIONS:
         raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
-    total = sum(file.size for file in files)
-    with tqdm(
-        total=total, desc="checking", unit="B", unit_scale=True, leave=False, delay=1, disable=not progress
-    ) as bar:
-        return make_plan(
-            files,
-            Columns(settings.column, settings.id_column),
-            shard_rows=settings.shard_rows or None,
-            skip_bad=settings.skip_bad,
-            tick=bar.update,
-        )
+    total, columns = sum(file.size for file in files), Columns(settings.column, settings.id_column)
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
+    with tqdm(total=total, desc="checking", **options) as bar:
+        return make_plan(files, columns, shard_rows=shard_rows, skip_bad=settings.skip_bad, tick=bar.update)
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:

@@ -10,7 +10,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,9 @@ class ShardEncoder:
         prepared = Prepared(precision, device, settings.dim or size, prompt=prompt)
         if settings.output_dtype != "int8":
             return prepared
-        rows = list(islice(self._good_rows(), WINDOW))
-        found = np.concatenate([vectors for _, vectors in self._vectors(rows, prepared, None)])
-        ranges = [found.min(axis=0).tolist(), found.max(axis=0).tolist()]
-        return replace(prepared, ranges=ranges)
+        rows = islice(chain.from_iterable(map(self.reader.read, self.job.plan.slices)), WINDOW)
+        sample = np.concatenate([vectors for _, vectors in self._vectors(rows, prepared, None)])
+        return replace(prepared, ranges=[sample.min(axis=0).tolist(), sample.max(axis=0).tolist()])
 
     def encode(self, part: Slice, prepared: Prepared, tick: Tick | None = None) -> ShardFacts:
         """Makes one shard; it appears in the output complete or not at all.
@@ -88,8 +87,8 @@ class ShardEncoder:
             tick: Is told after each batch how many texts it held.
 
         Raises:
-            LusiferError: If rows cannot be read any more, the output cannot be written, an embedding is not finite, or
-                the run was begun on another kind of device.
+            LusiferError: If rows cannot be read, an embedding is not finite, the output cannot be written, or the run
+                was begun on another kind of device.
         """
         if prepared.device != (device := self.encoder.model.device.type):
             raise LusiferError(f"this output was begun on {prepared.device}, not {device}; go on there (--device)")
@@ -97,11 +96,8 @@ class ShardEncoder:
         self.encoder.cut = 0
         name = self.job.output.rpartition("/")[2] if self.job.single else shard_name(part.number)
         with self.folder.put(name) as path:
-            pieces = self._finished(part, prepared, tick)
-            if name.endswith(".npy"):
-                rows = self._write_npy(path, pieces, prepared)
-            else:
-                rows = self._write_parquet(path, pieces, prepared)
+            write = self._write_npy if name.endswith(".npy") else self._write_parquet
+            rows = write(path, self._finished(part, prepared, tick), prepared)
         return ShardFacts(part.number, rows, self.encoder.cut)
 
     def _compute_in(self, precision: str) -> str:
@@ -109,17 +105,12 @@ class ShardEncoder:
             self._precision = set_precision(self.encoder.model, precision)
         return self._precision
 
-    def _good_rows(self) -> Iterator[_Row]:
-        for part in self.job.plan.slices:
-            yield from self.reader.read(part)
-
     def _vectors(
         self, rows: Iterable[_Row], prepared: Prepared, tick: Tick | None
     ) -> Iterator[tuple[list[_Row], np.ndarray]]:
         """Windows of rows and their (rows, dimension) float32 embeddings."""
         kept: deque[_Row] = deque()
-        settings = self.job.settings
-        prompt = prepared.prompt
+        settings, prompt = self.job.settings, prepared.prompt
         if prompt is None:
             prompt = explicit_prompt(None, settings.instruction) or ""
 
@@ -132,10 +123,8 @@ class ShardEncoder:
             window = [kept.popleft() for _ in vectors]
             wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
             if len(wrong):
-                raise LusiferError(
-                    f"the embedding of {window[wrong[0]][0]!r} is not finite in {prepared.precision}; "
-                    "try --precision float32"
-                )
+                problem = f"the embedding of {window[wrong[0]][0]!r} is not finite in {prepared.precision}"
+                raise LusiferError(f"{problem}; try --precision float32")
             if settings.dim is not None:
                 vectors = vectors[:, : settings.dim]
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -146,10 +135,8 @@ class ShardEncoder:
         kind = self.job.settings.output_dtype
         ranges = None if prepared.ranges is None else np.array(prepared.ranges, dtype=np.float32)
         for window, vectors in self._vectors(self.reader.read(part), prepared, tick):
-            if kind == "float16":
-                yield window, vectors.astype(np.float16)
-            else:
-                yield window, quantize_embeddings(vectors, kind, ranges=ranges)
+            half = kind == "float16"
+            yield window, vectors.astype(np.float16) if half else quantize_embeddings(vectors, kind, ranges=ranges)
 
     def _write_npy(self, path: Path, pieces: Iterable[tuple[list[_Row], np.ndarray]], prepared: Prepared) -> int:
         rows, kind = 0, self.job.settings.output_dtype
@@ -167,13 +154,11 @@ class ShardEncoder:
         return rows
 
     def _write_parquet(self, path: Path, pieces: Iterable[tuple[list[_Row], np.ndarray]], prepared: Prepared) -> int:
-        rows = 0
-        settings = self.job.settings
+        rows, settings = 0, self.job.settings
         form = schema(settings, self.job.plan.id_type, prepared.dimension)
-        options: dict[str, Any] = {"compression": "zstd", "write_statistics": ["id"]}
         # Parquet stores a byte as four; a dictionary of the 256 there are brings it back to one.
-        whole_numbers = settings.output_dtype in ("int8", "ubinary")
-        options["use_dictionary"] = ["embedding.list.element"] if whole_numbers else False
+        dictionary = ["embedding.list.element"] if settings.output_dtype in ("int8", "ubinary") else False
+        options: dict[str, Any] = {"compression": "zstd", "write_statistics": ["id"], "use_dictionary": dictionary}
         with parquet.ParquetWriter(path, form, **options) as writer:
             for window, vectors in pieces:
                 flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=ARROW[settings.output_dtype])

@@ -50,20 +50,15 @@ def normalise(text: str) -> str:
     return " ".join(plain.split()) or text.strip()
 
 
-def _digest(*texts: str) -> int:
-    joined = "\0".join(normalise(text) for text in texts)
-    return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=8).digest())
-
-
-# ------------------------------------------------------------------------------------------------ evaluation data
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(normalise(text).encode(), digest_size=8).digest())
 
 
 def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -> dict[int, str]:
     """Digests of all normalised texts of evaluation data, each with the name of a file that holds it.
 
     Args:
-        folders: Files, folders or globs, see `lusifer.data.sources.find_files`; the bundled everyday set always is
-            among the data.
+        folders: Files, folders or globs; the bundled everyday set always is among the data.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -71,8 +66,8 @@ def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -
     """
     names = {_digest(text): "the everyday set" for texts in load_everyday().sentences.values() for text in texts}
     for folder in map(str, folders):
-        bar = tqdm(find_files(folder), desc="reading evaluation data", disable=_bars(progress), leave=False)
-        for file in bar:
+        files = find_files(folder)
+        for file in tqdm(files, desc="reading evaluation data", disable=not progress or None, leave=False):
             shown = file.url if is_remote(folder) else os.path.relpath(file.url, Path(folder).expanduser())
             for block in read_blocks([file]):
                 names |= {_digest(text): file.url if shown == "." else shown for text in _texts_of(block)}
@@ -96,21 +91,17 @@ def _strings(values: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _bars(progress: bool) -> bool | None:
-    """What tqdm calls ``disable``: None leaves it to the terminal."""
-    return None if progress else True
-
-
-# ------------------------------------------------------------------------------------------------------- one set
-
-
-def texts_of(record: dict[str, Any]) -> dict[str, list[str]]:
-    """All texts of a record by column."""
+def _texts_by_column(record: dict[str, Any]) -> dict[str, list[str]]:
     return {name: [value] if isinstance(value, str) else value for name, value in record.items()}
 
 
 def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict[str, Any]:
     """Reads a whole set for duplicates and leaks.
+
+    Args:
+        rows: The opened set.
+        against: Digests of evaluation data, see `evaluation_texts`.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``duplicates`` (rows that repeat an earlier one), ``negatives_per_row``, ``leaks`` (rows with a text of
@@ -120,24 +111,19 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
     duplicates = negatives = leaks = 0
     examples: list[str] = []
     title = f"checking {rows.item.source}"
-    for row in tqdm(range(len(rows)), desc=title, unit=" rows", disable=_bars(progress), leave=False):
-        texts = texts_of(rows[row])
+    for row in tqdm(range(len(rows)), desc=title, unit=" rows", disable=not progress or None, leave=False):
+        texts = _texts_by_column(rows[row])
         negatives += len(texts.get("negative", []))
         digests = {name: [_digest(text) for text in several] for name, several in texts.items()}
-        main = digests.get("text") or [*digests["query"], *sorted(digests["positive"])]
-        key = hash(tuple(main))
+        key = hash(tuple(digests.get("text") or [*digests["query"], *sorted(digests["positive"])]))
         duplicates += key in seen
         seen.add(key)
         leaked = [(name, against[d]) for name, several in digests.items() for d in several if d in against]
         leaks += bool(leaked)
         if leaked and len(examples) < _EXAMPLES:
             examples.append(f"{rows.where(row)}: {leaked[0][0]!r} is a text of {leaked[0][1]}")
-    return {
-        "duplicates": duplicates,
-        "negatives_per_row": negatives / len(rows),
-        "leaks": leaks,
-        "leak_examples": examples,
-    }
+    facts: dict[str, Any] = {"duplicates": duplicates, "negatives_per_row": negatives / len(rows)}
+    return {**facts, "leaks": leaks, "leak_examples": examples}
 
 
 def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, seed: int) -> dict[str, Any]:
@@ -153,37 +139,23 @@ def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, s
         ``sampled_rows``; ``encoder_tokens`` and ``llm_tokens``, each with ``mean``, ``p95`` and ``max``;
         ``truncated`` and, in stage 1, ``targets_truncated``: shares of the texts that are truncated.
     """
-    item = rows.item
     count = min(SAMPLE, len(rows))
     chosen = np.sort(np.random.default_rng([seed, len(rows)]).choice(len(rows), count, replace=False))
-    texts = []
+    texts: list[str] = []
     for row in chosen.tolist():
-        columns = texts_of(rows[row])
-        columns["query"] = [with_instruction(item.instruction, query) for query in columns.get("query", [])]
+        columns = _texts_by_column(rows[row])
+        columns["query"] = [with_instruction(rows.item.instruction, query) for query in columns.get("query", [])]
         texts += [text for several in columns.values() for text in several]
     facts: dict[str, Any] = {"sampled_rows": count}
     for name, tokenizer in tokenizers.items():
-        counts = np.array(_token_counts(tokenizer, texts, special=name == "encoder"))
-        facts[f"{name}_tokens"] = {
-            "mean": float(counts.mean()),
-            "p95": float(np.percentile(counts, 95)),
-            "max": int(counts.max()),
-        }
+        options = {"add_special_tokens": name == "encoder", "return_attention_mask": False}
+        parts = (tokenizer(texts[first : first + 1000], **options) for first in range(0, len(texts), 1000))
+        counts = np.array([len(ids) for part in parts for ids in part["input_ids"]])
+        mean, p95 = float(counts.mean()), float(np.percentile(counts, 95))
+        facts[f"{name}_tokens"] = {"mean": mean, "p95": p95, "max": int(counts.max())}
         if name in limits:
-            share = float((counts > limits[name]).mean())
-            facts["truncated" if name == "encoder" else "targets_truncated"] = share
+            facts["truncated" if name == "encoder" else "targets_truncated"] = float((counts > limits[name]).mean())
     return facts
-
-
-def _token_counts(tokenizer: Any, texts: list[str], *, special: bool) -> list[int]:
-    counts: list[int] = []
-    for first in range(0, len(texts), 1000):
-        encoded = tokenizer(texts[first : first + 1000], add_special_tokens=special, return_attention_mask=False)
-        counts += [len(ids) for ids in encoded["input_ids"]]
-    return counts
-
-
-# ------------------------------------------------------------------------------------------------- the whole recipe
 
 
 def check(recipe: Recipe, *, against: Sequence[str | Path] = (), progress: bool = False) -> dict[str, Any]:
@@ -202,38 +174,36 @@ def check(recipe: Recipe, *, against: Sequence[str | Path] = (), progress: bool 
     Raises:
         LusiferError: If a tokenizer or the evaluation data cannot be read.
     """
-    names = {"encoder": recipe.model.encoder, "llm": recipe.model.llm}
-    revisions = {"encoder": recipe.model.encoder_revision, "llm": recipe.model.llm_revision}
-    tokenizers = {kind: load_tokenizer(kind, name, revision=revisions[kind]) for kind, name in names.items()}
-    encoder = load_config("encoder", recipe.model.encoder, revision=recipe.model.encoder_revision)
-    check_window(recipe.model.encoder, encoder, recipe.model.max_seq_length)
+    model = recipe.model
+    tokenizers = {
+        "encoder": load_tokenizer("encoder", model.encoder, revision=model.encoder_revision),
+        "llm": load_tokenizer("llm", model.llm, revision=model.llm_revision),
+    }
+    encoder = load_config("encoder", model.encoder, revision=model.encoder_revision)
+    check_window(model.encoder, encoder, model.max_seq_length)
     texts = evaluation_texts(against, progress=progress)
     report: dict[str, Any] = {"sets": [], "errors": [], "warnings": [], "evaluation_texts": len(texts)}
     if recipe.warm_start.enabled and recipe.warm_start.data:
-        _try_open(DataRecipe(source=recipe.warm_start.data, task="reconstruct"), report)
-    for name, stage in (("align", recipe.align), ("contrast", recipe.contrast)):
-        if stage.enabled:
-            _check_stage(recipe, name, stage, tokenizers, texts, report, progress)
+        try:
+            open_set(DataRecipe(source=recipe.warm_start.data, task="reconstruct"))
+        except LusiferError as error:
+            report["errors"].append(f"warm_start: {error}")
+    for name in ("align", "contrast"):
+        if getattr(recipe, name).enabled:
+            _check_stage(recipe, name, tokenizers, texts, report, progress)
     report["ok"] = not report["errors"]
     return report
-
-
-def _try_open(item: DataRecipe, report: dict[str, Any]) -> None:
-    try:
-        open_set(item)
-    except LusiferError as error:
-        report["errors"].append(f"warm_start: {error}")
 
 
 def _check_stage(
     recipe: Recipe,
     name: str,
-    stage: AlignRecipe | ContrastRecipe,
     tokenizers: dict[str, Any],
     against: dict[int, str],
     report: dict[str, Any],
     progress: bool,
 ) -> None:
+    stage: AlignRecipe | ContrastRecipe = getattr(recipe, name)
     strata: list[list[Stratum]] = []
     limits = {"encoder": recipe.model.max_seq_length}
     if isinstance(stage, AlignRecipe):
@@ -243,7 +213,7 @@ def _check_stage(
         try:
             opened = open_strata([item], batch_size=stage.batch_size, seed=recipe.seed)
             rows = opened[0].records
-            found = scan(rows, against, progress=progress) | lengths(rows, tokenizers, limits, seed=recipe.seed)
+            content = scan(rows, against, progress=progress) | lengths(rows, tokenizers, limits, seed=recipe.seed)
         except LusiferError as error:
             report["errors"].append(f"{name}.data.{number}: {error}")
             continue
@@ -251,12 +221,12 @@ def _check_stage(
         clusters = len(opened) if opened[0].cluster is not None else None
         head = {"stage": name, "number": number, "dataset": item.source, "task": item.task, "rows": len(rows)}
         head["left_out"] = rows.left_out if isinstance(rows, Records) else 0
-        facts.append({**head, "clusters": clusters, **found})
+        facts.append({**head, "clusters": clusters, **content})
     if facts:
         _draws(facts, strata, stage, recipe.seed)
-    for number, fact in enumerate(facts):
+    for fact in facts:
         _judge(fact, stage.data[fact["number"]], report, whole=len(facts) == len(stage.data))
-        report["sets"].append(facts[number])
+    report["sets"] += facts
 
 
 def _draws(facts: list[dict[str, Any]], strata: list[list[Stratum]], stage: Any, seed: int) -> None:
@@ -275,15 +245,16 @@ def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, wh
         examples = "; ".join(fact["leak_examples"])
         problem = f"{fact['leaks']:,} rows hold a text of the evaluation data; remove them: {examples}"
         report["errors"].append(f"{where}: {problem}")
+    warnings = []
     if fact["duplicates"]:
-        report["warnings"].append(f"{where}: {fact['duplicates']:,} rows repeat an earlier row")
+        warnings.append(f"{fact['duplicates']:,} rows repeat an earlier row")
     if whole and fact["share"] == 0:
-        report["warnings"].append(f"{where}: never drawn in so few steps; raise its weight or the steps")
+        warnings.append("never drawn in so few steps; raise its weight or the steps")
     for key, limit in (("truncated", "model.max_seq_length"), ("targets_truncated", "align.target_max_seq_length")):
         if fact.get(key, 0) > 0.1:
-            report["warnings"].append(f"{where}: {fact[key]:.0%} of the texts are truncated; raise {limit}?")
+            warnings.append(f"{fact[key]:.0%} of the texts are truncated; raise {limit}?")
     if fact["left_out"]:
-        report["warnings"].append(f"{where}: {left_out(fact['left_out'], item.hard_negatives)}")
-    if item.hard_negatives > fact["negatives_per_row"]:
-        problem = f"hard_negatives is {item.hard_negatives}, rows have {fact['negatives_per_row']:.1f}: some repeat"
-        report["warnings"].append(f"{where}: {problem}")
+        warnings.append(left_out(fact["left_out"], item.hard_negatives))
+    if item.hard_negatives > (rows := fact["negatives_per_row"]):
+        warnings.append(f"hard_negatives is {item.hard_negatives}, rows have {rows:.1f}: some repeat")
+    report["warnings"] += [f"{where}: {warning}" for warning in warnings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,40 +13,34 @@ from transformers import PreTrainedTokenizerBase
 
 Features = dict[str, Tensor]
 
+_PADDED: dict[str, Any] = {"truncation": True, "padding": True, "padding_side": "right", "return_tensors": "pt"}
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Features:
-    """Texts for the encoder: ``input_ids`` and ``attention_mask``, (texts, seq) int64, padded on the right.
 
-    What is longer than ``max_length`` is cut before the special tokens, which stay (also the last one).
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, special_tokens: bool = True
+) -> Features:
+    """Texts as ``input_ids`` and ``attention_mask``, (texts, seq) int64, padded on the right.
+
+    Args:
+        tokenizer: The encoder's, or the LLM's for targets.
+        texts: The texts.
+        max_length: Tokens of a text; a longer one is truncated, its special tokens stay (also the last one).
+        special_tokens: Whether to add them.
     """
-    encoded = tokenizer(
-        list(texts), truncation=True, max_length=max_length, padding=True, padding_side="right", return_tensors="pt"
-    )
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, max_length=max_length, **_PADDED)
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
 def llm_preprocess(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[list[str]], Features]:
-    """A function that tokenises targets with the LLM's tokenizer, without special tokens, padded on the right.
+    """A function that tokenizes targets for the LLM, see `tokenize`, without special tokens.
 
-    Returns:
-        Maps texts to ``input_ids`` and ``attention_mask``, (texts, seq) int64.
+    Args:
+        tokenizer: The LLM's; it gets a padding token if it has none.
+        max_length: Tokens of a target.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-
-    def preprocess(texts: list[str]) -> Features:
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-
-    return preprocess
+    return partial(tokenize, tokenizer, max_length=max_length, special_tokens=False)
 
 
 def _positions(examples: Sequence[dict[str, Any]]) -> Tensor:
@@ -59,7 +54,7 @@ class AlignCollator:
     Attributes:
         tokenizer: The encoder's.
         max_seq_length: Encoder tokens of a source, special tokens included.
-        target_preprocess: Tokenises targets for the LLM, see `llm_preprocess`.
+        target_preprocess: Tokenizes targets for the LLM, see `llm_preprocess`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,10 +62,7 @@ class AlignCollator:
     target_preprocess: Callable[[list[str]], Features]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenises sources and targets.
-
-        Args:
-            examples: Rows of one batch, all of one task and set.
+        """Tokenizes a batch, all of one task and set.
 
         Returns:
             ``source`` and ``target``, each with ``input_ids`` and ``attention_mask`` (rows, seq) int64;
@@ -100,22 +92,17 @@ class ContrastCollator:
     guide_preprocess: Callable[[list[str]], dict[str, Any]] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenises all texts of a batch at once, column by column: queries, positives, first negatives, ...
-
-        Args:
-            examples: Rows of one batch, all of one set.
+        """Tokenizes a batch of one set at once, column by column: queries, positives, first negatives, ...
 
         Returns:
             ``input_ids`` and ``attention_mask`` (columns * rows, seq) int64; ``columns``; ``in_batch_negatives``;
-            ``positions`` (rows,) int64; ``task``; ``dataset``; ``guide``, its features of the same texts, if there
-            is a guide.
+            ``positions`` (rows,) int64; ``task``; ``dataset``; with a guide, ``guide``: its features of the texts.
         """
-        negatives = len(examples[0]["negatives"])
-        texts = [row["query"] for row in examples] + [row["positive"] for row in examples]
-        texts += [row["negatives"][k] for k in range(negatives) for row in examples]
+        columns = zip(*([row["query"], row["positive"], *row["negatives"]] for row in examples), strict=True)
+        texts = [text for column in columns for text in column]
         batch: dict[str, Any] = {
             **tokenize(self.tokenizer, texts, self.max_seq_length),
-            "columns": 2 + negatives,
+            "columns": len(texts) // len(examples),
             "in_batch_negatives": examples[0]["in_batch_negatives"],
             "positions": _positions(examples),
             "task": "contrast",

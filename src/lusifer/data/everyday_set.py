@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class EverydaySet:
+class EverydaySet(NamedTuple):
     """The bundled parallel sentences.
 
     Attributes:
@@ -26,9 +25,5 @@ def load_everyday() -> EverydaySet:
     """Reads the bundled set."""
     text = (files("lusifer") / "resources" / "everyday.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    languages = [key for key in rows[0] if key not in ("name", "topic")]
-    return EverydaySet(
-        [row["name"] for row in rows],
-        [row["topic"] for row in rows],
-        {language: [row[language] for row in rows] for language in languages},
-    )
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return EverydaySet(columns.pop("name"), columns.pop("topic"), columns)

@@ -1,8 +1,7 @@
 """Hard negatives from a teacher's embeddings, in bounded memory.
 
 Positive-aware (NV-Retriever, arXiv 2407.15831, section 3): a passage counts as a negative only if the teacher scores
-it clearly below the query's positive. Embeddings live in float16 files beside the output; scores are made a block of
-queries against a block of passages at a time, so memory depends on the block sizes and on the texts alone.
+it clearly below the query's positive. Embeddings live in float16 files beside the output; scores are made blockwise.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +40,7 @@ class Settings:
 
     Attributes:
         negatives: At most so many for a row.
-        relative_margin: A passage counts only if its score is below that of the row's weakest positive by this
-            share of the latter's size.
+        relative_margin: By which share of its size a score must be below that of the row's weakest positive.
         range_min: Best-ranked passages skipped, after the row's own texts are taken out.
         range_max: Passages looked at, from rank 0.
     """
@@ -53,18 +51,13 @@ class Settings:
     range_max: int = 100
 
     def __post_init__(self) -> None:
+        ranks = self.range_max - self.range_min
         if not 0 <= self.range_min < self.range_max:
-            raise LusiferError(
-                f"range_min ({self.range_min}) must be at least 0 and below range_max ({self.range_max})"
-            )
-        if not 1 <= self.negatives <= self.range_max - self.range_min:
-            ranks = self.range_max - self.range_min
+            raise LusiferError(f"range_min ({self.range_min}) must be at least 0, below range_max ({self.range_max})")
+        if not 1 <= self.negatives <= ranks:
             raise LusiferError(f"{self.negatives} negatives from {ranks} ranks: raise range_max or lower negatives")
         if not 0 <= self.relative_margin < 1:
             raise LusiferError(f"relative_margin must be at least 0 and below 1, not {self.relative_margin}")
-
-
-# ------------------------------------------------------------------------------------------------------- embeddings
 
 
 def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: str | None) -> np.ndarray:
@@ -73,17 +66,17 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
     Args:
         embed: Maps texts to (texts, dim) embeddings.
         texts: The texts.
-        path: The file; what it holds already is kept, so its name must tell texts and model apart.
+        path: The file; what it holds already is kept, so its name must depend on texts and model.
         progress: What the progress bar says, or None for no bar.
 
     Returns:
         (texts, dim) float16, unit length, mapped from the file.
     """
-    found = path.stat().st_size if path.exists() else 0
-    first = embed([texts[0]])
-    width = 2 * first.shape[1]
-    done = found // (width * _CHUNK) * _CHUNK if found < width * len(texts) else len(texts)
-    bar = tqdm(total=len(texts), initial=done, desc=progress, unit=" texts", leave=False, disable=_bars(progress))
+    stored = path.stat().st_size if path.exists() else 0
+    dimension = embed([texts[0]]).shape[1]
+    width = 2 * dimension
+    done = stored // (width * _CHUNK) * _CHUNK if stored < width * len(texts) else len(texts)
+    bar = tqdm(total=len(texts), initial=done, desc=progress, unit=" texts", leave=False, disable=not progress or None)
     with bar, path.open("ab") as file:
         file.truncate(done * width)
         for start in range(done, len(texts), _CHUNK):
@@ -95,11 +88,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
             file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
             file.flush()
             bar.update(len(chunk))
-    return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), first.shape[1]))
-
-
-def _bars(progress: Any) -> bool | None:
-    return None if progress else True
+    return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), dimension))
 
 
 def nearest(
@@ -151,11 +140,8 @@ def choose(
     return candidates[kept].tolist(), scores[kept].tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------- texts
-
-
 class _Texts:
-    """Unique texts in the order they were met, and for each a class of texts equal but for case and punctuation."""
+    """Unique texts in order, and for each its ``kind``, shared by texts equal but for case and punctuation."""
 
     def __init__(self) -> None:
         self.number: dict[str, int] = {}
@@ -173,14 +159,13 @@ class _Texts:
         return self._kinds.setdefault(digest, len(self._kinds))
 
     def digest(self) -> str:
-        found = hashlib.sha256()
+        content = hashlib.sha256()
         for text in self.number:
-            found.update(text.encode() + b"\0")
-        return found.hexdigest()[:16]
+            content.update(text.encode() + b"\0")
+        return content.hexdigest()[:16]
 
 
-@dataclass
-class _Problem:
+class _Problem(NamedTuple):
     """The rows of a set as numbers of unique queries and passages."""
 
     queries: _Texts
@@ -190,23 +175,21 @@ class _Problem:
 
 
 def _problem(records: Records, corpus: Records | None, progress: bool) -> _Problem:
-    found = _Problem(_Texts(), _Texts(), [], [])
-    bar = tqdm(range(len(records)), desc="reading texts", unit=" rows", leave=False, disable=_bars(progress))
-    for row in bar:
+    queries, passages = _Texts(), _Texts()
+    rows: list[tuple[int, list[int]]] = []
+    own: list[set[int]] = []
+    for row in tqdm(range(len(records)), "reading texts", unit=" rows", leave=False, disable=not progress or None):
         record = records[row]
-        query = found.queries.add(record["query"])
-        if query == len(found.own):
-            found.own.append({found.passages.kind_of(record["query"])})
-        positives = [found.passages.add(text) for text in record["positive"]]
-        found.own[query].update(found.passages.kind[number] for number in positives)
-        found.rows.append((query, positives))
-    for row in range(len(corpus) if corpus is not None else 0):
-        assert corpus is not None
-        found.passages.add(corpus[row]["text"])
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------- mine
+        query = queries.add(record["query"])
+        if query == len(own):
+            own.append({passages.kind_of(record["query"])})
+        positives = [passages.add(text) for text in record["positive"]]
+        own[query].update(passages.kind[number] for number in positives)
+        rows.append((query, positives))
+    if corpus is not None:
+        for row in range(len(corpus)):
+            passages.add(corpus[row]["text"])
+    return _Problem(queries, passages, rows, own)
 
 
 def check_output(output: Path) -> None:
@@ -234,7 +217,7 @@ def mine(
     prompts: Mapping[Role, str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes a copy of a pair set whose ``negative`` are mined, hardest first.
+    """Writes a copy of a pair set whose ``negative`` are mined, hardest first; an interrupted call is taken up again.
 
     Args:
         item: The set of pairs; its own negatives are replaced.
@@ -252,8 +235,7 @@ def mine(
         The summary: ``teacher``, settings, counts, mean scores, ``rows_short`` (fewer negatives than asked for).
 
     Raises:
-        LusiferError: If data cannot be read, or the output exists or cannot be written. An interrupted call leaves
-            its embeddings in ``<output>.embeddings``, and the next one goes on with them.
+        LusiferError: If data cannot be read, or the output exists or cannot be written.
     """
     check_output(output)
     records = open_records(item.model_copy(update={"task": "contrast", "hard_negatives": 0}))
@@ -270,13 +252,9 @@ def mine(
         _write_rows(output, records, problem, chosen, progress)
     except OSError as error:
         raise LusiferError(f"cannot write {str(output)!r}: {first_line(error)}") from error
-    facts: dict[str, Any] = {
-        "teacher": teacher,
-        "prompts": prompts,
-        "source": item.source,
-        "corpus": corpus.source if corpus else None,
-    }
-    facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **summary}
+    facts: dict[str, Any] = {"teacher": teacher, "prompts": prompts, "source": item.source}
+    facts |= {"corpus": corpus.source if corpus else None, "rows": len(records)}
+    facts |= {"passages": len(problem.passages.number), **asdict(settings), **summary}
     write_json(output.with_name(f"{output.name}.mining.json"), facts)
     shutil.rmtree(folder)
     return facts
@@ -295,15 +273,13 @@ def _choose_all(
     rows_of: list[list[int]] = [[] for _ in range(len(queries))]
     for row, (query, _) in enumerate(problem.rows):
         rows_of[query].append(row)
-    most = max(len(own) for own in problem.own)
     # Own texts may fill the first ranks, each with a few copies that differ in case or punctuation.
-    k = min(settings.range_max + 2 * most, len(passages))
+    k = min(settings.range_max + 2 * max(map(len, problem.own)), len(passages))
     chosen: list[list[int]] = [[] for _ in problem.rows]
     positive_sum, negative_scores = 0.0, []
-    bar = tqdm(total=len(queries), desc="searching", unit=" queries", leave=False, disable=_bars(progress))
-    with bar:
-        for start, scores, found in nearest(queries, passages, k, device):
-            for query, best, candidates in zip(range(start, len(queries)), scores.numpy(), found.numpy(), strict=False):
+    with tqdm(total=len(queries), desc="searching", unit=" queries", leave=False, disable=not progress or None) as bar:
+        for start, scores, index in nearest(queries, passages, k, device):
+            for query, best, candidates in zip(range(start, len(queries)), scores.numpy(), index.numpy(), strict=False):
                 own = np.isin(kinds[candidates], list(problem.own[query]))
                 vector = queries[query].astype(np.float32)
                 for row in rows_of[query]:
@@ -330,7 +306,7 @@ def _write_rows(output: Path, records: Records, problem: _Problem, chosen: list[
         file: Any = stack.enter_context(stack.enter_context(publish_file(output)).open("wb"))
         if output.suffix == ".gz":  # The name and the time would make equal outputs differ.
             file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-        for row in tqdm(range(len(records)), desc="writing", unit=" rows", leave=False, disable=_bars(progress)):
+        for row in tqdm(range(len(records)), "writing", unit=" rows", leave=False, disable=not progress or None):
             kept = {name: value for name, column in labels if (value := column[row].as_py()) is not None}
             record = {**kept, **records[row], "negative": [texts[number] for number in chosen[row]]}
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")

@@ -73,6 +73,8 @@ class Stratum:
 class Mixture(Dataset):
     """The examples of one stage, in the order they are trained on.
 
+    ``strata`` are its sets and clusters; ``plan``, (steps,) int32, is the stratum of every step.
+
     Args:
         sets: The sets.
         steps: Steps of the stage.
@@ -81,12 +83,7 @@ class Mixture(Dataset):
         held_out: Rows to keep out of training for evaluation, at most a tenth of each set; see `held_out_examples`.
 
     Raises:
-        LusiferError: If a set cannot be used (see `lusifer.data.records.open_records`), or is smaller than a global
-            batch that takes its negatives from itself.
-
-    Attributes:
-        strata: Sets and clusters.
-        plan: (steps,) int32, the stratum of every step.
+        LusiferError: If a set cannot be used, or is smaller than a global batch that takes its negatives from itself.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class Mixture(Dataset):
     ) -> None:
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.strata = open_strata(sets, batch_size=batch_size, seed=seed)
-        self._held_out = hold_out(self.strata, held_out, batch_size, seed) if held_out else []
+        self._held_out = _hold_out(self.strata, held_out, batch_size, seed) if held_out else []
         self.plan = plan(self.strata, steps=steps, seed=seed)
         self._before = _occurrences(self.plan)
 
@@ -103,13 +100,12 @@ class Mixture(Dataset):
 
     def held_out_examples(self) -> list[list[dict[str, Any]]]:
         """Examples of rows that are never trained on, one list per set or cluster that has any."""
-        lists = []
+        lists: list[list[dict[str, Any]]] = []
         for stratum, rows in self._held_out:
-            examples = []
-            for number, row in enumerate(rows):
+            lists.append([])
+            for number, row in enumerate(rows.tolist()):
                 generator = np.random.default_rng([self.seed, _HELD_OUT, stratum.number, number])
-                examples.append(example(stratum.item, stratum.records[int(row)], number, generator))
-            lists.append(examples)
+                lists[-1].append(_example(stratum.item, stratum.records[row], number, generator))
         return lists
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -126,11 +122,16 @@ class Mixture(Dataset):
         occurrence = int(self._before[step]) * self.batch_size + place
         record = stratum.records[stratum.row(occurrence, self.batch_size, self.seed)]
         generator = np.random.default_rng([self.seed, _CHOICE, position])
-        return example(stratum.item, record, position, generator)
+        return _example(stratum.item, record, position, generator)
 
 
 def open_strata(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> list[Stratum]:
     """Opens every set and splits those with clusters.
+
+    Args:
+        sets: The sets.
+        batch_size: Rows of a global batch.
+        seed: Seed of the rows that ``cap`` keeps.
 
     Raises:
         LusiferError: See `Mixture`.
@@ -138,28 +139,19 @@ def open_strata(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> li
     strata: list[Stratum] = []
     for item in sets:
         records = open_set(item, seed=seed)
-        clusters = records.clusters() if isinstance(records, Records) else None
-        if clusters is None:
-            rows = np.arange(len(records)) if isinstance(records, Records) else None
-            strata.append(Stratum(len(strata), item, records, rows, len(records)))
-            _check_size(strata[-1:], batch_size)
-            continue
-        made = [
-            Stratum(len(strata) + k, item, records, r, len(r), name) for k, (name, r) in enumerate(clusters.items())
-        ]
-        _check_size(made, batch_size)
-        strata += made
+        parts: dict[Any, Any] = {None: None}
+        if isinstance(records, Records):
+            parts = records.clusters() or {None: np.arange(len(records))}  # type: ignore[dict-item]
+        first = len(strata)
+        for name, rows in parts.items():
+            size = len(records if rows is None else rows)
+            strata.append(Stratum(len(strata), item, records, rows, size, name))
+        _check_size(strata[first:], batch_size)
     return strata
 
 
-def hold_out(strata: Sequence[Stratum], count: int, batch_size: int, seed: int) -> list[tuple[Stratum, np.ndarray]]:
-    """Takes rows away from strata, in place: about ``count`` in all, at most a tenth of each and leaving a batch.
-
-    Streamed sets keep theirs.
-
-    Returns:
-        The strata that gave at least two rows, with those rows.
-    """
+def _hold_out(strata: Sequence[Stratum], count: int, batch_size: int, seed: int) -> list[tuple[Stratum, np.ndarray]]:
+    """Takes about ``count`` rows away from strata that are not streamed, at most a tenth of each, leaving a batch."""
     taken = []
     total = sum(stratum.size for stratum in strata if stratum.rows is not None)
     for stratum in strata:
@@ -180,11 +172,9 @@ def _check_size(strata: list[Stratum], batch_size: int) -> None:
     which = f"{item.source!r}"
     if small[0].cluster is not None:
         which = f"{len(small)} of {len(strata)} clusters of {which}, e.g. {small[0].cluster!r},"
-    have = f"{small[0].size} rows, fewer than the batch of {batch_size}"
-    raise LusiferError(
-        f"{which} has {have}: rows would be their own negatives; lower batch_size, join sets or clusters, "
-        "or set in_batch_negatives: false"
-    )
+    have = f"{small[0].size} rows, fewer than the batch of {batch_size}: rows would be their own negatives"
+    remedy = "lower batch_size, join sets or clusters, or set in_batch_negatives: false"
+    raise LusiferError(f"{which} has {have}; {remedy}")
 
 
 def plan(strata: Sequence[Stratum], *, steps: int, seed: int) -> np.ndarray:
@@ -193,16 +183,13 @@ def plan(strata: Sequence[Stratum], *, steps: int, seed: int) -> np.ndarray:
     Between the steps where sets come or go, a stratum gets its share of the steps in proportion to weight * rows,
     rounded up or down (systematic sampling), in a shuffled order.
     """
-    bounds = np.array(
-        [[round(share * steps) for share in (stratum.item.start, stratum.item.end)] for stratum in strata]
-    )
+    bounds = np.round([[stratum.item.start * steps, stratum.item.end * steps] for stratum in strata]).astype(np.int64)
     shares = np.array([stratum.item.weight * stratum.size for stratum in strata])
     drawn = np.empty(steps, dtype=np.int32)
     edges = np.unique(np.clip([0, steps, *bounds.ravel()], 0, steps))
     for first, last in zip(edges[:-1], edges[1:], strict=True):
         generator = np.random.default_rng([seed, _PLAN, int(first)])
-        active = np.flatnonzero((bounds[:, 0] <= first) & (first < bounds[:, 1]))
-        active = generator.permutation(active)
+        active = generator.permutation(np.flatnonzero((bounds[:, 0] <= first) & (first < bounds[:, 1])))
         ends = np.cumsum(shares[active])
         points = (np.arange(last - first) + generator.random()) * (ends[-1] / (last - first))
         chosen = np.minimum(np.searchsorted(ends, points, side="right"), len(active) - 1)
@@ -212,30 +199,27 @@ def plan(strata: Sequence[Stratum], *, steps: int, seed: int) -> np.ndarray:
 
 def _occurrences(drawn: np.ndarray) -> np.ndarray:
     """How many earlier steps drew the same stratum: (steps,) int32."""
-    order = np.argsort(drawn, kind="stable")
     counts = np.bincount(drawn)
-    within = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)
     before = np.empty(len(drawn), dtype=np.int32)
-    before[order] = within
+    before[np.argsort(drawn, kind="stable")] = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)
     return before
 
 
-def example(item: DataRecipe, record: dict[str, Any], position: int, generator: np.random.Generator) -> dict[str, Any]:
+def _example(item: DataRecipe, record: dict[str, Any], position: int, generator: np.random.Generator) -> dict[str, Any]:
     """A record as the task needs it; ``generator`` chooses among positives, negatives and directions."""
-    made: dict[str, Any] = {"task": item.task or "contrast", "dataset": item.source, "position": position}
+    head: dict[str, Any] = {"task": item.task or "contrast", "dataset": item.source, "position": position}
     if item.task == "reconstruct":
-        return {**made, "source": record["text"], "target": record["text"]}
+        return {**head, "source": record["text"], "target": record["text"]}
     query, positives, negatives = record["query"], record["positive"], record["negative"]
     positive = positives[generator.integers(len(positives))]
     if item.task == "complete":
         sides = (positive, query) if generator.random() < item.reverse else (query, positive)
-        return {**made, "source": sides[0], "target": sides[1]}
-    wanted = item.hard_negatives
-    order = generator.permutation(len(negatives))[:wanted].tolist()
+        return {**head, "source": sides[0], "target": sides[1]}
+    order = generator.permutation(len(negatives))[: item.hard_negatives].tolist()
     return {
-        **made,
+        **head,
         "in_batch_negatives": item.in_batch_negatives,
         "query": with_instruction(item.instruction, query),
         "positive": positive,
-        "negatives": [negatives[order[k % len(order)]] for k in range(wanted)],
+        "negatives": [negatives[order[k % len(order)]] for k in range(item.hard_negatives)],
     }

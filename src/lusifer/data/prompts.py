@@ -1,8 +1,7 @@
 """What stands in front of a text when it is embedded: one rule, whoever embeds it.
 
-A model may come with prompts: texts by name, of which ``query`` stands in front of queries and ``document`` (or
-``passage``, or ``corpus``) in front of documents. Sentence Transformers' ``encode_query`` and ``encode_document`` apply
-them; `prompt_for` chooses the same ones for every other path.
+Of a model's prompts, ``query`` stands in front of queries and ``document`` (or ``passage``, or ``corpus``) in front of
+documents. Sentence Transformers' ``encode_query`` and ``encode_document`` apply them; `prompt_for` chooses the same.
 """
 
 from __future__ import annotations
@@ -22,27 +21,23 @@ class Prompted(Protocol):
     @property
     def prompts(self) -> Mapping[str, str]:
         """Prompts by name."""
-        ...
 
     @property
     def default_prompt_name(self) -> str | None:
         """Name of the prompt of a text whose role has none."""
-        ...
 
 
 def prompt_for(model: Prompted, role: Role | None, *, prompt: str | None = None, prompt_name: str | None = None) -> str:
-    """The prompt of a text.
+    """The prompt of a text: ``prompt``, that named ``prompt_name``, that of the role, the model's default, or "".
+
+    As in Sentence Transformers, the first name of a role that the model knows counts, even if its prompt is empty; its
+    models know ``query`` and ``document`` from the start.
 
     Args:
         model: The model.
         role: What the text is: a query, a document, or neither (None).
         prompt: A prompt that holds whatever the model has.
-        prompt_name: Name of one of the model's prompts; ``prompt`` goes before it.
-
-    Returns:
-        ``prompt`` or the prompt of that name if given, else that of the role, else the model's default prompt, else
-        nothing. As in Sentence Transformers, the first name that the model knows counts, even if its prompt is empty;
-        its models know ``query`` and ``document`` from the start.
+        prompt_name: Name of one of the model's prompts.
 
     Raises:
         LusiferError: If the model has no prompt of that name.
@@ -64,7 +59,7 @@ def explicit_prompt(prompt: str | None, instruction: str | None) -> str | None:
 
     Args:
         prompt: The prompt.
-        instruction: The instruction, see `with_instruction`.
+        instruction: See `with_instruction`.
 
     Raises:
         LusiferError: If both are given.
@@ -78,7 +73,7 @@ def with_instruction(instruction: str | None, query: str) -> str:
     """A query behind its task instruction; documents carry none (E5-Mistral, arXiv 2401.00368, section 3.1).
 
     Args:
-        instruction: The instruction; nothing stands in front of the query when it is empty or None.
+        instruction: Nothing stands in front of the query when it is empty or None.
         query: The query.
     """
     return f"Instruct: {instruction}\nQuery: {query}" if instruction else query

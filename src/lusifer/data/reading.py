@@ -16,6 +16,7 @@ from pyarrow import parquet
 from lusifer.data.sources import InputFile, unit_of
 from lusifer.data.text_files import MAX_RECORD, Lines, not_utf8, records_of, refuse_repeated
 from lusifer.errors import LusiferError, first_line
+from lusifer.recipes.schema import DataRecipe
 from lusifer.storage import open_file, storage_errors
 
 BLOCK_ROWS = 4096
@@ -56,6 +57,10 @@ class Block:
         """File and line (or row) of a record."""
         return f"{self.file}, {unit_of(self.file)} {self.numbers[int(index)]}"
 
+    def error(self, index: int, problem: str) -> LusiferError:
+        """The error for what is wrong with the record at ``index``."""
+        return LusiferError(f"{self.where(index)}: {problem}")
+
     def names(self) -> list[str]:
         """Columns of the file, or of the block's records."""
         if self.header is not None:
@@ -64,7 +69,7 @@ class Block:
         return list(dict.fromkeys(name for record in self.data for name in record))
 
     def has(self, name: str, index: int) -> bool:
-        """Whether a record has our column ``name``, be it null."""
+        """Whether the record at ``index`` has our column ``name``, be it null."""
         theirs = self.names_of.get(name, name)
         return theirs in (self.data[index] if isinstance(self.data, list) else self.data.schema.names)
 
@@ -82,10 +87,8 @@ class Block:
     def values(self, name: str) -> list[Any]:
         """Our column ``name`` as Python values; None where a record has none. Notes what is not valid UTF-8."""
         column = self.column(name)
-        if column is None:
-            return [None] * len(self)
-        if isinstance(column, list):
-            return column
+        if column is None or isinstance(column, list):
+            return column or [None] * len(self)
         try:
             return column.to_pylist()
         except UnicodeDecodeError:
@@ -106,21 +109,7 @@ class Block:
         """
         if self.problems:
             index = min(self.problems)
-            raise LusiferError(f"{self.where(index)}: {self.problems[index]}")
-
-    def refuse_without(self, names: Sequence[str], remedy: str) -> None:
-        """Refuses a file whose header lacks a column.
-
-        Args:
-            names: The columns needed.
-            remedy: What to do about it.
-
-        Raises:
-            LusiferError: If one is missing.
-        """
-        for name in names:
-            if self.header is not None and self.names_of.get(name, name) not in self.header:
-                raise LusiferError(f"{self.file!r} has no column {name!r}; it has {', '.join(self.header)} ({remedy})")
+            raise self.error(index, self.problems[index])
 
 
 def read_blocks(
@@ -143,64 +132,94 @@ def read_blocks(
     """
     for number in range(start[0], len(files)):
         file, offset = files[number], start[1] if number == start[0] else 0
-        if file.format.kind == ".parquet":
-            yield from _parquet_blocks(file, number, offset, columns)
-        else:
-            yield from _text_blocks(file, number, offset, text)
+        with storage_errors(file.url), open_file(file.url) as raw:
+            if file.format.kind == ".parquet":
+                yield from _parquet_blocks(file, raw, number, offset, columns)
+            else:
+                yield from _text_blocks(file, raw, number, offset, text)
 
 
-# -------------------------------------------------------------------------------------------------------- Parquet
-
-
-def _parquet_blocks(file: InputFile, number: int, offset: int, columns: Sequence[str] | None) -> Iterator[Block]:
+def _parquet_blocks(
+    file: InputFile, raw: Any, number: int, offset: int, columns: Sequence[str] | None
+) -> Iterator[Block]:
     done = 0
     try:
-        with storage_errors(file.url), open_file(file.url) as raw:
-            table = parquet.ParquetFile(raw)
-            header = table.schema_arrow.names
-            refuse_repeated(file.url, header)
-            wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]
-            total = max(table.metadata.num_rows, 1)
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                if done + rows <= offset:
-                    done += rows
-                    continue
-                # Group by group: asked for several, Arrow fetches all of them ahead.
-                for batch in table.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted or None):
-                    skipped = max(0, min(batch.num_rows, offset - done))
-                    begin, done = done + skipped, done + batch.num_rows
-                    if begin < done:
-                        numbers = range(begin + 1, done + 1)
-                        read = file.size * done // total
-                        yield Block(
-                            *(file.url, number, numbers, batch.slice(skipped), header),
-                            begin=begin,
-                            ends=numbers,
-                            bytes_read=read,
-                        )
+        table = parquet.ParquetFile(raw)
+        header = table.schema_arrow.names
+        refuse_repeated(file.url, header)
+        wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]
+        total = max(table.metadata.num_rows, 1)
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if done + rows <= offset:
+                done += rows
+                continue
+            # Group by group: asked for several, Arrow fetches all of them ahead.
+            for batch in table.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted or None):
+                skipped = max(0, min(batch.num_rows, offset - done))
+                begin, done = done + skipped, done + batch.num_rows
+                if begin < done:
+                    ends = range(begin + 1, done + 1)
+                    read = file.size * done // total
+                    yield Block(file.url, number, ends, batch.slice(skipped), header, {}, begin, ends, read)
     except pa.ArrowException as error:
         problem = f"broken Parquet after row {done} ({first_line(error)})"
         raise LusiferError(f"{file.url}: {problem}; fetch or write it again") from error
 
 
-def _text_blocks(file: InputFile, number: int, offset: int, text: str) -> Iterator[Block]:
-    with storage_errors(file.url), open_file(file.url) as raw:
-        lines = Lines(file, raw)
-        header, records = records_of(lines, offset, text)
+def _text_blocks(file: InputFile, raw: Any, number: int, offset: int, text: str) -> Iterator[Block]:
+    lines = Lines(file, raw)
+    header, records = records_of(lines, offset, text)
 
-        begin, numbers, ends, problems = offset, list[int](), list[int](), dict[int, str]()
-        data: list[dict[str, Any]] = []
-        for line, end, record, problem in records:
-            if problem is not None:
-                problems[len(data)] = problem
-            numbers.append(line)
-            ends.append(end)
-            data.append(record)
-            if len(data) == BLOCK_ROWS or end - begin > MAX_RECORD:
-                read = lines.bytes_read(end)
-                yield Block(file.url, number, numbers, data, header, problems, begin, ends, read)
-                begin, numbers, ends, data, problems = end, [], [], [], {}
-        if data:
-            read = lines.bytes_read(ends[-1])
-            yield Block(file.url, number, numbers, data, header, problems, begin, ends, read)
+    def block() -> Block:
+        return Block(file.url, number, numbers, data, header, problems, begin, ends, lines.bytes_read(ends[-1]))
+
+    begin, numbers, ends, problems = offset, list[int](), list[int](), dict[int, str]()
+    data: list[dict[str, Any]] = []
+    for line, end, record, problem in records:
+        if problem is not None:
+            problems[len(data)] = problem
+        numbers.append(line)
+        ends.append(end)
+        data.append(record)
+        if len(data) == BLOCK_ROWS or end - begin > MAX_RECORD:
+            yield block()
+            begin, numbers, ends, data, problems = end, [], [], [], {}
+    if data:
+        yield block()
+
+
+def load_hub_set(item: DataRecipe, *, streaming: bool) -> Any:
+    """A split of a data set as `datasets` gives it: one of the hub, or a folder in its layout.
+
+    Args:
+        item: The set.
+        streaming: Whether to read it over the network as it is asked for.
+
+    Raises:
+        LusiferError: If there is no such data set, subset or split, or it cannot be fetched.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(item.source, item.subset, split=item.split, revision=item.revision, streaming=streaming)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise LusiferError(f"cannot read the data set {item.source!r}: {reason}") from error
+
+
+def hub_blocks(item: DataRecipe) -> Iterator[Block]:
+    """The records of a set that `datasets` reads, in their order.
+
+    Raises:
+        LusiferError: If they cannot be read.
+    """
+    records = load_hub_set(item, streaming=item.streaming)
+    done = 0
+    try:
+        for table in records.with_format("arrow").iter(batch_size=BLOCK_ROWS):
+            yield Block(item.source, 0, range(done + 1, done + len(table) + 1), table, table.column_names)
+            done += len(table)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise LusiferError(f"{item.source}: cannot read on after row {done} ({first_line(error)})") from error

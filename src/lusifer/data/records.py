@@ -11,8 +11,9 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from lusifer.data.hub import hub_blocks, load_hub_set
-from lusifer.data.reading import Block, read_blocks
+from lusifer.data.reading import hub_blocks, load_hub_set, read_blocks
 from lusifer.data.sources import files_of_recipe, unit_of
 from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
@@ -38,24 +38,13 @@ _WHERE = {"subset", "split", "revision", "columns", "streaming", "cap"}
 _log = logging.getLogger(__name__)
 
 
-class Rows(Protocol):
-    """What a mixture reads: so many rows, each ``{"query", "positive", "negative"}`` or ``{"text"}``."""
-
-    item: DataRecipe
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    def where(self, row: int) -> str:
-        """File and line (or row) of a row, for messages."""
-
-
-def holds_texts(item: DataRecipe) -> bool:
+def _holds_texts(item: DataRecipe) -> bool:
     """Whether a set is read as texts (else as pairs)."""
     return item.task == "reconstruct"
 
 
 def _columns(item: DataRecipe) -> tuple[str, ...]:
-    return _TEXT if holds_texts(item) else _PAIR
+    return _TEXT if _holds_texts(item) else _PAIR
 
 
 def look_up(item: DataRecipe) -> tuple[list[str], list[Any]]:
@@ -71,20 +60,12 @@ def look_up(item: DataRecipe) -> tuple[list[str], list[Any]]:
     return [file.url for file in files], [(file.url, file.size, file.version) for file in files]
 
 
-def _blocks(item: DataRecipe) -> Iterator[Block]:
-    files = files_of_recipe(item)
-    if files is None:
-        yield from hub_blocks(item)
-        return
-    names = [item.columns.get(name, name) for name in (*_TEXT, *_PAIR, "cluster", "id")]  # type: ignore[call-overload]
-    for block in read_blocks(files, names, text=names[0]):
-        block.names_of = item.columns
-        yield block
-
-
 def _batches(item: DataRecipe) -> Iterator[pa.RecordBatch]:
-    for block in _blocks(item):
-        yield canonical(block, texts=holds_texts(item))
+    files = files_of_recipe(item)
+    names = [item.columns.get(name, name) for name in (*_TEXT, *_PAIR, "cluster", "id")]  # type: ignore[call-overload]
+    for block in hub_blocks(item) if files is None else read_blocks(files, names, text=names[0]):
+        block.names_of = item.columns
+        yield canonical(block, texts=_holds_texts(item))
 
 
 @dataclass
@@ -109,12 +90,8 @@ class Records:
     def __post_init__(self) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "table"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    def __reduce__(self) -> Any:  # Other processes map the file themselves.
+        return Records, (self.item, self.path, self.files, self.chosen, self.left_out)
 
     def __len__(self) -> int:
         return self.table.num_rows if self.chosen is None else len(self.chosen)
@@ -137,7 +114,7 @@ class Records:
 
     def clusters(self) -> dict[str, np.ndarray] | None:
         """Rows (int64, increasing) of every cluster, or None for a set without clusters."""
-        if holds_texts(self.item) or self.table["cluster"].null_count:
+        if _holds_texts(self.item) or self.table["cluster"].null_count:
             return None
         encoded = self.column("cluster").combine_chunks().dictionary_encode()
         codes = encoded.indices.to_numpy()
@@ -149,48 +126,43 @@ class Records:
 def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
     """Reads and checks a set, or maps what an earlier call has read.
 
+    Rows without a hard negative are left out where the recipe asks for some, and counted.
+
     Args:
         item: The set; ``streaming`` is ignored.
         seed: Seed of the rows that ``cap`` keeps.
-
-    Rows without a hard negative are left out where the recipe asks for some, and counted.
 
     Raises:
         LusiferError: If it cannot be read, a record is not usable, no row has the hard negatives asked for, an id
             occurs twice, or a row is alone.
     """
     files, version = look_up(item)
-    key = [_LAYOUT, MAX_CHARACTERS, holds_texts(item), sorted(item.columns.items()), *version]
+    key = [_LAYOUT, MAX_CHARACTERS, _holds_texts(item), sorted(item.columns.items()), *version]
     path = cache_dir() / "data" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
     if not path.is_file():  # Who may only read a cache can use what is there.
-        _fill_cache(item, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if not path.is_file():
+                    _write(item, path)
+        except OSError as error:
+            raise LusiferError(f"cannot write the data cache {str(path.parent)!r}: {first_line(error)}") from error
     records = Records(item, path, files)
     _check_set(records)
     _choose_rows(records, seed)
     return records
 
 
-def _fill_cache(item: DataRecipe, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                _write(item, path)
-    except OSError as error:
-        raise LusiferError(f"cannot write the data cache {str(path.parent)!r}: {first_line(error)}") from error
-
-
 def _write(item: DataRecipe, path: Path) -> None:
     bar = tqdm(desc=f"reading {item.source}", unit=" rows", disable=None, delay=2, leave=False)
     with publish_file(path) as staging, staging.open("wb") as file, bar:
-        writer = None
-        for batch in _batches(item):
-            writer = writer or pa.ipc.new_file(file, batch.schema)
-            writer.write_batch(batch)
-            bar.update(batch.num_rows)
-        if writer is None:
+        batches = _batches(item)
+        if (first := next(batches, None)) is None:
             raise LusiferError(f"the data set {item.source!r} is empty")
-        writer.close()
+        with pa.ipc.new_file(file, first.schema) as writer:
+            for batch in chain([first], batches):
+                writer.write_batch(batch)
+                bar.update(batch.num_rows)
 
 
 def _check_set(records: Records) -> None:
@@ -200,7 +172,7 @@ def _check_set(records: Records) -> None:
         value = counts.field("values")[index]
         first, second = np.flatnonzero(pc.fill_null(pc.equal(ids, value), False).to_numpy())[:2]
         raise repeated_id(value.as_py(), records.where(int(second)), records.where(int(first)))
-    if not holds_texts(records.item):
+    if not _holds_texts(records.item):
         clusters = records.table["cluster"]
         if 0 < clusters.null_count < len(clusters):
             row = records.where(clusters.is_null().index(True).as_py())
@@ -212,7 +184,7 @@ def _check_set(records: Records) -> None:
 def _choose_rows(records: Records, seed: int) -> None:
     """Leaves out rows that lack hard negatives, then what exceeds the cap."""
     item = records.item
-    if item.hard_negatives and not holds_texts(item):
+    if item.hard_negatives and not _holds_texts(item):
         usable = np.flatnonzero(pc.list_value_length(records.table["negative"]).to_numpy())
         records.left_out = len(records) - len(usable)
         if len(usable) < 2:
@@ -237,26 +209,6 @@ def left_out(count: int, hard_negatives: int) -> str:
     return f"{count:,} rows have no 'negative' and are left out (hard_negatives is {hard_negatives})"
 
 
-def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
-    """Opens a set the way its recipe says: streamed, or read and checked in full.
-
-    Raises:
-        LusiferError: See `open_records` and `StreamedRecords`.
-    """
-    return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
-
-
-def read_texts(item: DataRecipe, limit: int) -> list[str]:
-    """The first texts of a set: its ``text`` column, or queries and positives of pair records.
-
-    Raises:
-        LusiferError: If it cannot be read.
-    """
-    plain = DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct")
-    records = open_set(plain)
-    return [records[row]["text"] for row in range(min(limit, len(records)))]
-
-
 class StreamedRecords:
     """The first ``cap`` rows of a set, read in order with one block in memory; going back starts again.
 
@@ -276,12 +228,8 @@ class StreamedRecords:
         self._start = 0
         self._batch: pa.RecordBatch | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"item": self.item, "_cap": self._cap}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._rewind()
+    def __reduce__(self) -> Any:  # Other processes read the set themselves.
+        return StreamedRecords, (self.item,)
 
     def __len__(self) -> int:
         return self._cap
@@ -295,13 +243,12 @@ class StreamedRecords:
             self._rewind()
         while self._batch is None or row >= self._start + self._batch.num_rows:
             self._start += 0 if self._batch is None else self._batch.num_rows
-            batch = next(self._batches, None)
-            if batch is None:
+            if (batch := next(self._batches, None)) is None:
                 have = f"holds only {self._start} rows, fewer than its cap of {self._cap}"
                 raise LusiferError(f"{self.item.source!r} {have}; lower the cap")
             if "cluster" in batch.schema.names and not batch["cluster"].null_count:
                 raise LusiferError(f"{self.item.source!r} has clusters, which need streaming: false")
-            if self.item.hard_negatives and not holds_texts(self.item):
+            if self.item.hard_negatives and not _holds_texts(self.item):
                 batch = batch.filter(pc.greater(pc.list_value_length(batch["negative"]), 0))
             self._batch = batch
         return self._batch
@@ -309,3 +256,33 @@ class StreamedRecords:
     def __getitem__(self, row: int) -> dict[str, Any]:
         batch = self._load(row)
         return {name: batch[name][row - self._start].as_py() for name in _columns(self.item)}
+
+
+Rows = Records | StreamedRecords  # So many rows, each ``{"query", "positive", "negative"}`` or ``{"text"}``.
+
+
+def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
+    """Opens a set the way its recipe says: streamed, or read and checked in full.
+
+    Args:
+        item: The set.
+        seed: Seed of the rows that ``cap`` keeps.
+
+    Raises:
+        LusiferError: See `open_records` and `StreamedRecords`.
+    """
+    return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
+
+
+def read_texts(item: DataRecipe, limit: int) -> list[str]:
+    """The first texts of a set: its ``text`` column, or queries and positives of pair records.
+
+    Args:
+        item: The set.
+        limit: How many at most.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    records = open_set(DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct"))
+    return [records[row]["text"] for row in range(min(limit, len(records)))]

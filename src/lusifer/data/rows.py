@@ -1,15 +1,13 @@
 """Texts to encode with their ids, from any position of the input on.
 
-Reading happens twice. `lusifer.bulk.plan.make_plan` reads everything once: it checks every row, counts rows, and notes
-where each shard begins, so that mistakes show before a model is loaded and a shard can be read by whoever encodes it.
-`RowReader` then goes to the beginning of a shard and reads its rows.
+Reading happens twice: `lusifer.bulk.plan.make_plan` checks and counts everything, so that mistakes show before a model
+is loaded, and notes where each shard begins; there `RowReader` begins to read.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lusifer.data.reading import Block, read_blocks
@@ -18,16 +16,11 @@ from lusifer.data.validation import id_problems, text_problems
 from lusifer.errors import LusiferError
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """Names of the columns that are read; ``id`` is None where rows are numbered instead."""
 
     text: str = "text"
     id: str | None = None
-
-    def names(self) -> list[str]:
-        """Those that are needed."""
-        return [self.text] if self.id is None else [self.text, self.id]
 
 
 class Position(NamedTuple):
@@ -38,16 +31,8 @@ class Position(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Consecutive rows of the input, bad ones included.
-
-    Attributes:
-        number: Of the shard.
-        first: Number of its first row in the whole input.
-        rows: How many.
-        start: Where the first one begins.
-    """
+class Slice(NamedTuple):
+    """Rows of a shard, bad ones included: its number, the first row's number, how many, where the first begins."""
 
     number: int
     first: int
@@ -55,8 +40,7 @@ class Slice:
     start: Position
 
 
-@dataclass
-class Rows:
+class Rows(NamedTuple):
     """Checked records of one block.
 
     Attributes:
@@ -84,21 +68,24 @@ def read_rows(
     Raises:
         LusiferError: If a file cannot be read or lacks a column.
     """
-    for block in read_blocks(files, [*columns.names(), *more], text=columns.text, start=start):
-        block.refuse_without(columns.names(), "choose with --column and --id-column")
-        texts = block.values(columns.text)
-        ids = None if columns.id is None else block.values(columns.id)
-        _note(block, columns.text, texts, text_problems(texts, columns.text))
-        if columns.id is not None and ids is not None:
-            _note(block, columns.id, ids, id_problems(ids, columns.id))
-        yield Rows(block, texts, ids)
+    names = [columns.text] if columns.id is None else [columns.text, columns.id]
+    for block in read_blocks(files, [*names, *more], text=columns.text, start=start):
+        missing = [name for name in names if block.header is not None and name not in block.header]
+        if missing:
+            has = f"it has {', '.join(block.names())} (choose with --column and --id-column)"
+            raise LusiferError(f"{block.file!r} has no column {missing[0]!r}; {has}")
+        texts = _checked(block, columns.text, text_problems)
+        yield Rows(block, texts, None if columns.id is None else _checked(block, columns.id, id_problems))
 
 
-def _note(block: Block, column: str, values: list[Any], problems: dict[int, str]) -> None:
-    for index, problem in problems.items():
+def _checked(block: Block, column: str, problems: Callable[[list[Any], str], dict[int, str]]) -> list[Any]:
+    """A column's values; what is wrong with them is noted at the block."""
+    values = block.values(column)
+    for index, problem in problems(values, column).items():
         if values[index] is None and not block.has(column, index):
             problem = f"no {column!r}; give it one, remove the row, or choose another column"
         block.problems.setdefault(index, problem)
+    return values
 
 
 class RowReader:
@@ -110,8 +97,7 @@ class RowReader:
     """
 
     def __init__(self, files: Sequence[InputFile], columns: Columns) -> None:
-        self.files = files
-        self.columns = columns
+        self.files, self.columns = files, columns
         self._later: Iterator[Rows] = iter(())
         self._rows: Rows | None = None
         self._next = 0  # The first row of the present block that was not given yet.
@@ -125,17 +111,16 @@ class RowReader:
         self._go_to(part.start)
         number, end = part.first, part.first + part.rows
         while number < end:
-            rows = self._rows
-            if rows is None or self._next == len(rows.block):
+            if self._rows is None or self._next == len(self._rows.block):
                 self._rows, self._next = next(self._later, None), 0
                 if self._rows is None:
                     raise LusiferError(f"the input ends before row {number + 1}: it changed while it was read")
-                continue
-            first, count = self._next, min(len(rows.block) - self._next, end - number)
+            block, texts, ids = self._rows
+            first, count = self._next, min(len(block) - self._next, end - number)
             self._next += count
             for index in range(first, first + count):
-                if index not in rows.block.problems:
-                    yield (number + index - first if rows.ids is None else rows.ids[index]), rows.texts[index]
+                if index not in block.problems:
+                    yield (number + index - first if ids is None else ids[index]), texts[index]
             number += count
 
     def _go_to(self, start: Position) -> None:

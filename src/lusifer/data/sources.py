@@ -15,8 +15,8 @@ from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.text import resolve_data
 from lusifer.storage import is_remote, locate, storage_errors, version
 
-KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-PACKINGS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_PACKINGS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_ENDING = re.compile(r"(\.parquet)$|(\.txt|\.jsonl|\.ndjson|\.json|\.csv|\.tsv)(\.gz|\.bz2|\.zst)?$")
 READABLE = ".txt, .jsonl, .ndjson, .json, .csv, .tsv (these also .gz, .bz2, .zst) or .parquet"
 # Files that are no hub ids, and that are not read here.
 _OTHER = (".arrow", ".feather", ".xlsx", ".zip", ".xz", ".pq", ".gz", ".bz2", ".zst")
@@ -26,7 +26,7 @@ _JSON_HEAD = 1 << 16
 
 
 class Format(NamedTuple):
-    """What a file's name says of its content: one of `KINDS`, and how it is packed (a value of `PACKINGS`)."""
+    """What a file's name says of its content: ``.txt``, ``.csv``, ..., and how it is packed, e.g. ``gzip``."""
 
     kind: str
     packing: str | None
@@ -34,13 +34,8 @@ class Format(NamedTuple):
 
 def format_of(name: str) -> Format | None:
     """The format a file's name stands for, upper or lower case, or None."""
-    stem, packing = name.lower(), None
-    for ending, codec in PACKINGS.items():
-        if stem.endswith(ending):
-            stem, packing = stem.removesuffix(ending), codec
-            break
-    kind = next((kind for kind in KINDS if stem.endswith(kind)), None)
-    return None if kind is None or (packing and kind == ".parquet") else Format(kind, packing)
+    ending = _ENDING.search(name.lower())
+    return ending and Format(ending[1] or ending[2], ending[3] and _PACKINGS[ending[3]])
 
 
 def unit_of(name: str) -> str:
@@ -51,13 +46,7 @@ def unit_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the input.
-
-    Attributes:
-        url: Path or URL.
-        size: Bytes.
-        version: Changes with the content: a store's tag, or the time of the last change.
-    """
+    """A file of the input: path or URL, size in bytes, and a text that changes with the content."""
 
     url: str
     size: int
@@ -65,7 +54,7 @@ class InputFile:
 
     @property
     def format(self) -> Format:
-        """Its format; only files whose names stand for one are found."""
+        """Its format; names of other files are refused or passed over."""
         known = format_of(self.url)
         assert known is not None
         return known
@@ -95,18 +84,15 @@ def find_files(source: str, *, output: str | None = None) -> list[InputFile]:
         else:
             here = "" if is_remote(source) else f" (relative paths start at {str(Path.cwd())!r})"
             raise LusiferError(f"no such file: {source!r}{here}")
-        names = sorted(_outside(names, source, output))
-        if not names:
+        if not (names := sorted(_outside(names, source, output))):
             problem = "no such file: nothing matches" if glob.has_magic(path) and not fs.exists(path) else "no data in"
             raise LusiferError(f"{problem} {source!r}; names end in {READABLE}")
         return [_describe(fs, name, source) for name in names]
 
 
 def _describe(fs: Any, name: str, source: str) -> InputFile:
-    info = fs.info(name)
-    return InputFile(
-        fs.unstrip_protocol(name) if is_remote(source) else name, int(info.get("size") or 0), version(info)
-    )
+    info, url = fs.info(name), fs.unstrip_protocol(name) if is_remote(source) else name
+    return InputFile(url, int(info.get("size") or 0), version(info))
 
 
 def _is_data(fs: Any, name: str, *, below: str) -> bool:
@@ -147,7 +133,7 @@ def files_of_recipe(item: DataRecipe) -> list[InputFile] | None:
     """The files behind a set of a recipe, or None for a hub id or a folder in the layout of the hub.
 
     Raises:
-        LusiferError: If there is no such file, or its name stands for no format that is read here.
+        LusiferError: As `find_files`.
     """
     source = resolve_data(item.source)
     path = Path(source).expanduser()

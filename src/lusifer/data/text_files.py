@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -37,9 +37,12 @@ def refuse_repeated(file: str, names: Sequence[str]) -> None:
     Raises:
         LusiferError: If one occurs twice.
     """
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise LusiferError(f"{file}: the column {repeated[0]!r} occurs twice; rename or remove one")
+    if (repeated := _repeated(names)) is not None:
+        raise LusiferError(f"{file}: the column {repeated!r} occurs twice; rename or remove one")
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 class Lines:
@@ -57,10 +60,7 @@ class Lines:
         packed = pa.CompressedInputStream(raw, self.packing) if self.packing else raw
         self.stream = io.BufferedReader(packed, _BUFFER)
         self.number = self.offset = 0
-        try:
-            self.head = self.stream.peek(1)[:4096]
-        except (OSError, pa.ArrowException) as error:
-            raise self._explained(error) from error
+        self.head = self._read(self.stream.peek, 1)[:4096]
         if self.head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise LusiferError(f"{file.url}: UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         if self.head.startswith(_BOM):  # Windows editors open a file with a byte order mark.
@@ -79,61 +79,55 @@ class Lines:
 
     def take(self, size: int) -> bytes:
         """The next bytes, at most ``size``; none at the end."""
-        try:
-            return self.stream.read(size)
-        except (OSError, pa.ArrowException) as error:
-            raise self._explained(error) from error
+        return self._read(self.stream.read, size)
 
-    def batches(self) -> Iterator[list[bytes]]:
-        """All lines from here on without their ends, some at a time; ``number`` and ``offset`` are those before."""
+    def numbered(self) -> Iterator[tuple[int, int, bytes]]:
+        """Number, position behind and content of every line from here on; ``number`` and ``offset`` may lag."""
         rest = b""
         while piece := self.take(_BUFFER):
             lines = (rest + piece).split(b"\n")
             rest = lines.pop()
-            yield lines
-            self.number += len(lines)
-            self.offset += sum(map(len, lines)) + len(lines)
+            number, offset = self.number, self.offset
+            for line in lines:
+                number += 1
+                offset += len(line) + 1
+                yield number, offset, line
+            self.number, self.offset = number, offset
             self._limit(len(rest))
         if rest:
-            yield [rest]
+            yield self.number + 1, self.offset + len(rest) + 1, rest
 
     def __iter__(self) -> Iterator[bytes]:
         """One line after the other with its end; ``number`` and ``offset`` are those behind it."""
-        while line := self._readline():
+        while line := self._read(self.stream.readline, MAX_RECORD + 1):
             self.number += 1
             self.offset += len(line)
             self._limit(len(line))
             yield line
 
-    def _readline(self) -> bytes:
+    def _read(self, read: Callable[[int], bytes], size: int) -> bytes:
+        """Reads, and says what went wrong while unpacking; an error of the disk or the store stays as it is."""
         try:
-            return self.stream.readline(MAX_RECORD + 1)
+            return read(size)
         except (OSError, pa.ArrowException) as error:
-            raise self._explained(error) from error
+            if self.packing is None or getattr(error, "errno", None) is not None:
+                raise
+            problem = f"broken {self.packing} after line {self.number} ({first_line(error)})"
+            raise LusiferError(f"{self.file.url}: {problem}; fetch or compress it again") from error
 
     def _limit(self, size: int) -> None:
         if size > MAX_RECORD:
             where = f"{self.file.url}, line {self.number + 1}"
             raise LusiferError(f"{where}: longer than {MAX_RECORD >> 20} MB; write one record per line")
 
-    def _explained(self, error: Exception) -> Exception:
-        """What went wrong while unpacking; an error of the disk or the store stays as it is."""
-        if self.packing is None or getattr(error, "errno", None) is not None:
-            return error
-        problem = f"broken {self.packing} after line {self.number} ({first_line(error)})"
-        return LusiferError(f"{self.file.url}: {problem}; fetch or compress it again")
-
 
 def records_of(lines: Lines, offset: int, text: str) -> tuple[list[str] | None, Iterator[Numbered]]:
-    """Header and records of a text file.
+    """The columns of a text file, where all records have the same, and its records.
 
     Args:
         lines: The file, opened.
         offset: Byte of the unpacked file to begin at: 0 or the position behind a record.
         text: What to call the only column of a ``.txt`` file.
-
-    Returns:
-        The columns, where all records have the same, and the records.
 
     Raises:
         LusiferError: If the file cannot be read.
@@ -154,17 +148,8 @@ def records_of(lines: Lines, offset: int, text: str) -> tuple[list[str] | None, 
     return None, records
 
 
-def _numbered(lines: Lines) -> Iterator[tuple[int, int, bytes]]:
-    for batch in lines.batches():
-        number, offset = lines.number, lines.offset
-        for line in batch:
-            number += 1
-            offset += len(line) + 1
-            yield number, offset, line
-
-
 def _plain_records(lines: Lines, text: str) -> Iterator[Numbered]:
-    for number, end, line in _numbered(lines):
+    for number, end, line in lines.numbered():
         try:
             yield number, end, {text: line.decode().rstrip("\r")}, None
         except UnicodeDecodeError as error:
@@ -174,9 +159,7 @@ def _plain_records(lines: Lines, text: str) -> Iterator[Numbered]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} occurs twice")
+        raise ValueError(f"the key {_repeated([name for name, _ in pairs])!r} occurs twice")
     return record
 
 
@@ -189,7 +172,7 @@ _LINES = ", one JSON object per line, or name the file .json"
 def _json_records(lines: Lines) -> Iterator[Numbered]:
     """One record a line; blank lines are none."""
     decode = _FAST_JSON.decode
-    for number, end, line in _numbered(lines):
+    for number, end, line in lines.numbered():
         try:
             text = line.decode()
             record = decode(text)
@@ -262,9 +245,8 @@ class _CsvRows:
         self.lines = lines
         self._problem: str | None = None
         self._reader = csv.reader(self._decoded(), delimiter=delimiter, strict=True)
-        cells = self._next()
-        while cells == []:
-            cells = self._next()
+        while (cells := self._next()) == []:
+            pass
         if self._problem:
             raise LusiferError(f"{lines.file.url}, line 1: {self._problem}")
         self.header = cells or []

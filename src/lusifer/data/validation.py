@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,8 @@ from lusifer.errors import LusiferError
 MAX_CHARACTERS = 1_000_000
 _LEAST_ID, _GREATEST_ID = -(2**63), 2**64 - 1
 _REMEDY = "remove the row or give it a text"
-_KINDS = {
-    bool: "true or false",
-    int: "a number",
-    float: "a decimal number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
+_KINDS: dict[type, str] = {bool: "true or false", int: "a number", float: "a decimal number", list: "a list"}
+_KINDS |= {dict: "an object", type(None): "null"}
 
 
 def _kind(value: Any) -> str:
@@ -31,8 +25,6 @@ def _kind(value: Any) -> str:
 
 def _surrogate(text: str) -> str | None:
     """What is wrong with a text that no UTF-8 can hold, or None."""
-    if text.isascii():
-        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -40,13 +32,7 @@ def _surrogate(text: str) -> str | None:
     return None
 
 
-def text_problem(value: Any, column: str) -> str | None:
-    """What is wrong with a text, or None.
-
-    Args:
-        value: The text as it was read.
-        column: Name of its column, for the message.
-    """
+def _text_problem(value: Any, column: str) -> str | None:
     if not isinstance(value, str):
         null = f"{column!r} is null; {_REMEDY}"
         return null if value is None else f"{column!r} must be text, not {_kind(value)}"
@@ -56,13 +42,7 @@ def text_problem(value: Any, column: str) -> str | None:
     return problem and f"{column!r} {problem}"
 
 
-def id_problem(value: Any, column: str) -> str | None:
-    """What is wrong with an id, or None: it must be text that is not empty, or a whole number of 64 bits.
-
-    Args:
-        value: The id as it was read.
-        column: Name of its column, for the message.
-    """
+def _id_problem(value: Any, column: str) -> str | None:
     if isinstance(value, str):
         problem = _surrogate(value) if value else "is empty"
         return problem and f"the id in {column!r} {problem}"
@@ -74,7 +54,7 @@ def id_problem(value: Any, column: str) -> str | None:
 
 
 def text_problems(values: list[Any], column: str) -> dict[int, str]:
-    """What is wrong with texts, by their index.
+    """What is wrong with texts, by their index: each must be a ``str`` that is not blank.
 
     Args:
         values: The texts as they were read.
@@ -82,17 +62,15 @@ def text_problems(values: list[Any], column: str) -> dict[int, str]:
     """
     try:
         "".join(values).encode()  # All at once is ten times as fast as one by one, and nearly all are good.
-    except (TypeError, UnicodeEncodeError):
-        pass
-    else:
         if all(values) and not any(map(str.isspace, values)):
             return {}
-    found = ((index, text_problem(value, column)) for index, value in enumerate(values))
-    return {index: problem for index, problem in found if problem}
+    except (TypeError, UnicodeEncodeError):
+        pass
+    return _by_index(_text_problem, values, column)
 
 
 def id_problems(values: list[Any], column: str) -> dict[int, str]:
-    """What is wrong with ids, by their index.
+    """What is wrong with ids, by their index: each must be text, or a whole number of 64 bits.
 
     Args:
         values: The ids as they were read.
@@ -100,12 +78,12 @@ def id_problems(values: list[Any], column: str) -> dict[int, str]:
     """
     if set(map(type, values)) == {int} and _LEAST_ID <= min(values) <= max(values) <= _GREATEST_ID:
         return {}
-    found = ((index, id_problem(value, column)) for index, value in enumerate(values))
-    return {index: problem for index, problem in found if problem}
+    return _by_index(_id_problem, values, column)
 
 
-def _fail(block: Block, index: int, problem: str) -> LusiferError:
-    return LusiferError(f"{block.where(index)}: {problem}")
+def _by_index(problem_of: Callable[[Any, str], str | None], values: list[Any], column: str) -> dict[int, str]:
+    problems = ((index, problem_of(value, column)) for index, value in enumerate(values))
+    return {index: problem for index, problem in problems if problem}
 
 
 def repeated_id(value: Any, where: str, first: str) -> LusiferError:
@@ -116,16 +94,12 @@ def repeated_id(value: Any, where: str, first: str) -> LusiferError:
         where: File and row of the second occurrence.
         first: File and row of the first one.
     """
-    return LusiferError(
-        f"{where}: the id {value!r} is that of {first} already; give every record its own id, or remove one"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ training records
+    problem = f"the id {value!r} is that of {first} already; give every record its own id, or remove one"
+    return LusiferError(f"{where}: {problem}")
 
 
 def _check_texts(block: Block, name: str, texts: pa.Array, parents: np.ndarray) -> None:
-    """Refuses the first null, invalid, empty or huge text; ``parents`` are the records the texts belong to."""
+    """Refuses the first null, invalid, empty or huge text; ``parents`` are the records that the texts belong to."""
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
@@ -134,18 +108,18 @@ def _check_texts(block: Block, name: str, texts: pa.Array, parents: np.ndarray) 
                 texts[index].as_py()
             except UnicodeDecodeError as error:
                 problem = f"{name!r} is not valid UTF-8 ({error.reason}); convert the file to UTF-8"
-                raise _fail(block, parents[index], problem) from None
+                raise block.error(parents[index], problem) from None
         raise
     empty = pc.equal(pc.utf8_trim_whitespace(texts), "")
     long = pc.greater(pc.utf8_length(texts), MAX_CHARACTERS)
-    index = pc.or_(pc.fill_null(empty, True), pc.fill_null(long, True)).index(True).as_py()
+    index = pc.fill_null(pc.or_(empty, long), True).index(True).as_py()
     if index < 0:
         return
     text = texts[index].as_py()
-    problem = text_problem(text, name) or f"{name!r} is empty; {_REMEDY}"
+    problem = _text_problem(text, name) or f"{name!r} is empty; {_REMEDY}"
     if text is not None and len(text) > MAX_CHARACTERS:
         problem = f"{name!r} has {len(text):,} characters, over {MAX_CHARACTERS:,}; split the text or remove the row"
-    raise _fail(block, parents[index], problem)
+    raise block.error(parents[index], problem)
 
 
 def _from_python(block: Block, name: str, values: list[Any], lists: bool) -> pa.ListArray:
@@ -158,23 +132,22 @@ def _from_python(block: Block, name: str, values: list[Any], lists: bool) -> pa.
         pass
     for index, (value, texts) in enumerate(zip(values, rows, strict=True)):
         if isinstance(value, list) and not lists:
-            raise _fail(block, index, f"{name!r} must be text, not a list")
+            raise block.error(index, f"{name!r} must be text, not a list")
         for text in texts:
             if text is not None and not isinstance(text, str):
                 wanted = "text or a list" if lists and text is value else "text"
-                raise _fail(block, index, f"{name!r} must be {wanted}, not {_kind(text)}")
+                raise block.error(index, f"{name!r} must be {wanted}, not {_kind(text)}")
             if text is not None and (problem := _surrogate(text)):
-                raise _fail(block, index, f"{name!r} {problem}")
+                raise block.error(index, f"{name!r} {problem}")
     raise LusiferError(f"{block.file}: the column {name!r} cannot be read as text")
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+_LISTS = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+_TEXTS = ("is_string", "is_large_string", "is_string_view")
+
+
+def _is_one_of(kind: pa.DataType, tests: Sequence[str]) -> bool:
     return any(getattr(pa.types, test)(kind) for test in tests)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _plain(values: pa.Array) -> pa.Array:
@@ -187,10 +160,10 @@ def _from_arrow(block: Block, name: str, values: pa.Array, lists: bool) -> pa.Li
     kind = (values := _plain(values)).type
     if pa.types.is_null(kind):
         return pa.array([[]] * len(values), pa.list_(pa.string()))
-    is_list = _is_list(kind)
+    is_list = _is_one_of(kind, _LISTS)
     inner = kind.value_type if is_list else kind
     inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-    if not (_is_text(inner) or (is_list and pa.types.is_null(inner))) or (is_list and not lists):
+    if not (_is_one_of(inner, _TEXTS) or (is_list and pa.types.is_null(inner))) or (is_list and not lists):
         raise LusiferError(f"{block.file}: {name!r} must be {'text or a list' if lists else 'text'}, not {kind}")
     if is_list:
         flat = _plain(pc.list_flatten(values)).cast(pa.string())
@@ -208,48 +181,44 @@ def _lists(block: Block, name: str, *, lists: bool, required: bool) -> pa.ListAr
         raise LusiferError(f"{block.where(0)}: no column {name!r}; it has {', '.join(block.names())} (map it: columns)")
     convert = _from_arrow if isinstance(values, pa.Array) else _from_python
     array = convert(block, name, [None] * len(block) if values is None else values, lists)
-    lengths = pc.list_value_length(array)
-    if required and (index := pc.equal(lengths, 0).index(True).as_py()) >= 0:
+    if required and (index := pc.equal(pc.list_value_length(array), 0).index(True).as_py()) >= 0:
         null = f"{name!r} is {'empty' if lists else 'null'}" if block.has(name, index) else f"no {name!r}"
-        raise _fail(block, index, f"{null}; {_REMEDY}")
-    _check_texts(block, name, array.flatten(), np.repeat(np.arange(len(array)), lengths.to_numpy()))
+        raise block.error(index, f"{null}; {_REMEDY}")
+    _check_texts(block, name, array.flatten(), _parents(array))
     return array
 
 
-def _no_labels(values: list[Any]) -> Iterator[tuple[int, Any]]:
-    for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            yield index, value
-
-
-def _labels(block: Block, name: str, *, required: bool) -> pa.Array | None:
-    """``cluster`` or ``id`` as text, or None where the block has no such column."""
+def _labels(block: Block, name: str) -> pa.Array:
+    """``cluster`` or ``id`` as text, null where there is none; in a block with clusters every record has one."""
     if block.column(name) is None:
-        return None
+        return pa.nulls(len(block), pa.string())
     values = block.values(name)
-    if required:
-        problems = {i: f"{name!r} must be text or a whole number, not {_kind(v)}" for i, v in _no_labels(values)}
+    if name == "id":
+        problems = {index: problem for index, problem in id_problems(values, name).items() if values[index] is not None}
     else:
-        problems = {i: problem for i, problem in id_problems(values, name).items() if values[i] is not None}
+        unfit = ((i, v) for i, v in enumerate(values) if isinstance(v, bool) or not isinstance(v, str | int))
+        problems = {index: f"{name!r} must be text or a whole number, not {_kind(value)}" for index, value in unfit}
     for index, problem in problems.items():
-        raise _fail(block, index, problem)
+        raise block.error(index, problem)
     return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _parents(lists: pa.ListArray) -> np.ndarray:
+    """For every value of the lists, the list it belongs to, int64."""
+    return np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
 
 
 def _check_negatives(block: Block, query: pa.Array, positive: pa.ListArray, negative: pa.ListArray) -> None:
     """Refuses a negative that is the query or a positive of its own row."""
     flat = [query, positive.flatten(), negative.flatten()]
-    lengths = [pc.list_value_length(part).to_numpy() for part in (positive, negative)]
-    rows = np.arange(len(query))
     codes = pa.chunked_array(flat).dictionary_encode().combine_chunks().indices.to_numpy().astype(np.int64)
-    parents = np.concatenate([rows, np.repeat(rows, lengths[0]), np.repeat(rows, lengths[1])])
+    parents = np.concatenate([np.arange(len(query)), _parents(positive), _parents(negative)])
     keys = parents * (codes.max() + 1) + codes
-    others = len(flat[0]) + len(flat[1])
+    others = len(query) + len(flat[1])
     equal = np.isin(keys[others:], keys[:others])
     if equal.any():
-        index = int(parents[others:][equal.argmax()])
         problem = "a text of 'negative' is also the query or a positive; remove it from 'negative'"
-        raise _fail(block, index, problem)
+        raise block.error(parents[others:][equal.argmax()], problem)
 
 
 def canonical(block: Block, *, texts: bool) -> pa.RecordBatch:
@@ -275,19 +244,17 @@ def canonical(block: Block, *, texts: bool) -> pa.RecordBatch:
         positive = _lists(block, "positive", lists=True, required=True)
         columns = {"query": query, "positive": positive}
         if texts:
-            lengths = pc.list_value_length(positive).to_numpy()
             flat = pa.concat_arrays([query, positive.flatten()])
-            parents = np.concatenate([rows, np.repeat(rows, lengths)])
+            parents = np.concatenate([rows, _parents(positive)])
             order = np.argsort(parents, kind="stable")
             columns, rows = {"text": flat.take(pa.array(order))}, parents[order]
         else:
             columns["negative"] = _lists(block, "negative", lists=True, required=False)
             _check_negatives(block, query, positive, columns["negative"])
-            labels = _labels(block, "cluster", required=True)
-            columns["cluster"] = pa.nulls(len(block), pa.string()) if labels is None else labels
-    ids = _labels(block, "id", required=False)
+            columns["cluster"] = _labels(block, "cluster")
+    ids = _labels(block, "id")
     # Exploded texts share their record's id.
-    columns["id"] = pa.nulls(len(rows), pa.string()) if ids is None or len(rows) != len(block) else ids
+    columns["id"] = ids if len(rows) == len(block) else pa.nulls(len(rows), pa.string())
     columns["number"] = pa.array(np.asarray(block.numbers, dtype=np.int64)[rows])
     columns["file"] = pa.array(np.full(len(rows), block.file_number, dtype=np.int32))
     return pa.RecordBatch.from_pydict(columns)

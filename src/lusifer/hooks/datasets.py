@@ -15,15 +15,10 @@ def fingerprint(records: Any) -> str:
 
 @contextmanager
 def arrow_cache(folder: Path | None) -> Iterator[None]:
-    """Has ``datasets`` keep what it converts in another folder while the block runs.
+    """Has ``datasets`` keep what it converts in ``folder`` while the block runs; None changes nothing.
 
     It finds a local folder in its cache by the folder's last name and card, so changed files would be answered from
-    what was read of them before. ``load_dataset(cache_dir=...)`` cannot help where another library calls it.
-
-    Touches: ``datasets.config.HF_DATASETS_CACHE``, read at every load.
-
-    Args:
-        folder: The other folder; None changes nothing.
+    what was read of them before. Touches ``datasets.config.HF_DATASETS_CACHE``, read at every load.
     """
     import datasets
 

@@ -17,7 +17,7 @@ PREDICTIONS_TAKEN = Path(os.devnull)
 def listen(task: Any, predictions: Callable[..., None], query_scores: Callable[..., None]) -> None:
     """Has a task give what it predicts and scores to us, instead of writing it.
 
-    Touches: ``task._save_task_predictions`` (replaced), ``task.task_specific_scores`` of retrieval tasks (wrapped).
+    Touches ``_save_task_predictions`` (replaced) and ``task_specific_scores`` of retrieval tasks (wrapped).
 
     Args:
         task: An mteb task object; no other one changes.
@@ -37,9 +37,7 @@ def listen(task: Any, predictions: Callable[..., None], query_scores: Callable[.
 
 
 def restrict(task: Any, *, splits: Sequence[str], subsets: Sequence[str]) -> None:
-    """Leaves a task with some of its splits and subsets, also with subsets that mteb does not list.
-
-    Touches: ``task._eval_splits``.
+    """Leaves a task with some of its splits and subsets, also ones that mteb does not list; touches ``_eval_splits``.
 
     Args:
         task: An mteb task object.
@@ -52,7 +50,7 @@ def restrict(task: Any, *, splits: Sequence[str], subsets: Sequence[str]) -> Non
 def add_benchmark(name: str, benchmark: Any) -> None:
     """Makes a benchmark known to ``mteb.get_benchmark``, which reads a module's variables once.
 
-    Touches: ``mteb.benchmarks.benchmarks`` (a variable added), ``_build_registry`` (its cache emptied).
+    Touches ``mteb.benchmarks.benchmarks`` (a variable added) and ``_build_registry`` (its cache emptied).
 
     Args:
         name: The benchmark's name.

@@ -12,6 +12,11 @@ from torch import nn
 _MODALITIES: Any = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
 
 
+_OPTIONS = {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings"}
+# ``task`` is what encode_query and encode_document say to a router of modules, which our models have none of.
+_OPTIONS |= {"truncate_dim", "device", "task"}
+
+
 class _InMemory(Transformer):
     """A Transformer module around a model in memory, where the base class only loads from disk."""
 
@@ -27,8 +32,8 @@ class _InMemory(Transformer):
 def transformer_module(folder: str, model: nn.Module) -> Transformer:
     """The module of Sentence Transformers around a model in memory.
 
-    Touches ``Transformer._load_model``, which is given the model instead of reading one, and the module's class, so
-    that modules.json names the built-in one, which loads without ``trust_remote_code``.
+    Touches ``Transformer._load_model`` and the module's class, so that modules.json names the built-in one, which loads
+    without ``trust_remote_code``.
 
     Args:
         folder: Folder with the model's configuration and tokenizer.
@@ -57,10 +62,7 @@ class InferenceHook(SentenceTransformer):
         raise NotImplementedError
 
     def _inference(self, inputs: list[Any], **options: Any) -> Any:
-        known = ("prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
-        # ``task`` is what encode_query and encode_document say to a router of modules, which our models have none of.
-        extra = set(options) - {*known, "truncate_dim", "device", "task"}
-        plain = options["output_value"] == "sentence_embedding" and not extra
+        plain = options["output_value"] == "sentence_embedding" and not options.keys() - _OPTIONS
         vectors = None
         if plain and inputs and all(isinstance(text, str) for text in inputs):
             self._resolve_inference_device(options["device"])

@@ -15,7 +15,7 @@ def layer_class_names(backbone: nn.Module) -> set[str]:
 
 
 class OpenTrainer(Trainer):
-    """A ``Trainer`` whose private steps are public methods: subclasses override the public ones."""
+    """A ``Trainer`` whose private steps are public methods, for subclasses to override."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -49,7 +49,7 @@ class OpenTrainer(Trainer):
 
         Args:
             model: The model, wrapped or not.
-            trial: What the Trainer passes on of a hyper-parameter search; None here.
+            trial: Of a hyper-parameter search; None here.
         """
         super()._save_checkpoint(model, trial)
 

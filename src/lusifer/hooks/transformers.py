@@ -13,10 +13,9 @@ from transformers.utils import cached_file
 
 
 def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
-    """Path of a model's file in its folder or in the hub's cache; None where there is no such file.
+    """Path of a model's file in its folder or in the hub's cache; None where there is none, or no hub.
 
-    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``: without them a missing
-    file and a hub out of reach are exceptions.
+    Touches the arguments ``_raise_exceptions_for_*`` of ``transformers.utils.cached_file``.
 
     Args:
         name: Folder or hub id.
@@ -40,20 +39,9 @@ def has_pooler(config: PretrainedConfig) -> bool:
     return isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters
 
 
-def set_name(config: PretrainedConfig, name: str | None) -> None:
-    """Sets the name that a configuration writes into config.json.
-
-    Touches ``PretrainedConfig._name_or_path``: the public ``name_or_path`` sets the same, but ``to_dict`` reads this.
-    """
-    config._name_or_path = name or ""
-
-
 @contextmanager
 def no_load_report() -> Iterator[None]:
-    """Silences the list of tensors that a ``from_pretrained`` leaves out, for loads that leave some out on purpose.
-
-    Touches the logger of ``transformers.modeling_utils``, which writes that list.
-    """
+    """Silences the list of tensors that a load leaves out: touches the logger of ``transformers.modeling_utils``."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

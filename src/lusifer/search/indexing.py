@@ -34,16 +34,13 @@ class Encoder(Protocol):
     @property
     def model(self) -> Prompted:
         """The model, for its prompts."""
-        ...
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        ...
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 unit vectors of texts."""
-        ...
 
 
 def read_entries(
@@ -73,46 +70,42 @@ def read_entries(
         LusiferError: If a file cannot be read or a value is not as it should be; the message names the row.
     """
     wanted = [name for name in dict.fromkeys(metadata) if name not in ("lang", id, text)]
-    texts: dict[str, tuple[str, str]] = {}
-    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    entries: dict[str, Entry] = {}
     places: dict[str, str] = {}
-    missing = set(wanted)
-    known: list[str] = []
+    known: dict[str, None] = {}
     files = find_files(str(source), output=index)
     for rows in read_rows(files, Columns(text, id), more=(*wanted, "lang")):
         block = rows.block
         block.refuse_problems()
-        known = list(dict.fromkeys([*known, *block.names()]))
-        missing -= set(block.names())
-        values = {name: _metadata(block, name) for name in wanted}
-        names = [_text_id(one) for one in rows.texts] if rows.ids is None else [str(one) for one in rows.ids]
+        known |= dict.fromkeys(block.names())
+        cells = {name: _metadata(block, name) for name in wanted}
+        names = map(_text_id, rows.texts) if rows.ids is None else map(str, rows.ids)
         for row, (name, one, tag) in enumerate(zip(names, rows.texts, block.values("lang"), strict=True)):
-            if name in texts and rows.ids is not None:
+            if name not in entries:
+                kept = {column: values[row] for column, values in cells.items()}
+                entries[name] = Entry(name, one, str(tag) if tag else script(one), kept)
+                places[name] = "" if rows.ids is None else block.where(row)
+            elif rows.ids is not None:
                 raise repeated_id(name, block.where(row), places[name])
-            if name not in texts:
-                texts[name] = (one, str(tag) if tag else script(one))
-                places[name] = block.where(row) if rows.ids is not None else ""
-                for column in wanted:
-                    columns[column].append(values[column][row])
-    if missing:
-        raise LusiferError(f"{str(source)!r} has no column {sorted(missing)[0]!r}; it has {', '.join(known)}")
-    if not texts:
+    if missing := sorted(set(wanted) - set(known)):
+        raise LusiferError(f"{str(source)!r} has no column {missing[0]!r}; it has {', '.join(known)}")
+    if not entries:
         raise LusiferError(f"{str(source)!r} holds no texts")
-    if all(file.format.kind in (".csv", ".tsv") for file in files):
-        columns = {name: _from_cells(cells) for name, cells in columns.items()}
-    types = {name: _column_type(columns[name]) for name in wanted}
-    entries = [
-        Entry(name, one, lang, {column: _as_type(columns[column][row], types[column]) for column in wanted})
-        for row, (name, (one, lang)) in enumerate(texts.items())
-    ]
-    return entries, types
+    in_cells = all(file.format.kind in (".csv", ".tsv") for file in files)
+    types = {}
+    for name in wanted:
+        column: list[Any] = [entry.metadata[name] for entry in entries.values()]
+        column = _from_cells(column) if in_cells else column
+        types[name] = _column_type(column)
+        for entry, value in zip(entries.values(), column, strict=True):
+            entry.metadata[name] = _as_type(value, types[name])
+    return list(entries.values()), types
 
 
 def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progress: bool = False) -> dict[str, int]:
     """Brings texts into an index, a few hundred at a time; an interrupted call is taken up by the next.
 
-    A text that is there with the same id is not embedded again; if only its metadata changed, these are replaced. Texts
-    are embedded behind the prompt that the index records; see `IndexInfo.prompt`.
+    A text that is there with the same id is not embedded again; if only its metadata changed, these are replaced.
 
     Args:
         store: The index; `Store.check_model` has been called.
@@ -137,10 +130,10 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
             changed = [entry for entry in same if known[entry.id][0] != entry]
             new = [entry for entry in part if entry.id not in known or known[entry.id][0].text != entry.text]
             if new or changed:
-                vectors = np.empty((len(new) + len(changed), store.info.dimension), dtype=np.float32)
-                vectors[: len(new)] = encoder.encode([prompt + entry.text for entry in new])
-                vectors[len(new) :] = [known[entry.id][1] for entry in changed] or np.empty((0, store.info.dimension))
-                store.upsert([*new, *changed], vectors)
+                vectors = encoder.encode([prompt + entry.text for entry in new])
+                store.upsert(
+                    [*new, *changed], np.concatenate([vectors, *(known[entry.id][1][None] for entry in changed)])
+                )
             counts["added"] += sum(entry.id not in known for entry in new)
             counts["updated"] += sum(entry.id in known for entry in new)
             counts["changed"] += len(changed)
@@ -156,6 +149,10 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
 def check_columns(store: Store, types: dict[str, str]) -> None:
     """Refuses metadata that the index has no place for.
 
+    Args:
+        store: The index.
+        types: Types of the metadata columns, see `read_entries`.
+
     Raises:
         LusiferError: If a column is new or of another type.
     """
@@ -163,14 +160,11 @@ def check_columns(store: Store, types: dict[str, str]) -> None:
         known = store.info.columns.get(name)
         if known is None:
             has = ", ".join(store.info.columns) or "none"
-            raise LusiferError(
-                f"the index {store.location!r} has no metadata column {name!r} (it has {has}), and columns cannot be "
-                f"added later; leave it out, or make a new index"
-            )
+            missing = f"the index {store.location!r} has no metadata column {name!r} (it has {has})"
+            raise LusiferError(f"{missing}, and columns cannot be added later; leave it out, or make a new index")
         if kind != known and (kind, known) != ("int", "float"):
-            raise LusiferError(
-                f"metadata column {name!r} is of type {known} in the index {store.location!r}, but {kind} in the input"
-            )
+            was = f"metadata column {name!r} is of type {known} in the index {store.location!r}"
+            raise LusiferError(f"{was}, but {kind} in the input")
 
 
 def _complete(entry: Entry, store: Store) -> Entry:
@@ -182,8 +176,6 @@ def _complete(entry: Entry, store: Store) -> Entry:
 _INT64 = range(-(2**63), 2**63)
 # A column of true/false holds no numbers, though Python would let it; one of "int" no fractions.
 _HOLDS = {"bool": COLUMN_TYPES["bool"], "int": (int,), "float": COLUMN_TYPES["float"]}
-
-
 # What a cell of CSV looks like; 007 is a name, not a number.
 _CELLS: tuple[tuple[Callable[[str], Value], re.Pattern[str]], ...] = (
     (int, re.compile(r"-?(0|[1-9]\d{0,17})")),
@@ -196,10 +188,9 @@ def _metadata(block: Block, name: str) -> list[Any]:
     values = block.values(name)
     for row, value in enumerate(values):
         if isinstance(value, list | dict | bytes):
-            problem = f"{name!r} must be text, a number or true/false to be metadata"
-            raise LusiferError(f"{block.where(row)}: {problem}")
+            raise block.error(row, f"{name!r} must be text, a number or true/false to be metadata")
         if isinstance(value, int) and value not in _INT64:
-            raise LusiferError(f"{block.where(row)}: {name!r} is beyond 64 bits; write it as text")
+            raise block.error(row, f"{name!r} is beyond 64 bits; write it as text")
     return values
 
 
