@@ -24,10 +24,7 @@ from lusifer.errors import LusiferError, first_line
 _MARK = "universal_learner_name_or_path"  # No other configuration has it.
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
 # By our part: their prefix, and what may stand in front of the same names in the backbone's own files.
-THEIRS = {
-    "encoder": ("universal_learner.", ("", "roberta.")),
-    "llm": ("encoder.", ("model.", "")),
-}
+THEIRS = {"encoder": ("universal_learner.", ("", "roberta.")), "llm": ("encoder.", ("model.", ""))}
 UNUSED = re.compile(r"encoder\.pooler\.|llm\.lm_head\.")  # Neither has a part in an embedding.
 _PLAIN = {
     "connection_module.added_tokens": "connector.added_tokens",

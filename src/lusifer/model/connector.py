@@ -23,12 +23,7 @@ class FeedForwardConnector(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder_dim: int,
-        hidden_dim: int,
-        llm_dim: int,
-        num_added_tokens: int = 1,
-        residual: bool = True,
+        self, encoder_dim: int, hidden_dim: int, llm_dim: int, num_added_tokens: int = 1, residual: bool = True
     ) -> None:
         super().__init__()
         self.up = nn.Linear(encoder_dim, hidden_dim)

@@ -67,21 +67,14 @@ class LusiferModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(
-        self,
-        config: LusiferConfig,
-        encoder: PreTrainedModel | None = None,
-        llm: PreTrainedModel | None = None,
+        self, config: LusiferConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
         self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
         self.llm = llm if llm is not None else build_llm(config.llm_config)
         encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
         self.connector = FeedForwardConnector(
-            encoder_dim,
-            config.connector_dim or llm_dim,
-            llm_dim,
-            config.num_added_tokens,
-            config.connector_residual,
+            encoder_dim, config.connector_dim or llm_dim, llm_dim, config.num_added_tokens, config.connector_residual
         )
         self.head: nn.Module | None = None
         if config.head_dim is not None:

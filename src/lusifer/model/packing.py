@@ -127,9 +127,7 @@ def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Ten
     inside, first = _within(lengths), _first_position(encoder)
     assert first is not None, "ask can_pack first"
     states = encoder(
-        input_ids=input_ids.unsqueeze(0),
-        position_ids=(inside + first).unsqueeze(0),
-        **text_bounds(lengths),
+        input_ids=input_ids.unsqueeze(0), position_ids=(inside + first).unsqueeze(0), **text_bounds(lengths)
     ).last_hidden_state.squeeze(0)
     soft = model.connector(states.to(model.connector.up.weight.dtype)).float()
     added = model.connector.added_tokens.float()
