@@ -1,12 +1,7 @@
 """LoRA adapters (arXiv 2106.09685): put into a module, merged with its weights.
 
-Merging adds an adapter's product to the weight it belongs to, which saves two small matrix products per layer. Three
-functions do it, and none behind a caller's back:
-
-`inference_copy`   gives a copy with plain layers for encoding; the model itself, its state dict and what trains in it
-                   stay as they are. Costs memory for the merged weights.
-`merge_in_place`   for a model that was loaded for inference alone; it cannot be trained or saved afterwards.
-`merge_adapters`   replaces every adapted layer by a plain one for good: the way to a standalone checkpoint.
+Merging saves two small matrix products per layer. `inference_copy` gives a merged copy and leaves the model as it is;
+`merge_in_place` is for models loaded for inference alone; `merge_adapters` makes plain layers for good.
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
-    """Puts LoRA layers into a module, in place; what was trainable before stays trainable.
+    """Puts LoRA layers into a module, in place, and returns all fields used; what was trainable before stays trainable.
 
     Args:
         module: An encoder or an LLM.
@@ -62,17 +57,11 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """The model with its adapters merged, for encoding; made on first use and again when a parameter has changed.
+    """The model with its adapters merged, in evaluation mode; made on first use and again when a parameter has changed.
 
-    Layers without an adapter share their tensors with ``model``; adapted layers become plain ones with weights of
-    their own. Safe to call from several threads. Changes are seen by the address and the version of each parameter:
-    in-place writes through ``parameter.data``, which raise no version, show after the next call of ``train()``.
-
-    Args:
-        model: Any module; given back as it is where it has no adapter to merge.
-
-    Returns:
-        A module in evaluation mode. Quantised layers keep their adapters beside them.
+    Layers without an adapter share their tensors with ``model``; quantised layers keep their adapters beside them. A
+    model without adapters to merge is returned itself. Safe to call from several threads. In-place writes through
+    ``parameter.data``, which raise no version, show after the next call of ``train()``.
     """
     layers = list(_lora_layers(model))
     if not any(_mergeable(layer) for layer in layers):
@@ -96,8 +85,8 @@ def forget_copy(model: nn.Module) -> None:
 def merge_in_place(root: nn.Module) -> None:
     """Adds every adapter below a module to the weight it belongs to, without a second copy of any weight.
 
-    For models loaded for inference alone, before anybody else holds them. Adapters stay in their places, so the
-    model's `weights_hash` does not change. Quantised weights cannot take an addition and stay as they are.
+    The model can no longer be trained or saved. Adapters stay in their places, so that its `weights_hash` does not
+    change; quantised weights cannot take an addition and stay as they are.
     """
     for layer in _lora_layers(root):
         if _mergeable(layer):
@@ -151,11 +140,7 @@ def _merged_layer(layer: Any) -> nn.Module:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Counts parameters of encoder, connector, LLM, head and adapters.
-
-    Returns:
-        ``{part: {"total": n, "trainable": n}}``.
-    """
+    """Counts parameters of encoder, connector, LLM, head and adapters: ``{part: {"total": n, "trainable": n}}``."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         part = name.split(".", 1)[0] + (" adapter" if "lora_" in name else "")

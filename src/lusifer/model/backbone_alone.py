@@ -72,11 +72,9 @@ def mean_pooled_llm(
 class EncoderAlone(nn.Module):
     """A multilingual encoder by itself.
 
-    As a model it is its own sentence embedding if it has one, else the mean of its states (`embed`). As a guide of
-    training it is both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
-
-    A pooler that next-sentence prediction left behind (BERT) is no sentence embedding: an encoder says by the attribute
-    ``embeds_sentences`` that its ``pooler_output`` is one.
+    As a model it is its own sentence embedding if it has one (``embeds_sentences``; the pooler that BERT's
+    next-sentence prediction left behind is none), else the mean of its states (`embed`). As a guide of training it is
+    both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
 
     Args:
         encoder: An encoder of transformers.
@@ -132,7 +130,6 @@ class EncoderAlone(nn.Module):
         return {"sentence_embedding": torch.cat(self._parts(features), dim=-1)}
 
     def _parts(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Unit vectors (batch, dim): the mean of the states and, where there is one, the own sentence embedding."""
         mask = features["attention_mask"]
         with torch.autocast(mask.device.type, enabled=False):
             output = self.encoder(input_ids=features["input_ids"], attention_mask=mask)
@@ -152,14 +149,11 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 
 def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]:
-    """The multilingual encoder by itself, as `EncoderAlone` embeds.
+    """`EncoderAlone.embed`, from texts to (n, dim), and how many tokens it reads of a text, if there is a limit.
 
     Args:
         name: Hub id, local folder or starter name.
         device: Torch device.
-
-    Returns:
-        From texts to (n, dim), and how many tokens it reads of a text, if there is a limit.
 
     Raises:
         LusiferError: If it cannot be loaded.

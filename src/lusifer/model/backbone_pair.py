@@ -37,7 +37,7 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
 
     Raises:
         LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder reads
-            fewer tokens than ``max_seq_length`` says.
+            fewer tokens than ``max_seq_length``.
     """
     names = {"encoder": recorded_name(encoder), "llm": recorded_name(llm)}
     configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}
@@ -114,11 +114,7 @@ def identity(name: str, revision: str | None = None, **hub: Any) -> str | None:
 
 
 def _check_identity(config: LusiferConfig, part: str, **hub: Any) -> None:
-    """Refuses another backbone under the recorded name; checkpoints of before record no fingerprint.
-
-    Raises:
-        LusiferError: If the weights are not those that the checkpoint was trained with.
-    """
+    """Refuses another backbone under the recorded name; older checkpoints record no fingerprint."""
     name, recorded = getattr(config, part), getattr(config, f"{part}_fingerprint")
     if recorded is None or (part == "encoder" and config.encoder_stored):
         return
@@ -135,7 +131,7 @@ class PositionTable(NamedTuple):
 
     Attributes:
         window: Most tokens of a text, special tokens included.
-        first: Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index.
+        first: Position of a text's first token: 0 for BERT, one behind the padding index for RoBERTa and its kin.
     """
 
     window: int
@@ -154,11 +150,7 @@ def position_table(encoder: nn.Module) -> PositionTable | None:
 
 
 def encoder_window(config: PretrainedConfig) -> int | None:
-    """Most tokens an encoder can read of a text; None where its positions have no end. Needs no weights.
-
-    Args:
-        config: The encoder's configuration.
-    """
+    """Most tokens an encoder can read of a text; None where its positions have no end. Needs no weights."""
     with torch.device("meta"):
         table = position_table(build_encoder(copy.deepcopy(config)))  # T5 changes the configuration it is built from.
     return None if table is None else table.window

@@ -35,6 +35,12 @@ SAFE_LOADING = {**SAFE, "output_loading_info": True}
 def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """Calls a ``from_pretrained``; a backbone that cannot be read becomes one clear line.
 
+    Args:
+        what: What is loaded, for the message.
+        name: Hub id, local folder or starter name.
+        loader: The ``from_pretrained``.
+        **kwargs: Its options.
+
     Raises:
         LusiferError: If the folder or hub id cannot be loaded.
     """
@@ -98,11 +104,7 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
 
 
 def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
-    """Drops all but the first layers of a loaded LLM, in place, from its configuration too.
-
-    Raises:
-        LusiferError: If the model does not have so many.
-    """
+    """Drops all but the first layers of a loaded LLM, in place; raises as `keep_layers`."""
     model: Any = llm
     keep_layers(model.config, num_layers)
     model.layers = model.layers[:num_layers]
@@ -144,8 +146,7 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
 
     Args:
         name: Hub id, local folder or starter name.
-        config: Its configuration; changed in place: a sliding window would silently limit bidirectional
-            attention, so Mistral-like windows are switched off.
+        config: Its configuration; a sliding window for all layers is switched off in it.
         adapters: LoRA adapters of PEFT to merge into it, in this order.
         **kwargs: Passed to ``from_pretrained``.
 
@@ -255,13 +256,11 @@ def load_tokenizer(
 
 
 def check_tokenizer(what: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuses a tokenizer that is empty or larger than the embedding matrix; a pad token outside is replaced.
-
-    transformers builds an empty tokenizer, without a word, where the files of XLM-R, BERT and others are missing.
+    """Refuses a tokenizer that is empty or larger than the embedding matrix; gives it a pad token if it has none.
 
     Args:
         what: The model, for the message.
-        tokenizer: Its tokenizer; its pad token may change.
+        tokenizer: Its tokenizer.
         config: Its configuration.
 
     Raises:

@@ -68,8 +68,14 @@ def stored_state(model: LusiferModel, state: dict[str, Tensor]) -> dict[str, Ten
 def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shapes: Iterable[str]) -> None:
     """Refuses weights that do not fit a configuration, where transformers would fill in random ones.
 
+    Args:
+        folder: The checkpoint, for the message.
+        missing: Names of missing tensors.
+        extra: Names of unexpected tensors.
+        shapes: Names of tensors of another shape.
+
     Raises:
-        LusiferError: If any tensor is missing, unexpected or of another shape.
+        LusiferError: If there are any.
     """
     for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
         if wrong := sorted(names):

@@ -9,10 +9,10 @@ from lusifer.model.configuration import LusiferConfig
 
 
 class FeedForwardConnector(nn.Module):
-    """Two linear layers per token, and trainable tokens appended to each text.
+    """Two linear layers per token, and trainable tokens appended to each text (arXiv 2501.00874, section 3.1).
 
-    The paper's connector (arXiv 2501.00874, section 3.1), with an optional linear residual beside
-    the two layers: stage 0 puts its ridge solution there, so that the layers start as a zero correction to it.
+    An optional linear residual beside the two layers takes the ridge solution of stage 0, so that the layers start as a
+    zero correction to it.
 
     Args:
         encoder_dim: Width of the encoder states.
@@ -72,14 +72,8 @@ class FeedForwardConnector(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps encoder states to soft tokens.
-
-        Args:
-            states: (batch, seq, encoder_dim).
-
-        Returns:
-            (batch, seq, llm_dim) soft tokens; the added tokens are placed by the model, which knows
-            where each text ends.
+        """Maps encoder states (batch, seq, encoder_dim) to soft tokens (batch, seq, llm_dim), added tokens not among
+        them.
         """
         soft = self.down(torch.relu(self.up(states)))
         if self.shortcut is not None:

@@ -1,12 +1,9 @@
 """LusiferModel: a multilingual encoder in front of a decoder LLM, joined by a connector.
 
-One model serves both training stages and inference; they differ in the direction of the LLM's attention:
-
 1. The encoder reads the text; the connector turns each token state into a soft token.
-2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding
-   depends on the padding its batch mates cause.
-3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the
-   target too, causally, to predict it (LUSIFER, arXiv 2501.00874, section 3).
+2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding depends on padding.
+3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the target too, causally,
+   to predict it (LUSIFER, arXiv 2501.00874, section 3).
 """
 
 from __future__ import annotations
@@ -53,8 +50,7 @@ class LusiferModel(PreTrainedModel):
 
     Attributes:
         window: Most tokens that the encoder's positions allow, special tokens included; None where they have no end.
-        tokenizer_source: Where the encoder's tokenizer is (folder or hub id, options), for `save_pretrained`; None
-            saves none.
+        tokenizer_source: Folder or hub id, and options, of the tokenizer that `save_pretrained` saves; None saves none.
     """
 
     config_class = LusiferConfig
@@ -113,8 +109,8 @@ class LusiferModel(PreTrainedModel):
             **config: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
         Raises:
-            LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot
-                read as many tokens as ``max_seq_length`` says.
+            LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot read
+                as many tokens as ``max_seq_length`` says.
         """
         built = configure(encoder, llm, llm_layers=llm_layers, **config)
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
@@ -126,17 +122,14 @@ class LusiferModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LusiferModel:
-        """Loads a checkpoint folder or hub id.
-
-        A standalone checkpoint goes through transformers' own loader. A small one (the default)
-        loads its backbones by name, then puts connector, head and adapters on top.
+        """Loads a checkpoint folder or hub id: a standalone one by transformers' own loader, a small one onto its
+        backbones.
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
             *args: For transformers' loader.
-            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones'
-                data types, which otherwise are those of the checkpoint's configuration;
-                ``quantization`` is as for `from_backbones`.
+            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones' data types, else those
+                of the configuration; ``quantization`` is as for `from_backbones`.
 
         Raises:
             LusiferError: If the checkpoint cannot be read, or a backbone is missing.
@@ -184,7 +177,7 @@ class LusiferModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a whole checkpoint: weights (what was trained, or all if ``config.standalone``) and tokenizer.
 
-        Weights and configuration alone where Sentence Transformers saves, which writes the rest itself.
+        Where Sentence Transformers saves, it writes weights and configuration alone.
 
         Args:
             save_directory: Folder to write to.
@@ -296,8 +289,8 @@ class LusiferModel(PreTrainedModel):
             attention_mask: (batch, seq), non-zero at real tokens.
 
         Returns:
-            ``[bos] soft tokens [added tokens]`` of shape (batch, length, llm_dim), float32; its mask;
-            and the mask of positions to pool (all but BOS), both (batch, length) bool.
+            ``[bos] soft tokens [added tokens]`` (batch, length, llm_dim) float32; its mask; and the mask of positions
+            to pool (all but BOS), both (batch, length) bool.
         """
         # Encoders with absolute positions (BERT) count padding on the left too.
         packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
@@ -347,14 +340,14 @@ class LusiferModel(PreTrainedModel):
             return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
             target_ids: (batch, target_seq) int64, LLM token ids of the targets, padded on the right.
             target_mask: (batch, target_seq), non-zero at real target tokens; all real when None.
-            target_masked: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
-                target's input embedding; nowhere when None.
+            target_masked: (batch, target_seq) bool, where ``mask_embedding`` replaces the target's input; nowhere when
+                None.
             mask_embedding: (llm_dim,), needed with ``target_masked``.
 
         Returns:
-            ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
-            ``pooler_output`` (batch, dim) float32, not normalised. With targets, ``last_hidden_state``
-            alone: (supervised, llm_dim) states that predict the real target tokens, row by row in order.
+            ``last_hidden_state`` (batch, length, llm_dim) over ``[bos] soft [added]`` and ``pooler_output`` (batch,
+            dim) float32, not normalised. With targets ``last_hidden_state`` alone: (supervised, llm_dim) states that
+            predict the real target tokens, row by row in order.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

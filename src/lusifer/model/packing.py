@@ -1,15 +1,8 @@
 """Where the real positions of a batch go: rows moved to the left, or all of them in one long row.
 
-Attention of the varlen kind (FlashAttention and what transformers registers like it) reads one row
-of all texts and their boundaries, and so computes nothing for padding. Every other kind would let
-the texts of such a row see each other, whatever the position ids say; it gets padded rows.
-
-`embed_packed` keeps a whole batch in one row, from the tokens to the pooled vector:
-
-1. The encoder reads all texts as one row, with their boundaries.
-2. The connector maps real token states alone; every soft token goes to its place in a second row,
-   ``[bos] soft tokens [added tokens]`` text by text.
-3. The LLM reads that row in both directions; each text's states are pooled by sums over its part of the row.
+Attention of the varlen kind (FlashAttention and what transformers registers like it) reads one row of all texts and
+their boundaries, and computes nothing for padding. Other kinds would let the texts of such a row see each other; they
+get padded rows.
 """
 
 from __future__ import annotations
@@ -99,7 +92,7 @@ def can_pack(model: LusiferModel) -> bool:
 
 
 def _first_position(encoder: nn.Module) -> int | None:
-    """Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index."""
+    """Position of a text's first token; None for encoders that do not add positions in ``embeddings``."""
     known: Any = getattr(encoder, "embeddings", None)
     table = position_table(encoder) if hasattr(known, "position_embeddings") else None
     return None if table is None else table.first
@@ -112,7 +105,7 @@ def _within(lengths: Tensor) -> Tensor:
 
 
 def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Embeds texts that stand behind each other.
+    """Embeds texts that stand behind each other in one row, from the tokens to the pooled vector.
 
     Args:
         model: A model for which `can_pack` holds.

@@ -1,13 +1,9 @@
 """Texts to vectors at the speed of the hardware: tokenised ahead, sorted by tokens, in batches of a token budget.
 
-This is what ``lusifer.load`` encodes with, and so everything on top of Sentence Transformers.
-
 1. A window of texts is tokenised at once, in a thread of its own, while the model is busy with the window before.
-2. Its rows are sorted by their number of tokens and split into batches of at most a budget of padded tokens, of equal
-   length where there are enough, so that padding is a few per cent however lengths and scripts are mixed (sorted by
-   characters, as Sentence Transformers does, a third of the tokens is padding when scripts differ).
-3. Each batch goes through the model, adapters merged (`lusifer.model.adapters.inference_copy`), as one packed row where
-   attention allows it (`lusifer.model.packing`); the vectors return to the order of the texts.
+2. Its rows are sorted by tokens and split into batches within the budget, of equal length where there are enough:
+   padding is a few per cent, where sorting by characters leaves a third.
+3. Each batch goes through the model, adapters merged, as one packed row where attention allows it.
 
 Several threads may encode with one model: nothing that they share is changed.
 """
@@ -48,11 +44,7 @@ _backends: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Any]
 def choose_precision(model: SentenceTransformer) -> str:
     """The data type in which this model's matrix products are fastest here, by measuring one; takes some 50 ms.
 
-    Args:
-        model: A loaded model.
-
-    Returns:
-        ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast.
+    It is ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast.
     """
     device = model.device
     sizes = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
@@ -74,16 +66,13 @@ def choose_precision(model: SentenceTransformer) -> str:
 
 
 def set_precision(model: SentenceTransformer, precision: str) -> str:
-    """Converts a model, in place, to the data type it shall compute in; what adds up stays in float32.
+    """Converts a model, in place, to a data type to compute in, and returns its name; what adds up stays in float32.
 
     Its adapters are merged, so that it can no longer be trained or saved.
 
     Args:
         model: A loaded model.
         precision: One of `PRECISIONS`; ``auto`` measures.
-
-    Returns:
-        The data type's name.
 
     Raises:
         LusiferError: If there is no such precision.
@@ -111,19 +100,15 @@ def _dimension(model: SentenceTransformer) -> int:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of texts, special tokens included, truncated to what a model reads.
+    """Token ids of texts, special tokens included, truncated to what a model reads, and whether each text was longer.
 
     Calling a tokenizer of transformers switches truncation on and off in the one backend that all threads share, so
-    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings, made
-    once: one that never truncates, and one that always does, if a text needs it.
+    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings.
 
     Args:
         tokenizer: The tokenizer; not changed.
         texts: The texts.
         max_length: Most tokens of a text.
-
-    Returns:
-        Ids by text, at most ``max_length`` each, and whether each text was longer.
     """
     plain = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     rows: list[list[int]] = _private(tokenizer, truncation=False)(list(texts), truncation=False, **plain)["input_ids"]
@@ -191,14 +176,11 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
-        """Embeds tokenised texts, in token-sorted batches.
+        """Embeds tokenised texts in token-sorted batches: (n, dim) float32 unit vectors, in the order of the texts.
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
             tick: Called after each batch with the number of its texts.
-
-        Returns:
-            (n, dim) float32 unit vectors, in the order of the texts.
         """
         embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
         for rows, vectors in self._batches(ids):
@@ -221,14 +203,11 @@ class TextEncoder:
             yield self.encode_ids(ids, tick)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Embeds texts.
+        """Embeds texts: (n, dim) float32 unit vectors.
 
         Args:
             texts: The texts.
             progress: Whether to show a bar.
-
-        Returns:
-            (n, dim) float32 unit vectors.
         """
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         begin = 0
