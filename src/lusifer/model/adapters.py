@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lusifer.errors import LusiferError
 
@@ -23,13 +22,7 @@ _lock = threading.Lock()
 _copies: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], nn.Module]] = WeakKeyDictionary()
 
 
-def linear_names(module: nn.Module) -> list[str]:
-    """Names of all kinds of linear layers below a module: what a LoRA adapter covers by default."""
-    names = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return sorted(names)
-
-
-def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
+def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     """Puts LoRA layers into a module, in place, and returns all fields used; what was trainable before stays trainable.
 
     Args:
@@ -42,18 +35,20 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
     # PEFT would import the module that stands there.
     if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
         raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
+    linear = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    fields = {"target_modules": sorted(linear), **fields}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
-        inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
+        inject_adapter_in_model(LoraConfig(**fields), module)
     except (TypeError, ValueError) as error:
         raise LusiferError(f"cannot add this adapter: {error}") from error
     for name, parameter in module.named_parameters():
         if "lora_" in name:
-            # Adapters stay in float32 beside a bfloat16 backbone: their updates are smaller
-            # than bfloat16 can add up.
+            # In float32 beside a bfloat16 backbone: their updates are smaller than bfloat16 can add up.
             parameter.data = parameter.data.float()
         else:
             parameter.requires_grad_(name.replace(".base_layer", "") in trainable)
+    return fields
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
@@ -63,11 +58,12 @@ def inference_copy(model: nn.Module) -> nn.Module:
     model without adapters to merge is returned itself. Safe to call from several threads. In-place writes through
     ``parameter.data``, which raise no version, show after the next call of ``train()``.
     """
-    layers = list(_lora_layers(model))
+    layers = _lora_layers(model)
     if not any(_mergeable(layer) for layer in layers):
         return model
     settings = [(*layer.active_adapters, layer.disable_adapters, *layer.scaling.items()) for layer in layers]
-    signature = (*settings, *((id(p), p.data_ptr(), _version(p)) for p in model.parameters()))
+    versions = ((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    signature = (*settings, *versions)
     with _lock:
         known = _copies.get(model)
         if known is None or known[0] != signature:
@@ -100,25 +96,19 @@ def is_merged_in_place(root: nn.Module) -> bool:
 
 def merge_adapters(root: nn.Module) -> None:
     """Replaces every LoRA layer below a module by the plain layer it wraps, adapter merged, in place."""
-    wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
-    for name, module in wrapped:
-        layer: Any = module
+    layers: list[tuple[str, Any]] = [pair for pair in root.named_modules() if isinstance(pair[1], LoraLayer)]
+    for name, layer in layers:
         if not layer.merged:
             layer.merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(root.get_submodule(parent), child, layer.get_base_layer())
+        root.set_submodule(name, layer.get_base_layer())
 
 
-def _lora_layers(root: nn.Module) -> Iterator[Any]:
-    return (module for module in root.modules() if isinstance(module, LoraLayer))
+def _lora_layers(root: nn.Module) -> list[Any]:
+    return [module for module in root.modules() if isinstance(module, LoraLayer)]
 
 
 def _mergeable(layer: Any) -> bool:
     return not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _merged_copy(model: nn.Module) -> nn.Module:

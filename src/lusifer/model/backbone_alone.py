@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,9 +112,7 @@ class EncoderAlone(nn.Module):
 
     def preprocess(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` of texts, (texts, seq) int64."""
-        limit: dict[str, Any] = {}
-        if self.max_seq_length is not None:
-            limit = {"truncation": True, "max_length": self.max_seq_length}
+        limit = {"truncation": self.max_seq_length is not None, "max_length": self.max_seq_length}
         batch = self.tokenizer(list(texts), padding=True, return_tensors="pt", **limit)
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
@@ -143,20 +141,3 @@ class EncoderAlone(nn.Module):
         """Embeds texts: (n, dim) float32 unit vectors on the encoder's device."""
         device = next(self.encoder.parameters()).device
         return self._parts({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})[-1]
-
-
-Embed = Callable[[Sequence[str]], Tensor]
-
-
-def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]:
-    """`EncoderAlone.embed`, from texts to (n, dim), and how many tokens it reads of a text, if there is a limit.
-
-    Args:
-        name: Hub id, local folder or starter name.
-        device: Torch device.
-
-    Raises:
-        LusiferError: If it cannot be loaded.
-    """
-    alone = EncoderAlone.from_name(name, device=device)
-    return alone.embed, alone.max_seq_length

@@ -97,28 +97,22 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     """
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise LusiferError(f"num_layers must be between 1 and {config.num_hidden_layers}, not {num_layers}")
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
+    if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[:num_layers]
     config.num_hidden_layers = num_layers
 
 
 def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
     """Drops all but the first layers of a loaded LLM, in place; raises as `keep_layers`."""
-    model: Any = llm
-    keep_layers(model.config, num_layers)
-    model.layers = model.layers[:num_layers]
+    keep_layers(llm.config, num_layers)
+    llm.layers = llm.layers[:num_layers]
 
 
-def _encoder_class(config: PretrainedConfig) -> Any:
+def _encoder_kind(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """Class and options of an encoder: no decoder, and no pooler, a trained part that would never get a gradient."""
     if config.is_encoder_decoder:
-        return AutoModelForTextEncoding
-    return AutoModel
-
-
-def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
-    """Leaves out a pooler, which would be a trained part that never gets a gradient."""
-    return {"add_pooling_layer": False} if not config.is_encoder_decoder and has_pooler(config) else {}
+        return AutoModelForTextEncoding, {}
+    return AutoModel, {"add_pooling_layer": False} if has_pooler(config) else {}
 
 
 def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -132,13 +126,8 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
     Raises:
         LusiferError: If it cannot be read.
     """
-    _check_files("encoder", name, kwargs)
-    with no_load_report():
-        loader = partial(_encoder_class(config).from_pretrained, **SAFE_LOADING)
-        options = {**_encoder_options(config), **kwargs}
-        encoder, report = load_part("encoder", name, loader, config=config, **options)
-    check_whole("encoder", name, report)
-    return encoder
+    kind, options = _encoder_kind(config)
+    return _load_whole("encoder", name, kind, config=config, **{**options, **kwargs})
 
 
 def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
@@ -155,12 +144,8 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
     """
     if adapters and kwargs.get("quantization_config") is not None:
         raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
-    _check_files("llm", name, kwargs)
     _no_sliding_window(config)
-    with no_load_report():  # It lists the layers and the head that are left out on purpose.
-        loader = partial(AutoModel.from_pretrained, **SAFE_LOADING)
-        llm, report = load_part("llm", name, loader, config=config, **kwargs)
-    check_whole("llm", name, report)
+    llm = _load_whole("llm", name, AutoModel, config=config, **kwargs)
     if adapters:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
@@ -169,21 +154,17 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
     return llm
 
 
-def _check_files(what: str, name: str, options: dict[str, Any]) -> None:
-    hub = {key: options[key] for key in (*HUB_KEYS, "revision") if options.get(key) is not None}
+def _load_whole(what: str, name: str, kind: Any, **kwargs: Any) -> Any:
+    """Refuses a backbone without all of its weights, where transformers would fill in random ones."""
+    hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision") if kwargs.get(key) is not None}
     check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
-
-
-def check_whole(what: str, name: str, report: dict[str, Any]) -> None:
-    """Refuses a backbone without all of its weights, where transformers would fill in random ones.
-
-    Raises:
-        LusiferError: If tensors are missing, or have other shapes than the configuration says.
-    """
+    with no_load_report():  # It lists the layers and the head that are left out on purpose.
+        model, report = load_part(what, name, partial(kind.from_pretrained, **SAFE_LOADING), **kwargs)
     if missing := sorted(report["missing_keys"]):
         raise LusiferError(f"the {what} {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
     if other := sorted(report["mismatched_keys"]):
         raise LusiferError(f"the {what} {name!r} has other shapes than its configuration for {other[0][0]}")
+    return model
 
 
 def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
@@ -200,19 +181,15 @@ def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LusiferError(f"quantization: {kind} needs bitsandbytes; run `pip install 'lusifer[quantization]'`")
-    if kind == "4bit" and not torch.accelerator.is_available():
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if not torch.accelerator.is_available():
         # bitsandbytes 0.50 repacks 4-bit weights when it first evaluates on a CPU; without its extra kernels results
         # are wrong from then on, and adapters get no gradient.
         raise LusiferError("quantization: 4bit needs a GPU; on a CPU use 8bit, or none and llm_dtype: bfloat16")
-    if kind == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
-    )
-    return {"quantization_config": config}
+    compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
 
 
 def _no_sliding_window(config: PretrainedConfig) -> None:
@@ -224,7 +201,8 @@ def _no_sliding_window(config: PretrainedConfig) -> None:
 
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """An encoder with random weights, for loading a state dict into."""
-    return _encoder_class(config).from_config(config, **_encoder_options(config))
+    kind, options = _encoder_kind(config)
+    return kind.from_config(config, **options)
 
 
 def build_llm(config: PretrainedConfig) -> PreTrainedModel:

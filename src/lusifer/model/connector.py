@@ -85,6 +85,8 @@ def connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a connector's main tensors, as a checkpoint names them."""
     encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
     inner = config.connector_dim or llm_dim
-    shapes = {"up.weight": (inner, encoder_dim), "down.weight": (llm_dim, inner)}
-    shapes["added_tokens"] = (config.num_added_tokens, llm_dim)
-    return {f"connector.{name}": shape for name, shape in shapes.items()}
+    return {
+        "connector.up.weight": (inner, encoder_dim),
+        "connector.down.weight": (llm_dim, inner),
+        "connector.added_tokens": (config.num_added_tokens, llm_dim),
+    }

@@ -25,40 +25,27 @@ _SAMPLED = 1024  # Values of a weight that go into `weights_hash`.
 _READ = 64  # Values of a tensor that go into `files_fingerprint`.
 
 
-def files_hash(folder: Path, salt: str = "") -> str:
-    """Hash of what a model's folder holds, names included.
-
-    Args:
-        folder: The folder.
-        salt: Tells uses of the same files apart.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256(salt.encode())
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def model_hash(name: str, salt: str = "") -> str:
-    """Hash of a model's files, names included, or of its name and commit where it is on a hub: 16 hexadecimal digits.
+    """Hash of a model's files, names included, or of its name and commit on a hub: 16 hexadecimal digits.
 
     Args:
         name: Folder, hub id or starter backbone.
         salt: Tells uses of the same model apart, such as ``encoder:``.
     """
+    digest = hashlib.sha256(salt.encode())
     folder = Path(resolve_backbone(name))
     if folder.is_dir():
-        return files_hash(folder, salt)
-    try:
-        config = cached_or_none(name, "config.json")
-    except (OSError, ValueError):
-        config = None
-    commit = Path(config).parent.name if config else ""
-    return hashlib.sha256(f"{salt}{name} {commit}".encode()).hexdigest()[:16]
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
+            digest.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        try:
+            config = cached_or_none(name, "config.json")
+        except (OSError, ValueError):
+            config = None
+        digest.update(f"{name} {Path(config).parent.name if config else ''}".encode())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from lusifer.model.adapters import (
     add_lora,
     forget_copy,
     is_merged_in_place,
-    linear_names,
     merge_adapters,
     merge_in_place,
 )
@@ -122,7 +121,7 @@ class LusiferModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LusiferModel:
-        """Loads a checkpoint folder or hub id: a standalone one by transformers' own loader, a small one onto its
+        """Loads a checkpoint folder or hub id: standalone by transformers' own loader, a small one on top of its
         backbones.
 
         Args:
@@ -134,16 +133,16 @@ class LusiferModel(PreTrainedModel):
         Raises:
             LusiferError: If the checkpoint cannot be read, or a backbone is missing.
         """
+        name = str(pretrained_model_name_or_path)
         config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
         if not isinstance(config, LusiferConfig):
-            config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        check_files(repr(str(pretrained_model_name_or_path)), str(pretrained_model_name_or_path), **hub)
+            config = LusiferConfig.from_pretrained(name, **hub)
+        check_files(repr(name), name, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
             kwargs["dtype"] = "auto" if dtype is None else dtype
-            name = str(pretrained_model_name_or_path)
             try:
                 model, report = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
@@ -151,25 +150,15 @@ class LusiferModel(PreTrainedModel):
             check_loaded(name, model, report)
             model.tokenizer_source = (name, hub)
             return model
-        check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
-        chosen = None if dtype in (None, "auto") else dtype
-        encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
-        llm_dtype = chosen or config.llm_config.dtype or torch.float32
+        check_header(name, connector_shapes(config), **hub)
+        chosen = None if dtype == "auto" else dtype
+        dtypes = [chosen or part.dtype or torch.float32 for part in (config.encoder_config, config.llm_config)]
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
-        parts = load_backbones(
-            config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
-        )
-        model = cls(config, *parts)
-        here = cached_or_none(str(pretrained_model_name_or_path), "tokenizer_config.json", **hub)
-        own, backbones = (
-            (str(pretrained_model_name_or_path), hub),
-            (config.encoder, {"revision": config.encoder_revision}),
-        )
-        model.tokenizer_source = backbones if here is None else own
-        for part in ("encoder", "llm"):
-            if getattr(config, f"{part}_adapter"):
-                add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
-        load_stored(model, pretrained_model_name_or_path, **hub)
+        model = cls(config, *load_backbones(config, *dtypes, kwargs.get("attn_implementation"), quantization, **shared))
+        own = cached_or_none(name, "tokenizer_config.json", **hub) is not None
+        model.tokenizer_source = (name, hub) if own else (config.encoder, {"revision": config.encoder_revision})
+        model.put_adapters()
+        load_stored(model, name, **hub)
         if (device := kwargs.get("device_map")) is not None and device != "auto":
             model.to(device if not isinstance(device, dict) else next(iter(device.values())))
         return model.eval()
@@ -218,6 +207,12 @@ class LusiferModel(PreTrainedModel):
             forget_copy(self)
         return super().train(mode)
 
+    def put_adapters(self) -> None:
+        """Puts the adapters in place that the configuration names, for their weights to be read into."""
+        for part in ("encoder", "llm"):
+            if fields := getattr(self.config, f"{part}_adapter"):
+                add_lora(getattr(self, part), fields)
+
     def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
         """Puts a LoRA adapter on the encoder or the LLM.
 
@@ -232,9 +227,7 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
         if getattr(self.config, f"{part}_adapter"):
             raise LusiferError(f"the {part} has an adapter already")
-        fields = {"target_modules": linear_names(getattr(self, part)), **adapter}
-        add_lora(getattr(self, part), fields)
-        setattr(self.config, f"{part}_adapter", fields)
+        setattr(self.config, f"{part}_adapter", add_lora(getattr(self, part), adapter))
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
         """Chooses what trains: a stage is nothing but this choice and a loss.
@@ -265,8 +258,7 @@ class LusiferModel(PreTrainedModel):
     def llm_embeddings(self) -> Tensor:
         """The LLM's input embedding matrix, (vocab, llm_dim), as the LLM itself feeds it to its layers."""
         table: Any = self.llm.get_input_embeddings()
-        scale = float(getattr(table, "scalar_embed_scale", 1.0))
-        return table.weight.detach() * scale
+        return table.weight.detach() * float(getattr(table, "scalar_embed_scale", 1.0))
 
     def bos_embedding(self) -> Tensor | None:
         """(llm_dim,) float32 embedding that stands before the soft tokens; None where the model has none."""
@@ -297,29 +289,21 @@ class LusiferModel(PreTrainedModel):
         seen = real.clone()
         # A row with nothing in it: attention over nothing is NaN, and so is everything it touches.
         seen[:, 0] |= ~real.any(dim=1)
-        states = self.encoder(
-            input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)
-        ).last_hidden_state
-        soft = self.connector(states.to(self.connector.up.weight.dtype)).float()
-        batch = soft.shape[0]
-        added = self.connector.added_tokens.float().expand(batch, -1, -1)
-        ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
-        parts, masks, pooled = [soft, added], [real, ones], [real, ones]
-        bos = self.bos_embedding()
-        if bos is not None:
-            one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
-            parts.insert(0, bos.expand(batch, 1, -1))
-            masks.insert(0, one)
-            pooled.insert(0, torch.zeros_like(one))
+        output = self.encoder(input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype))
+        soft = self.connector(output.last_hidden_state.to(self.connector.up.weight.dtype)).float()
+        added = self.connector.added_tokens.float().expand(len(soft), -1, -1)
+        parts, masks = [soft, added], [real, real.new_ones(added.shape[:2])]
+        pooled = masks
+        if (bos := self.bos_embedding()) is not None:
+            one = real.new_ones(len(soft), 1)
+            parts, masks = [bos.expand(len(soft), 1, -1), *parts], [one, *masks]
+            pooled = [~one, *pooled]
         mask = torch.cat(masks, dim=1)
         packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
         # Without BOS and added tokens an empty text leaves nothing to attend to: it gets a zero vector.
         packed_mask[:, 0] |= ~packed_mask.any(dim=1)
         pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
         return packed, packed_mask, pool_mask
-
-    def _run_llm(self, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
-        return run_llm(self.llm, embeds.to(self.llm.dtype), mask, is_causal=is_causal)
 
     def forward(
         self,
@@ -365,7 +349,7 @@ class LusiferModel(PreTrainedModel):
                 target = torch.where(target_masked.unsqueeze(-1), mask_embedding.float(), target)
             target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
             return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
-        hidden = self._run_llm(embeds, mask, is_causal=False)
+        hidden = run_llm(self.llm, embeds, mask, is_causal=False)
         # A row without tokens has nothing to pool if there are no added tokens either.
         pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
         vector = pool(hidden, pooled, self.config.pooling)
@@ -377,7 +361,7 @@ class LusiferModel(PreTrainedModel):
         """The states before each real target token, so that no position has seen what it predicts."""
         mask = torch.cat([prefix_mask, target_mask], dim=1)
         packed, packed_mask = pack_left(torch.cat([prefix, target], dim=1), mask)
-        hidden = self._run_llm(packed, packed_mask, is_causal=True)
+        hidden = run_llm(self.llm, packed, packed_mask, is_causal=True)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
         return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]

@@ -49,11 +49,10 @@ def choose_precision(model: SentenceTransformer) -> str:
     device = model.device
     sizes = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     width, depth = max(sizes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    short = torch.bfloat16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        short = torch.float16
-    seconds = {}
-    for dtype in (torch.float32, short):
+    poor = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    short = torch.float16 if poor else torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
         rows = torch.randn(PASS_TOKENS, depth, dtype=dtype, device=device)
         weight = torch.randn(width, depth, dtype=dtype, device=device)
         times = []
@@ -61,8 +60,9 @@ def choose_precision(model: SentenceTransformer) -> str:
             begin = time.perf_counter()
             float(torch.nn.functional.linear(rows, weight)[0, 0])  # Reading a number waits for the device.
             times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times[1:])
-    return str(short).removeprefix("torch.") if seconds[torch.float32] > _WORTH_IT * seconds[short] else "float32"
+        return min(times[1:])
+
+    return str(short).removeprefix("torch.") if seconds(torch.float32) > _WORTH_IT * seconds(short) else "float32"
 
 
 def set_precision(model: SentenceTransformer, precision: str) -> str:
@@ -80,14 +80,12 @@ def set_precision(model: SentenceTransformer, precision: str) -> str:
     if precision not in PRECISIONS:
         raise LusiferError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     precision = choose_precision(model) if precision == "auto" else precision
-    dtype = getattr(torch, precision)
-    inner: Any = getattr(model[0], "auto_model", None)
-    if isinstance(inner, LusiferModel):
+    parts: list[Any] = [model]
+    if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
         inner.merge_for_inference()  # Before rounding, not after.
-        for part in (inner.encoder, inner.llm):
-            part.to(dtype)
-    else:
-        model.to(dtype)
+        parts = [inner.encoder, inner.llm]
+    for part in parts:
+        part.to(getattr(torch, precision))
     return precision
 
 
@@ -183,10 +181,12 @@ class TextEncoder:
             tick: Called after each batch with the number of its texts.
         """
         embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
-        for rows, vectors in self._batches(ids):
-            embeddings[rows] = vectors
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
+        for rows in exact_batches(lengths, self.token_budget):
+            batch = rows.tolist()
+            embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu().numpy()
             if tick is not None:
-                tick(len(rows))
+                tick(len(batch))
         return embeddings
 
     def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
@@ -238,14 +238,6 @@ class TextEncoder:
             if len(window) == self.window or characters >= _CHARACTERS:
                 break
         return window
-
-    def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if not len(ids):
-            return
-        lengths = torch.tensor([len(row) for row in ids])
-        for rows in exact_batches(lengths, self.token_budget):
-            chosen = rows.tolist()
-            yield np.array(chosen), self._forward([ids[row] for row in chosen]).float().cpu().numpy()
 
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""

@@ -25,12 +25,7 @@ def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[T
         max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
         at_least: Least number of groups, at most ``rows``; groups are halved until there are so many.
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    groups = []
-    while len(order):
-        size = max(1, max_tokens // max(int(lengths[order[0]]), 1))
-        groups.append(order[:size])
-        order = order[size:]
+    groups = exact_batches(lengths, max_tokens, enough=max_tokens)
     while len(groups) < at_least:
         widest = max(range(len(groups)), key=lambda g: len(groups[g]))
         half = (len(groups[widest]) + 1) // 2
