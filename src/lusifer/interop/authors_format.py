@@ -1,8 +1,7 @@
-"""The format of the checkpoints that LUSIFER's authors publish: what is in them, by our names.
+"""The format of the checkpoints that LUSIFER's authors publish (github.com/hieum98/lusifer), by our names.
 
 One safetensors file (or several) with every weight and a ``config.json`` that names both backbones: XLM-R and an LLM,
-each with LoRA adapters under names of their own, a feed-forward connector with appended tokens, and a projection of two
-layers behind the mean (github.com/hieum98/lusifer).
+each with LoRA adapters, a feed-forward connector with appended tokens, and a projection of two layers behind the mean.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
 
+Embed = Callable[[Sequence[str]], Tensor]
 _NO_LIMIT = 1_000_000  # Tokenizers without a limit have one of 1e30.
 
 

@@ -86,7 +86,7 @@ def load_backbones(
     own = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
     encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
     own = {"dtype": llm_dtype, "revision": config.llm_revision or "main", **quantized(quantization, llm_dtype)}
-    llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters, **own, **shared)
+    llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters or (), **own, **shared)
     return encoder, llm
 
 

@@ -152,9 +152,10 @@ class LusiferModel(PreTrainedModel):
             return model
         check_header(name, connector_shapes(config), **hub)
         chosen = None if dtype == "auto" else dtype
-        dtypes = [chosen or part.dtype or torch.float32 for part in (config.encoder_config, config.llm_config)]
+        encoder, llm = (chosen or part.dtype or torch.float32 for part in (config.encoder_config, config.llm_config))
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
-        model = cls(config, *load_backbones(config, *dtypes, kwargs.get("attn_implementation"), quantization, **shared))
+        attention = kwargs.get("attn_implementation")
+        model = cls(config, *load_backbones(config, encoder, llm, attention, quantization, **shared))
         own = cached_or_none(name, "tokenizer_config.json", **hub) is not None
         model.tokenizer_source = (name, hub) if own else (config.encoder, {"revision": config.encoder_revision})
         model.put_adapters()
