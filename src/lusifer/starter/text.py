@@ -1,9 +1,8 @@
-"""English text that installs from PyPI: three translations of one book, aligned verse by verse.
+"""English text that pip brings: three translations of one book, aligned verse by verse.
 
-The World English Bible, the American Standard and the King James Version (the ``pythonbible-*``
-packages, MIT). `starter:english-verses` holds verses of the first, for stage 0 and reconstruction;
-`starter:english-pairs` the same verse in two translations, as paraphrase pairs;
-`starter:english-passages` a verse and the passage around it in another translation, as retrieval pairs.
+The World English Bible, the American Standard and the King James Version (the ``pythonbible-*`` packages, MIT): verses
+for stage 0 and reconstruction, the same verse in two translations as paraphrase pairs, and a verse with the passage
+around it in another translation as retrieval pairs.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ _SHORTEST, _LONGEST_PAIR, _LONGEST_VERSE = 20, 95, 160
 
 
 def resolve_data(name: str) -> str:
-    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, making them once.
-
-    Every other name goes to `resolve_backbone`, so a mistyped starter name is refused.
+    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, made once, other names as
+    `resolve_backbone`.
 
     Raises:
-        LusiferError: If the text packages are missing or the cache is not writable.
+        LusiferError: If the name is unknown, the text packages are missing or the cache is not writable.
     """
     key = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or key not in (VERSES, PAIRS, PASSAGES):
