@@ -79,11 +79,10 @@ def load_for_inference(path: str, *, device: str | None = None, precision: str |
     Raises:
         LusiferError: If there is no readable checkpoint at ``path``, or no such precision.
     """
-    model = load_checkpoint(path, **({"device": device} if device else {}))
-    inner = getattr(model[0], "auto_model", None)
+    model = load_checkpoint(path, device=device)
     if precision is not None:
         set_precision(model, precision)
-    elif isinstance(inner, LusiferModel):
+    elif isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
         inner.merge_for_inference()
     return model
 

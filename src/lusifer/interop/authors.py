@@ -21,15 +21,7 @@ from transformers import PretrainedConfig
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
-from lusifer.interop.authors_format import (
-    THEIRS,
-    UNUSED,
-    Source,
-    backbone_of,
-    fetch,
-    is_authors_checkpoint,
-    read_source,
-)
+from lusifer.interop.authors_format import PARTS, UNUSED, Source, backbone_of, fetch, is_authors_checkpoint, read_source
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.model.checkpoint import WEIGHTS, check_fit
 from lusifer.model.configuration import LusiferConfig
@@ -206,7 +198,7 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
     names = [n for n in source.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
     for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
         inner = name.removeprefix(f"{part}.")
-        stored = next((prefix + inner for prefix in THEIRS[part][1] if prefix + inner in files), None)
+        stored = next((prefix + inner for prefix in PARTS[part][1] if prefix + inner in files), None)
         if stored is None:
             raise OtherBackboneError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
         with safe_open(files[stored], "pt") as file:

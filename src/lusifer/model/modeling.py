@@ -21,13 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
-from lusifer.model.adapters import (
-    add_lora,
-    forget_copy,
-    is_merged_in_place,
-    merge_adapters,
-    merge_in_place,
-)
+from lusifer.model.adapters import add_lora, forget_copy, is_merged_in_place, merge_adapters, merge_in_place
 from lusifer.model.backbone_pair import configure, load_backbones, position_table
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state

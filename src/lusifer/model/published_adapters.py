@@ -57,15 +57,11 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
 def _check_kind(name: str, config: Any) -> None:
     if not isinstance(config, LoraConfig):
         raise LusiferError(f"the adapter {name!r} is {config.peft_type!s}, not LoRA; merge it into its LLM by hand")
-    refused = {
-        "use_dora": config.use_dora,
-        "modules_to_save": config.modules_to_save,
-        "lora_bias": config.lora_bias,
-        "bias": config.bias not in (None, "none"),
-        "layer_replication": config.layer_replication,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    if used := [field for field, value in refused.items() if value]:
+    refused = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices")
+    used = [field for field in refused if getattr(config, field)]
+    if config.bias not in (None, "none"):
+        used.append("bias")
+    if used:
         raise LusiferError(f"the adapter {name!r} uses {', '.join(used)}; merge it into its LLM by hand")
 
 

@@ -153,13 +153,11 @@ class TextEncoder:
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
         self.inner: Any = None
-        inner = getattr(model[0], "auto_model", None)
-        self.is_ours = isinstance(inner, LusiferModel)
         self.max_seq_length = int(model.max_seq_length or 512)
-        if isinstance(inner, LusiferModel):
+        if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
             self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
             self.inner = inference_copy(inner)
-        self.packs = self.is_ours and can_pack(self.inner)
+        self.packs = self.inner is not None and can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
         self.dimension = _dimension(model)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
@@ -219,25 +217,26 @@ class TextEncoder:
 
     def _tokenized(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
         """Windows of token ids, each made while the one before is in the model."""
-        rest = iter(texts)
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
-            while window := self._next_window(rest):
+            for window in self._windows(texts):
                 current, ahead = ahead, pool.submit(self.tokenize, window)
                 if current is not None:
                     yield current.result()
             if ahead is not None:
                 yield ahead.result()
 
-    def _next_window(self, texts: Iterator[str]) -> list[str]:
+    def _windows(self, texts: Iterable[str]) -> Iterator[list[str]]:
         window: list[str] = []
         characters = 0
         for text in texts:
             window.append(text)
             characters += len(text)
             if len(window) == self.window or characters >= _CHARACTERS:
-                break
-        return window
+                yield window
+                window, characters = [], 0
+        if window:
+            yield window
 
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
@@ -248,7 +247,7 @@ class TextEncoder:
         else:
             batch = self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt", verbose=False)
             features = {name: tensor.to(device) for name, tensor in batch.items()}
-            if not self.is_ours:
+            if self.inner is None:
                 return self.model(features)["sentence_embedding"]
             vectors = self.inner(features["input_ids"], features["attention_mask"]).pooler_output
         for module in list(self.model)[1:]:

@@ -73,9 +73,14 @@ def _write_all(folder: Path) -> None:
             pairs.append({"query": text, "positive": positives, "negative": []})
     passages = _passages(modern, others, random.Random(1))
     generator = random.Random(0)
-    for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
-        generator.shuffle(rows)
-        _write(folder / f"{name}.jsonl", rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
+            generator.shuffle(rows)
+            with publish_file(folder / f"{name}.jsonl") as staging, staging.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise LusiferError(f"cannot write the starter text into {str(folder)!r}: {first_line(error)}") from error
 
 
 def _passages(
@@ -94,12 +99,3 @@ def _passages(
             if verse in other and _SHORTEST < len(modern[verse]) <= _LONGEST_VERSE:
                 rows.append({"query": modern[verse], "positive": [passage], "negative": []})
     return rows
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with publish_file(path) as staging, staging.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise LusiferError(f"cannot write the starter text {str(path)!r}: {first_line(error)}") from error
