@@ -9,21 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import extract_commit_hash
 
 from lusifer.errors import LusiferError
-from lusifer.model.backbones import (
-    build_encoder,
-    commit_of,
-    keep_layers,
-    load_config,
-    load_encoder,
-    load_llm,
-    load_tokenizer,
-    quantized,
-)
+from lusifer.hooks.transformers import cached_or_none
+from lusifer.model.backbones import build_encoder, keep_layers, load_config, load_encoder, load_llm, load_tokenizer
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.fingerprint import files_fingerprint
-from lusifer.starter.fetch import PREFIX
+from lusifer.starter.fetch import PREFIX, resolve_backbone
 
 
 def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields: Any) -> LusiferConfig:
@@ -48,7 +41,7 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
     for part, name in names.items():
         load_tokenizer(part, name, revision=fields.get(f"{part}_revision"), config=configs[part])
         # A hub's branch moves on and a folder's content changes; the checkpoint is to mean what it was trained with.
-        fields[f"{part}_revision"] = commit_of(name, fields.get(f"{part}_revision"))
+        fields[f"{part}_revision"] = _commit_of(name, fields.get(f"{part}_revision"))
         fields[f"{part}_fingerprint"] = _identity(name, fields[f"{part}_revision"])
     if llm_layers is not None:
         keep_layers(configs["llm"], llm_layers)
@@ -85,7 +78,7 @@ def load_backbones(
     shared = {**hub, **({"attn_implementation": attn_implementation} if attn_implementation else {})}
     own = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
     encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
-    own = {"dtype": llm_dtype, "revision": config.llm_revision or "main", **quantized(quantization, llm_dtype)}
+    own = {"quantization": quantization, "dtype": llm_dtype, "revision": config.llm_revision or "main"}
     llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters or (), **own, **shared)
     return encoder, llm
 
@@ -94,6 +87,15 @@ def _recorded_name(name: str) -> str:
     """A folder's absolute path, everything else as it is."""
     folder = os.path.expanduser(name)
     return os.path.abspath(folder) if os.path.isdir(folder) else name
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
+    try:
+        path = cached_or_none(resolve_backbone(name), "config.json", revision=revision or "main")
+    except OSError:
+        return revision
+    return extract_commit_hash(path, None) or revision
 
 
 def _identity(name: str, revision: str | None, **hub: Any) -> str | None:

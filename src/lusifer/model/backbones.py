@@ -19,11 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils.hub import extract_commit_hash
 
 import lusifer.starter.use_encoder  # noqa: F401  Registers the starter's encoder with the Auto classes.
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report
+from lusifer.hooks.transformers import has_pooler, no_load_report
 from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
@@ -80,15 +79,6 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
     return config
 
 
-def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
-    try:
-        path = cached_or_none(resolve_backbone(name), "config.json", revision=revision or "main")
-    except OSError:
-        return revision
-    return extract_commit_hash(path, None) or revision
-
-
 def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     """Shortens an LLM's configuration, in place, to its first ``num_layers`` layers.
 
@@ -130,21 +120,25 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
     return _load_whole("encoder", name, kind, config=config, **{**options, **kwargs})
 
 
-def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
+def load_llm(
+    name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), quantization: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Loads a decoder LLM without its LM head, ready for both attention directions.
 
     Args:
         name: Hub id, local folder or starter name.
         config: Its configuration; a sliding window for all layers is switched off in it.
         adapters: LoRA adapters of PEFT to merge into it, in this order.
+        quantization: ``8bit`` or ``4bit``, as `quantized` takes it.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
         LusiferError: If it or an adapter cannot be read, or they do not fit, or it is quantised beside adapters.
     """
-    if adapters and kwargs.get("quantization_config") is not None:
+    if adapters and quantization is not None:
         raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
     _no_sliding_window(config)
+    kwargs |= quantized(quantization, kwargs.get("dtype", torch.float32))
     llm = _load_whole("llm", name, AutoModel, config=config, **kwargs)
     if adapters:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
