@@ -7,13 +7,11 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from lusifer.data.records import look_up
 from lusifer.errors import LusiferError, first_line
 from lusifer.interop.llm_embedder import LLMEmbedder
 from lusifer.model.backbones import load_config
 from lusifer.publishing import publish_file
 from lusifer.recipes.files import load_recipe
-from lusifer.recipes.schema import DataRecipe
 
 # Above it, a laptop's CPU is out of the question.
 SMALL = 1_000_000_000
@@ -25,19 +23,16 @@ def recipe_path(out: Path) -> Path:
     return out if out.suffix in (".yaml", ".yml") else out / "recipe.yaml"
 
 
-def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
+def write_recipe(path: Path, text: str) -> None:
     """Writes a recipe and reads it back, complete or not at all.
 
     Args:
-        path: Where to, a name that ends in .yaml.
+        path: Where to, a name that ends in .yaml; an older file is replaced.
         text: The recipe as YAML.
-        force: Replace a file that is there.
 
     Raises:
-        LusiferError: If there is a file already and not ``force``, or it cannot be written.
+        LusiferError: If it cannot be written.
     """
-    if path.exists() and not force:
-        raise LusiferError(f"{str(path)!r} exists; choose another name, or --force to replace it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish_file(path) as staging:
@@ -145,12 +140,3 @@ def _flow(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 1e-3:
         return f"{value:.1e}"
     return json.dumps(value, ensure_ascii=False)
-
-
-def check_data(source: str) -> None:
-    """Looks whether a data set that a recipe would name is there.
-
-    Raises:
-        LusiferError: If not.
-    """
-    look_up(DataRecipe(source=source))

@@ -76,7 +76,7 @@ def load_backbones(
     for part in ("encoder", "llm"):
         _check_identity(config, part, **hub)
     shared = {**hub, **({"attn_implementation": attn_implementation} if attn_implementation else {})}
-    own = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
+    own: dict[str, Any] = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
     encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
     own = {"quantization": quantization, "dtype": llm_dtype, "revision": config.llm_revision or "main"}
     llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters or (), **own, **shared)

@@ -239,14 +239,10 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError("the encoder has no adapter to train; add one or choose frozen or full")
         if llm and not self.config.llm_adapter:
             raise LusiferError("the LLM has no adapter to train; add one")
-        self.requires_grad_(False)
-        self.connector.requires_grad_(connector)
-        if self.head is not None:
-            self.head.requires_grad_(connector)
-        for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(encoder == "full" or (encoder == "lora" and "lora_" in name))
-        for name, parameter in self.llm.named_parameters():
-            parameter.requires_grad_(llm and "lora_" in name)
+        for name, parameter in self.named_parameters():
+            adapter = "lora_" in name
+            parts = {"encoder": encoder == "full" or (encoder == "lora" and adapter), "llm": llm and adapter}
+            parameter.requires_grad_(parts.get(name.split(".")[0], connector))
         if encoder == "full":
             self.config.encoder_stored = True
 
