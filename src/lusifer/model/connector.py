@@ -72,9 +72,7 @@ class FeedForwardConnector(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps encoder states (batch, seq, encoder_dim) to soft tokens (batch, seq, llm_dim), added tokens not among
-        them.
-        """
+        """Maps states (batch, seq, encoder_dim) to soft tokens (batch, seq, llm_dim), without the added ones."""
         soft = self.down(torch.relu(self.up(states)))
         if self.shortcut is not None:
             soft = soft + self.shortcut(states)

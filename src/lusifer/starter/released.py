@@ -19,9 +19,8 @@ _TOKENIZER = "tokenizer.json"
 
 
 def assemble(source: Path | None = None) -> Path:
-    """The released model as a checkpoint folder, made on first use; touches no network.
-
-    ``source`` is the folder of the release; the one in the package when None.
+    """The released model as a checkpoint folder, made on first use from ``source``, the package's own when None; no
+    network.
 
     Raises:
         LusiferError: If the backbones are not fetched, or the cache cannot be written.
