@@ -20,7 +20,7 @@ from unittest import mock
 import lusifer.model.modeling
 from lusifer.evaluation.everyday import embedder, mean_score, score
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_alone import Embed, encoder_alone
+from lusifer.model.backbone_alone import EncoderAlone
 from lusifer.recipes.files import load_recipe
 from lusifer.starter.use_encoder import LANGUAGES
 from lusifer.training.llm_baseline import train_llm_alone
@@ -44,11 +44,11 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def embed(name: str, recipe_file: str, folder: Path, overrides: list[str]) -> Embed:
+def embed(name: str, recipe_file: str, folder: Path, overrides: list[str]) -> Any:
     """Trains a variant and gives what it embeds with."""
     recipe = load_recipe(recipe_file, [*overrides, *VARIANTS[name], "--output", str(folder)])
     if name == "encoder alone":
-        return encoder_alone(recipe.model.encoder)[0]
+        return EncoderAlone.from_name(recipe.model.encoder).embed
     if name == "English LLM alone":
         from sentence_transformers import SentenceTransformer
 

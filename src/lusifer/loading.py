@@ -22,14 +22,10 @@ from lusifer.starter.released import NAME, assemble
 
 
 def resolve(name: str) -> str:
-    """Where a model is: the one place that knows all kinds of names.
+    """Where a model is, a folder or the hub id as it is: the one place that knows all kinds of names.
 
-    Args:
-        name: ``starter``, the released model; ``starter:...``, a starter backbone; a folder, perhaps with ``~``; a hub
-            id; a checkpoint of LUSIFER's authors, folder or hub id, which is converted on first use.
-
-    Returns:
-        A folder, or the hub id as it is.
+    ``name`` is ``starter``, the released model; ``starter:...``, a starter backbone; a folder, perhaps with ``~``; a
+    hub id; or a checkpoint of LUSIFER's authors, folder or hub id, which is converted on first use.
 
     Raises:
         LusiferError: If it is a starter that is not fetched, or a checkpoint of the authors that cannot be converted.
@@ -78,17 +74,15 @@ def load_for_inference(path: str, *, device: str | None = None, precision: str |
     Args:
         path: A name as `resolve` takes it.
         device: Torch device; the best there is when None.
-        precision: Data type to compute in, as for `lusifer.model.text_encoder.set_precision`; the checkpoint's own
-            when None.
+        precision: Data type to compute in, as for `set_precision`; the checkpoint's own when None.
 
     Raises:
         LusiferError: If there is no readable checkpoint at ``path``, or no such precision.
     """
-    model = load_checkpoint(path, **({"device": device} if device else {}))
-    inner = getattr(model[0], "auto_model", None)
+    model = load_checkpoint(path, device=device)
     if precision is not None:
         set_precision(model, precision)
-    elif isinstance(inner, LusiferModel):
+    elif isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
         inner.merge_for_inference()
     return model
 
@@ -119,12 +113,9 @@ def _try_out(path: str, model: SentenceTransformer) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What a checkpoint is made of: parameters by part, sizes, languages, provenance.
+    """What a checkpoint is made of: parameters by part, sizes, languages, provenance; ``path`` as `resolve` takes it.
 
     ``trainable`` counts what training changed: adapters, connector, head, and the encoder if it was trained in full.
-
-    Args:
-        path: A name as `resolve` takes it.
 
     Raises:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.

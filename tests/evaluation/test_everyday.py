@@ -12,7 +12,7 @@ import torch
 from lusifer import LusiferError
 from lusifer.data.everyday_set import load_everyday
 from lusifer.evaluation.everyday import embedder, language_bias, mean_score, score, topic_accuracy, translation_accuracy
-from lusifer.model.backbone_alone import encoder_alone
+from lusifer.model.backbone_alone import EncoderAlone
 
 SCRIPTS = {
     "ru": "CYRILLIC", "fa": "ARABIC", "ar": "ARABIC", "ko": "HANGUL", "hi": "DEVANAGARI", "bn": "BENGALI",
@@ -147,7 +147,7 @@ def test_an_encoder_alone_is_the_mean_of_its_states(tiny_encoder):
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["the cat", "a small house stood near the river"]
-    made = encoder_alone(tiny_encoder)[0](texts)
+    made = EncoderAlone.from_name(tiny_encoder).embed(texts)
     model, tokenizer = AutoModel.from_pretrained(tiny_encoder).eval(), AutoTokenizer.from_pretrained(tiny_encoder)
     with torch.no_grad():
         for row, text in enumerate(texts):

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.utils.generic import is_flash_attention_requested
 
 from lusifer import LusiferError, LusiferModel
 from lusifer.model.backbones import build_llm
-from lusifer.model.packing import is_varlen, pack_left
+from lusifer.model.packing import pack_left
 from lusifer.model.pooling import pool
 from lusifer.starter.use_encoder import UseConfig
 from lusifer.training.alignment import AlignmentLoss
@@ -317,7 +318,7 @@ def test_packed_attention_equals_padded(tiny_model, family):
     found = []
     for attention in ("sdpa", "flash_reference"):
         tiny_model.llm.config._attn_implementation = attention
-        assert is_varlen(tiny_model.llm.config) == (attention != "sdpa")
+        assert is_flash_attention_requested(tiny_model.llm.config) == (attention != "sdpa")
         flash_reference.texts = 0
         both = tiny_model(ids, mask)
         causal = tiny_model(ids, mask, target_ids=target, target_mask=target_mask).last_hidden_state

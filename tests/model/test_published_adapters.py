@@ -199,7 +199,7 @@ def test_pickles_are_not_opened(tiny_encoder, tiny_llm, adapters, tmp_path):
 
 def test_a_quantised_llm_takes_none(tiny_llm, adapters):
     with pytest.raises(LusiferError, match="in 8 or 4 bits cannot take adapters"):
-        load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters, quantization_config=object())
+        load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters, quantization="8bit")
 
 
 def test_an_llm_without_head_is_refused_by_stage_1(tiny_llm, tmp_path):

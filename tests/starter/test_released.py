@@ -71,7 +71,7 @@ def test_a_failed_copy_leaves_nothing(fake_cache, release, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(LusiferError, match="No space left"):
         assemble(release)
     assert list((fake_cache / "models").iterdir()) == []

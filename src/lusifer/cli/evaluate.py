@@ -164,12 +164,12 @@ def _everyday(
     from lusifer.data.prompts import prompt_for
     from lusifer.evaluation.everyday import embedder, score
     from lusifer.loading import load_checkpoint
-    from lusifer.model.backbone_alone import encoder_alone
+    from lusifer.model.backbone_alone import Embed, EncoderAlone
 
     if model.startswith("encoder:"):
         if prompt is not None or prompt_name is not None:
             raise LusiferError("an encoder alone has no prompts; leave --prompt and --prompt-name out")
-        embed = encoder_alone(model.removeprefix("encoder:"))[0]
+        embed: Embed = EncoderAlone.from_name(model.removeprefix("encoder:")).embed
     else:
         loaded = load_checkpoint(model)
         embed = embedder(loaded, prompt=prompt_for(loaded, None, prompt=prompt, prompt_name=prompt_name))

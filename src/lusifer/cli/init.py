@@ -45,19 +45,21 @@ def init(
     - `lusifer init --llm ./base --adapter ./mntp --adapter ./supervised --data pairs.jsonl mine.yaml`
     """
     quiet_libraries(True)
+    from lusifer.data.records import look_up
     from lusifer.errors import LusiferError
     from lusifer.interop.llm_embedder import inspect_embedder
-    from lusifer.interop.recipe_writer import check_data, compose, recipe_path, write_recipe
+    from lusifer.interop.recipe_writer import compose, recipe_path, write_recipe
+    from lusifer.recipes.schema import DataRecipe
 
     path = recipe_path(output)
     if path.exists() and not force:
         raise LusiferError(f"{str(path)!r} exists; choose another name, or --force to replace it")
     for source in (data, text):
         if source is not None:
-            check_data(source)
+            look_up(DataRecipe(source=source))
     embedder = inspect_embedder(llm, adapter)
     name = path.stem if path.stem != "recipe" else path.resolve().parent.name
-    write_recipe(path, compose(encoder, embedder, pairs=data, text=text, output=f"runs/{name}"), force=force)
+    write_recipe(path, compose(encoder, embedder, pairs=data, text=text, output=f"runs/{name}"))
     if as_json:
         facts = asdict(embedder)
         facts["config"] = embedder.config.model_type

@@ -16,7 +16,7 @@ from lusifer.evaluation.diagnosis import pieces
 from lusifer.evaluation.everyday import language_bias
 from lusifer.loading import load_for_inference, resolve
 from lusifer.model import fingerprint
-from lusifer.model.backbone_alone import encoder_alone, mean_pooled_llm
+from lusifer.model.backbone_alone import EncoderAlone, mean_pooled_llm
 from lusifer.model.backbones import load_tokenizer
 from lusifer.model.sentence_transformer import lusifer_model
 
@@ -96,17 +96,19 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
 
 def _encoder(name: str, device: str | None, batch_size: int) -> Embedder:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    alone, limit = encoder_alone(name, device=where)
+    alone = EncoderAlone.from_name(name, device=where)
 
     def embed(texts: list[str]) -> Any:
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         parts = [
-            alone([texts[i] for i in order[begin : begin + batch_size]]).float().cpu().numpy()
+            alone.embed([texts[i] for i in order[begin : begin + batch_size]]).float().cpu().numpy()
             for begin in range(0, len(order), batch_size)
         ]
         return np.concatenate(parts)[np.argsort(order)]
 
-    return Embedder(embed, limit, {"encoder": load_tokenizer("encoder", name)}, device=where, dtype="float32")
+    return Embedder(
+        embed, alone.max_seq_length, {"encoder": load_tokenizer("encoder", name)}, device=where, dtype="float32"
+    )
 
 
 def _from_mteb(name: str, device: str | None) -> Embedder:

@@ -1,9 +1,6 @@
-"""The published checkpoints of LUSIFER's authors, as ours.
+"""The published checkpoints of LUSIFER's authors, as ours: checked, then converted tensor by tensor.
 
-1. Configuration, names and shapes are checked, against the backbones' own configurations, before anything is written.
-2. Tensors pass one by one, so that memory does not grow with the checkpoint: adapters are kept beside backbones that
-   hold the same weights, or merged into a standalone checkpoint of several files.
-3. The folder appears complete or not at all.
+Adapters are kept beside backbones that hold the same weights, or merged into a standalone checkpoint of several files.
 """
 
 from __future__ import annotations
@@ -24,18 +21,9 @@ from transformers import PretrainedConfig
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
-from lusifer.interop.authors_format import (
-    THEIRS,
-    UNUSED,
-    Source,
-    backbone_of,
-    fetch,
-    is_authors_checkpoint,
-    read_source,
-)
-from lusifer.model.adapters import add_lora
+from lusifer.interop.authors_format import PARTS, UNUSED, Source, backbone_of, fetch, is_authors_checkpoint, read_source
 from lusifer.model.backbones import load_config, load_tokenizer
-from lusifer.model.checkpoint import check_fit
+from lusifer.model.checkpoint import WEIGHTS, check_fit
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.fingerprint import weight_files
 from lusifer.model.modeling import LusiferModel
@@ -45,7 +33,6 @@ from lusifer.starter.fetch import cache_dir
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = "model.safetensors"
 _FILE_BYTES = 512 * 2**20  # Of one file of weights; bounds the memory, since a file is written from memory.
 # Prompts of texts without an instruction; with one, it stands in front of the full stop.
 _PROMPTS = {"query": ".\n", "document": ". Candidate:\n"}
@@ -58,27 +45,26 @@ class OtherBackboneError(LusiferError):
 def find_authors(name: str) -> str:
     """Maps a checkpoint of the authors, folder or hub id, to its conversion in the cache, made on first use.
 
-    Args:
-        name: Any model's folder or hub id; what is no checkpoint of the authors is returned unchanged.
+    ``name`` is any model's folder or hub id; what is no checkpoint of the authors is returned unchanged.
 
     Raises:
         LusiferError: If it is one, and cannot be converted.
     """
     folder = Path(name)
-    if folder.is_dir():
-        if not is_authors_checkpoint(folder):
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
             return name
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return name
-    else:
         try:
             config = cached_or_none(name, "config.json")
         except (OSError, ValueError):  # Gated, or no such model: whoever loads it says so.
+            config = None
+        if config is None:
             return name
-        if config is None or not is_authors_checkpoint(Path(config).parent):
-            return name
-    folder = fetch(name)
+        folder = Path(config).parent
+    if not is_authors_checkpoint(folder):
+        return name
     digest = hashlib.sha256()
+    folder = fetch(name)
     for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
         state = path.stat()
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
@@ -124,11 +110,11 @@ def convert_authors(
         "encoder": encoder or backbone_of(folder, theirs.config["universal_learner_name_or_path"]),
         "llm": llm or backbone_of(folder, theirs.config["encoder_name_or_path"]),
     }
-    config = _our_config(theirs, names, merge=merge, provenance={"converted_from": source, "format": "authors"})
+    config = _our_config(theirs, names, merge, {"converted_from": source, "format": "authors"})
     with torch.device("meta"):
-        model = _skeleton(config)
+        model = LusiferModel(config)
+        model.put_adapters()
     _check_names(theirs, model, str(folder))
-    unused = [name for name in theirs.files if UNUSED.match(name)]
     if not merge:
         for part in ("encoder", "llm"):
             _check_backbone(theirs, part, names[part], progress)
@@ -136,10 +122,11 @@ def convert_authors(
         tokenizer = load_tokenizer("encoder", names["encoder"])
         save_around(staging, config, tokenizer, prompts=_PROMPTS, default_prompt="query")
         count = _write_weights(staging, theirs, model, progress)
-    return {"checkpoint": str(out), "tensors": count, "unused": len(unused), "backbones": names}
+    unused = sum(UNUSED.match(name) is not None for name in theirs.files)
+    return {"checkpoint": str(out), "tensors": count, "unused": unused, "backbones": names}
 
 
-def _our_config(source: Source, names: dict[str, str], *, merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
+def _our_config(source: Source, names: dict[str, str], merge: bool, provenance: dict[str, Any]) -> LusiferConfig:
     configs: dict[str, PretrainedConfig] = {part: load_config(part, names[part]) for part in names}
     for name in ("connector.added_tokens", "connector.up.weight", "connector.down.weight"):
         if name not in source.files:
@@ -149,20 +136,15 @@ def _our_config(source: Source, names: dict[str, str], *, merge: bool, provenanc
             path, theirs = source.files[f"{part}.{first}"]
             with safe_open(path, "pt") as file:
                 configs[part].dtype = file.get_tensor(theirs)[:0].dtype
-    head = source.shape("head.2.weight")[0] if "head.2.weight" in source.files else None
     return LusiferConfig(
-        encoder=names["encoder"],
-        llm=names["llm"],
-        encoder_config=configs["encoder"],
-        llm_config=configs["llm"],
+        **names,
+        **{f"{part}_config": config for part, config in configs.items()},
+        **{f"{part}_adapter": None if merge else _adapter(source, part) for part in configs},
         connector_dim=source.shape("connector.up.weight")[0],
         connector_residual=False,
         num_added_tokens=source.shape("connector.added_tokens")[0],
         use_bos=False,
-        head_dim=head,
-        max_seq_length=512,
-        encoder_adapter=None if merge else _adapter(source, "encoder"),
-        llm_adapter=None if merge else _adapter(source, "llm"),
+        head_dim=source.shape("head.2.weight")[0] if "head.2.weight" in source.files else None,
         standalone=merge,
         provenance=provenance,
     )
@@ -172,17 +154,12 @@ def _adapter(source: Source, part: str) -> dict[str, Any] | None:
     """PEFT's fields; their configuration misspells the rank."""
     if not source.adapted[part]:
         return None
-    layers = {layer for layer in source.adapted[part] if not UNUSED.match(f"{part}.{layer}.")}
-    rank = source.shape(f"{part}.{min(layers)}.lora_A.default.weight")[0]
-    stated = source.config.get("loar_r", rank)
-    if stated != rank:
+    layers = sorted(layer for layer in source.adapted[part] if not UNUSED.match(f"{part}.{layer}."))
+    rank = source.shape(f"{part}.{layers[0]}.lora_A.default.weight")[0]
+    if (stated := source.config.get("loar_r", rank)) != rank:
         raise LusiferError(f"the {part}'s adapter has rank {rank}, but config.json says {stated}")
-    return {
-        "r": rank,
-        "lora_alpha": _alpha(source),
-        "lora_dropout": source.config.get("dropout", 0.0),
-        "target_modules": sorted(layers),
-    }
+    dropout = source.config.get("dropout", 0.0)
+    return {"r": rank, "lora_alpha": _alpha(source), "lora_dropout": dropout, "target_modules": layers}
 
 
 def _alpha(source: Source) -> float:
@@ -192,25 +169,12 @@ def _alpha(source: Source) -> float:
     return alpha
 
 
-def _skeleton(config: LusiferConfig) -> LusiferModel:
-    """The model without weights, adapters in their places."""
-    model = LusiferModel(config)
-    for part in ("encoder", "llm"):
-        if adapter := getattr(config, f"{part}_adapter"):
-            add_lora(getattr(model, part), adapter)
-    return model
-
-
 def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
 def _check_names(source: Source, model: LusiferModel, folder: str) -> None:
-    """Every tensor of ours is there in its shape, and nothing else is.
-
-    Raises:
-        LusiferError: Where not.
-    """
+    """Every tensor of ours is there in its shape, and nothing else is."""
     expected = {_plain(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     used = {name for name in source.files if not UNUSED.match(name)}
     lora = {name for name in used if ".lora_" in name} if model.config.standalone else set()
@@ -224,11 +188,7 @@ def _check_names(source: Source, model: LusiferModel, folder: str) -> None:
 
 
 def _check_backbone(source: Source, part: str, backbone: str, progress: bool) -> None:
-    """Adapters may only be kept where the backbone's own files hold the checkpoint's weights.
-
-    Raises:
-        LusiferError: If they hold others, or cannot be read.
-    """
+    """Adapters may only be kept where the backbone's own files hold the checkpoint's weights."""
     try:
         files = weight_files(backbone)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -238,7 +198,7 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
     names = [n for n in source.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
     for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
         inner = name.removeprefix(f"{part}.")
-        stored = next((prefix + inner for prefix in THEIRS[part][1] if prefix + inner in files), None)
+        stored = next((prefix + inner for prefix in PARTS[part][1] if prefix + inner in files), None)
         if stored is None:
             raise OtherBackboneError(f"the {part} {backbone!r} has no tensor {inner}; convert with --merge")
         with safe_open(files[stored], "pt") as file:
@@ -249,11 +209,6 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
                     f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter cannot stand "
                     "beside that; convert with --merge, which stores every weight"
                 )
-
-
-def _stored_names(model: LusiferModel) -> list[str]:
-    """What our checkpoint holds: every tensor if it is standalone, else connector, head and adapters."""
-    return [name for name in model.state_dict() if model.config.standalone or _is_trained(name)]
 
 
 def _is_trained(name: str) -> bool:
@@ -274,14 +229,14 @@ def _read_tensor(source: Source, name: str, standalone: bool) -> Tensor:
 
 def _write_weights(folder: Path, source: Source, model: LusiferModel, progress: bool) -> int:
     """Writes our tensors, one file of bounded size in memory at a time; returns their number."""
-    names = _stored_names(model)
-    state = model.state_dict()
-    plan = split_torch_state_dict_into_shards({name: state[name] for name in names}, max_shard_size=_FILE_BYTES)
-    with tqdm(total=len(names), desc="converting", unit="tensor", disable=not progress) as bar:
+    standalone = model.config.standalone
+    state = {name: tensor for name, tensor in model.state_dict().items() if standalone or _is_trained(name)}
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=_FILE_BYTES)
+    with tqdm(total=len(state), desc="converting", unit="tensor", disable=not progress) as bar:
         for file, tensors in plan.filename_to_tensors.items():
             shard = {}
             for name in tensors:
-                shard[name] = _read_tensor(source, name, model.config.standalone)
+                shard[name] = _read_tensor(source, name, standalone)
                 bar.update()
             try:
                 save_file(shard, folder / file, metadata={"format": "pt"})
@@ -289,5 +244,5 @@ def _write_weights(folder: Path, source: Source, model: LusiferModel, progress: 
                 raise LusiferError(f"cannot write {str(folder / file)!r}: {first_line(error)}") from error
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / f"{_WEIGHTS}.index.json", index)
-    return len(names)
+        write_json(folder / f"{WEIGHTS}.index.json", index)
+    return len(state)

@@ -1,8 +1,7 @@
-"""The format of the checkpoints that LUSIFER's authors publish: what is in them, by our names.
+"""The format of the checkpoints that LUSIFER's authors publish (github.com/hieum98/lusifer), by our names.
 
 One safetensors file (or several) with every weight and a ``config.json`` that names both backbones: XLM-R and an LLM,
-each with LoRA adapters under names of their own, a feed-forward connector with appended tokens, and a projection of two
-layers behind the mean (github.com/hieum98/lusifer).
+each with LoRA adapters, a feed-forward connector with appended tokens, and a projection of two layers behind the mean.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ from lusifer.errors import LusiferError, first_line
 _MARK = "universal_learner_name_or_path"  # No other configuration has it.
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
 # By our part: their prefix, and what may stand in front of the same names in the backbone's own files.
-THEIRS = {
-    "encoder": ("universal_learner.", ("", "roberta.")),
-    "llm": ("encoder.", ("model.", "")),
-}
+PARTS = {"encoder": ("universal_learner.", ("", "roberta.")), "llm": ("encoder.", ("model.", ""))}
+_KNOWN = {"universal_learner_backbone_type": "xlm-r", "connection_type": "ff", "pooling_method": "mean"}
 UNUSED = re.compile(r"encoder\.pooler\.|llm\.lm_head\.")  # Neither has a part in an embedding.
 _PLAIN = {
     "connection_module.added_tokens": "connector.added_tokens",
@@ -118,31 +115,26 @@ def read_source(folder: Path) -> Source:
     for key in (_MARK, "encoder_name_or_path"):
         if not isinstance(config[key], str):
             raise LusiferError(f"{folder}: {key} of config.json is no name: {config[key]!r}")
-    for key, known in (
-        ("universal_learner_backbone_type", "xlm-r"),
-        ("connection_type", "ff"),
-        ("pooling_method", "mean"),
-    ):
+    for key, known in _KNOWN.items():
         if config.get(key, known) != known:
             raise LusiferError(f"{folder}: {key} {config[key]!r} cannot be converted, only {known!r}")
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise LusiferError(f"the checkpoint {str(folder)!r} has no .safetensors file (pickles are not loaded)")
     source = Source(config)
-    for path in paths:
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 for theirs in file.keys():  # noqa: SIM118 - not a mapping
                     _enter(source, path, theirs)
         except (SafetensorError, OSError) as error:
             raise LusiferError(f"cannot read {str(path)!r}: {first_line(error)}") from error
+    if not source.files:
+        raise LusiferError(f"the checkpoint {str(folder)!r} has no .safetensors file (pickles are not loaded)")
     return source
 
 
 def _enter(source: Source, path: Path, theirs: str) -> None:
     """Enters one tensor under our name, ``encoder.layer...lora_A.weight`` and the like for adapters."""
     ours = next((to + theirs.removeprefix(of) for of, to in _PLAIN.items() if theirs.startswith(of)), None)
-    for part, (prefix, _) in THEIRS.items():
+    for part, (prefix, _) in PARTS.items():
         if ours is None and theirs.startswith(prefix):
             inner = theirs.removeprefix(prefix).removeprefix("base_model.model.")
             inner = inner.removeprefix("model.") if part == "llm" else inner

@@ -1,13 +1,14 @@
 """What an English LLM embedder is, read from its own files: pooling, prompts, attention, adapters, tokenizer.
 
-Reads a Sentence Transformers folder, an LLM2Vec or GritLM style model, a PEFT adapter on top of an LLM, or a plain
-decoder LLM, here or on the hub. Weights are not loaded, and code in a repository is neither fetched nor run.
+Reads Sentence Transformers folders, LLM2Vec or GritLM style models, PEFT adapters and plain decoder LLMs, here or on
+the hub. Weights are not loaded, and code in a repository is neither fetched nor run.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,7 @@ _GRITLM = {"query": "<|embed|>\n", "document": "<|embed|>\n"}
 
 @dataclass
 class Note:
-    """One fact about an embedder.
-
-    Attributes:
-        what: The fact.
-        where: File or name it was read from.
-        so: What follows from it.
-    """
+    """One fact about an embedder, where it was read, and what follows from it."""
 
     what: str
     where: str
@@ -94,7 +89,7 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
     config = load_config("llm", llm)
     embedder = LLMEmbedder(llm, config, merged, notes=notes)
     with torch.device("meta"):
-        embedder.parameters = sum(parameter.numel() for parameter in build_llm(_copy(config)).parameters())
+        embedder.parameters = sum(parameter.numel() for parameter in build_llm(deepcopy(config)).parameters())
     size = f"{embedder.parameters / 1e6:,.0f} million parameters"
     embedder.note(f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, {size}", llm)
     for adapter in merged:
@@ -105,13 +100,14 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
         if base and base not in (llm, *own, name):
             embedder.note(f"made for {base}", where, f"make sure that this and {llm} have the same weights")
     read = _reader(name if name == llm or own else llm, llm)
-    for look in (_dtype, _attention, _pooling, _prompts, _tokenizer, _head, _licence):
-        look(embedder, name, read)
+    _dtype(embedder)
+    _attention(embedder, name, read)
+    _pooling(embedder, name, read)
+    _prompts(embedder, name, read)
+    _tokenizer(embedder)
+    _head(embedder)
+    _licence(embedder, name)
     return embedder
-
-
-def _copy(config: PretrainedConfig) -> PretrainedConfig:
-    return type(config).from_dict(config.to_dict())
 
 
 def _file(name: str, file: str) -> str | None:
@@ -162,7 +158,7 @@ def _follow_adapters(name: str) -> tuple[str, list[str], list[Note]]:
     return name, chain, notes
 
 
-def _dtype(embedder: LLMEmbedder, name: str, read: Any) -> None:
+def _dtype(embedder: LLMEmbedder) -> None:
     stated = str(getattr(embedder.config, "dtype", None) or "float32").removeprefix("torch.")
     embedder.dtype = stated if stated in ("float32", "bfloat16", "float16") else "float32"
     if embedder.parameters > 1e9 and embedder.dtype == "float32":
@@ -179,7 +175,7 @@ def _attention(embedder: LLMEmbedder, name: str, read: Any) -> None:
     two_sided = next((entry for entry in architectures if "Bi" in entry), None)
     if stated is None and two_sided:
         stated, where = False, f"{where}: {two_sided}"
-    if stated is None and _is_gritlm(name):
+    if stated is None and "gritlm" in name.lower():
         stated, where = False, "the name: GritLM embeds with attention in both directions"
     embedder.causal = stated
     if stated is None:
@@ -190,10 +186,6 @@ def _attention(embedder: LLMEmbedder, name: str, read: Any) -> None:
         embedder.note(f"attention {'causal' if stated else 'in both directions'}", where, after)
     if config.get("auto_map"):
         embedder.note("has code of its own", where, "not run: transformers' own class is taken")
-
-
-def _is_gritlm(name: str) -> bool:
-    return "gritlm" in name.lower()
 
 
 def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
@@ -213,7 +205,7 @@ def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
         stated = settings.get("pooling_mode")
         if stated is not None:
             stated = {"eos_token": "lasttoken", "weighted_mean": "weightedmean"}.get(str(stated), str(stated))
-    if stated is None and _is_gritlm(name):
+    if stated is None and "gritlm" in name.lower():
         stated, place = "mean", "the name: GritLM pools by the mean"
     if stated is None:
         embedder.note("pooling is not stated", embedder.llm, "mean, which suits attention in both directions best")
@@ -230,14 +222,14 @@ def _pooling_mode(settings: dict[str, Any]) -> str | None:
     if mode is None:
         on = [key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True and "_mode_" in key]
         mode = on[0].removesuffix("_tokens").removesuffix("_token") if on else None
-    return mode if mode is None or isinstance(mode, str) else str(mode)
+    return None if mode is None else str(mode)
 
 
 def _prompts(embedder: LLMEmbedder, name: str, read: Any) -> None:
     settings, where = read("config_sentence_transformers.json")
     stated = settings.get("prompts")
     kept = {str(key): text for key, text in stated.items() if isinstance(text, str)} if isinstance(stated, dict) else {}
-    if not any(kept.values()) and _is_gritlm(name):
+    if not any(kept.values()) and "gritlm" in name.lower():
         kept, where = dict(_GRITLM), "the name: GritLM's format for texts without an instruction"
     default = settings.get("default_prompt_name")
     if "query" not in kept and isinstance(default, str) and kept.get(default):
@@ -253,27 +245,26 @@ def _prompts(embedder: LLMEmbedder, name: str, read: Any) -> None:
         embedder.note("its prompts hold control tokens", where, after)
 
 
-def _tokenizer(embedder: LLMEmbedder, name: str, read: Any) -> None:
+def _tokenizer(embedder: LLMEmbedder) -> None:
     tokenizer: Any = load_tokenizer("llm", embedder.llm)
     ids = tokenizer("a").input_ids
-    bos = tokenizer.bos_token_id
-    embedder.use_bos = bos is not None and bool(ids) and ids[0] == bos
-    after = "soft tokens stand behind it too" if embedder.use_bos else "soft tokens stand first"
     where = f"{embedder.llm}: tokenizer"
+    embedder.use_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    after = "soft tokens stand behind it too" if embedder.use_bos else "soft tokens stand first"
     embedder.note(f"its tokenizer puts {'a' if embedder.use_bos else 'no'} BOS token first", where, after)
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+    if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
         embedder.note("its tokenizer puts EOS last", where, "the added token stands there instead")
 
 
-def _head(embedder: LLMEmbedder, name: str, read: Any) -> None:
-    architectures = [str(entry) for entry in getattr(embedder.config, "architectures", None) or []]
-    embedder.head = any(entry.endswith("ForCausalLM") for entry in architectures)
-    where = f"{embedder.llm}: config.json, architectures"
+def _head(embedder: LLMEmbedder) -> None:
+    architectures = getattr(embedder.config, "architectures", None) or []
+    embedder.head = any(str(entry).endswith("ForCausalLM") for entry in architectures)
     if not embedder.head:
+        where = f"{embedder.llm}: config.json, architectures"
         embedder.note("no LM head", where, "stage 1, which needs one, is off; stage 0 starts the connector")
 
 
-def _licence(embedder: LLMEmbedder, name: str, read: Any) -> None:
+def _licence(embedder: LLMEmbedder, name: str) -> None:
     for source in dict.fromkeys([name, embedder.llm]):
         if (path := _file(source, "README.md")) is None:
             continue

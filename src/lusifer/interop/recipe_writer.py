@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
-from lusifer.data.records import look_up
 from lusifer.errors import LusiferError, first_line
-from lusifer.interop.llm_embedder import LLMEmbedder, Note
+from lusifer.interop.llm_embedder import LLMEmbedder
 from lusifer.model.backbones import load_config
 from lusifer.publishing import publish_file
 from lusifer.recipes.files import load_recipe
-from lusifer.recipes.schema import DataRecipe
 
 # Above it, a laptop's CPU is out of the question.
 SMALL = 1_000_000_000
@@ -25,19 +23,16 @@ def recipe_path(out: Path) -> Path:
     return out if out.suffix in (".yaml", ".yml") else out / "recipe.yaml"
 
 
-def write_recipe(path: Path, text: str, *, force: bool = False) -> None:
+def write_recipe(path: Path, text: str) -> None:
     """Writes a recipe and reads it back, complete or not at all.
 
     Args:
-        path: Where to, a name that ends in .yaml.
+        path: Where to, a name that ends in .yaml; an older file is replaced.
         text: The recipe as YAML.
-        force: Replace a file that is there.
 
     Raises:
-        LusiferError: If there is a file already and not ``force``, or it cannot be written.
+        LusiferError: If it cannot be written.
     """
-    if path.exists() and not force:
-        raise LusiferError(f"{str(path)!r} exists; choose another name, or --force to replace it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish_file(path) as staging:
@@ -56,7 +51,7 @@ def compose(
         encoder: Hub id, folder or starter name of the multilingual encoder.
         embedder: What `lusifer.interop.llm_embedder.inspect_embedder` read.
         pairs: English query-positive pairs; the starter's when None.
-        text: English texts; where there are pairs only, their queries are not read for stage 0 and 1.
+        text: English texts; the starter's when None.
         output: Folder of the run.
 
     Raises:
@@ -65,15 +60,18 @@ def compose(
     load_config("encoder", encoder)
     small = embedder.parameters < SMALL
     text, pairs = text or _TEXT, pairs or _PAIRS
+    notes = (f"- {' '.join(n.what.split())} ({n.where}){': ' + n.so if n.so else ''}" for n in embedder.notes)
+    ranks, launch = ("", "lusifer") if small else (" --ranks 8", "torchrun --nproc-per-node 8 -m lusifer")
+    usage = [f"  lusifer data check THIS; lusifer train THIS --dry-run{ranks}", f"  {launch} train THIS"]
+    prompted = "prompts stand in front of the texts wherever the result is used." if embedder.prompts else ""
+    headless = "" if embedder.head else "Stage 1 needs an LM head, and this LLM has none."
+    lines = ["An English embedder made multilingual. Found:", *notes, "", *usage]
     parts = [
-        _comment(["An English embedder made multilingual. Found:"]),
-        _notes(embedder.notes),
-        _comment(["", f"  lusifer data check THIS; lusifer train THIS --dry-run{'' if small else ' --ranks 8'}"]),
-        _comment([f"  {'lusifer train THIS' if small else 'torchrun --nproc-per-node 8 -m lusifer train THIS'}"]),
+        *(f"# {line}".rstrip() for line in lines),
         _yaml({"output": output, "seed": 0}),
-        _section("model", _model(encoder, embedder, small), *_model_reasons(embedder)),
+        _section("model", _model(encoder, embedder, small), prompted),
         _section("warm_start", {"data": text, "texts": 3000 if small else 5000, "spectrum": 0.5, "scale": 5}),
-        _section("align", _align(embedder, text, pairs, small), *_align_reasons(embedder)),
+        _section("align", _align(embedder, text, pairs, small), headless),
         _section("contrast", _contrast(pairs, small)),
     ]
     if not small:
@@ -83,61 +81,48 @@ def compose(
 
 def _model(encoder: str, embedder: LLMEmbedder, small: bool) -> dict[str, Any]:
     lora = {"r": 16, "alpha": 32, "dropout": 0.0 if small else 0.05}
-    model: dict[str, Any] = {"encoder": encoder, "llm": embedder.llm}
-    if embedder.adapters:
-        model["llm_base_adapters"] = embedder.adapters
-    model |= {"llm_dtype": embedder.dtype, "max_seq_length": 128 if small else 512, "pooling": embedder.pooling}
-    if not embedder.use_bos:
-        model["use_bos"] = False
-    if embedder.prompts:
-        model["prompts"] = embedder.prompts
-    if not small:
-        model |= {"encoder_dtype": "bfloat16", "encoder_lora": lora}
-    return {**model, "llm_lora": lora}
-
-
-def _model_reasons(embedder: LLMEmbedder) -> list[str]:
-    return ["prompts stand in front of the texts wherever the result is used."] if embedder.prompts else []
+    fields = {
+        "encoder": encoder,
+        "llm": embedder.llm,
+        "llm_base_adapters": embedder.adapters or None,
+        "llm_dtype": embedder.dtype,
+        "max_seq_length": 128 if small else 512,
+        "pooling": embedder.pooling,
+        "use_bos": None if embedder.use_bos else False,
+        "prompts": embedder.prompts or None,
+        "encoder_dtype": None if small else "bfloat16",
+        "encoder_lora": None if small else lora,
+        "llm_lora": lora,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _align(embedder: LLMEmbedder, text: str, pairs: str, small: bool) -> dict[str, Any]:
     if not embedder.head:
         return {"enabled": False}
     data = [{"source": text, "task": "reconstruct"}, {"source": pairs, "task": "complete", "start": 0.5}]
-    shared: dict[str, Any] = {"data": data, "mask_probability": 0.5}
     if small:
         batch: dict[str, Any] = {"steps": 60, "batch_size": 16, "warmup_steps": 5, "save_steps": 10}
-        return {**shared, **batch, "target_max_seq_length": 64, "max_tokens": 1024}
-    batch = {"train_encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
-    return {**shared, **batch, "precision": "bfloat16", "gradient_checkpointing": True}
-
-
-def _align_reasons(embedder: LLMEmbedder) -> list[str]:
-    return [] if embedder.head else ["Stage 1 needs an LM head, and this LLM has none."]
+        batch |= {"target_max_seq_length": 64, "max_tokens": 1024}
+    else:
+        batch = {"train_encoder": "lora", "steps": 2000, "batch_size": 256, "warmup_steps": 200, "save_steps": 200}
+        batch |= {"precision": "bfloat16", "gradient_checkpointing": True}
+    return {"data": data, "mask_probability": 0.5, **batch}
 
 
 def _contrast(pairs: str, small: bool) -> dict[str, Any]:
-    data: dict[str, Any] = {"data": [{"source": pairs}]}
-    batch: dict[str, Any]
     if small:
-        batch = {"steps": 150, "batch_size": 64, "learning_rate": 1.0e-3, "warmup_steps": 10, "save_steps": 25}
-        return {**data, "symmetric": True, **batch, "max_tokens": 1024}
-    rates = {"learning_rate": 1.0e-4, "connector_learning_rate": 5.0e-4, "warmup_steps": 200, "save_steps": 200}
-    batch = {"train_encoder": "lora", "steps": 4000, "batch_size": 1024}
-    return {**data, **batch, **rates, "precision": "bfloat16", "gradient_checkpointing": True}
+        batch: dict[str, Any] = {"symmetric": True, "steps": 150, "batch_size": 64, "learning_rate": 1.0e-3}
+        batch |= {"warmup_steps": 10, "save_steps": 25, "max_tokens": 1024}
+    else:
+        batch = {"train_encoder": "lora", "steps": 4000, "batch_size": 1024, "learning_rate": 1.0e-4}
+        batch |= {"connector_learning_rate": 5.0e-4, "warmup_steps": 200, "save_steps": 200}
+        batch |= {"precision": "bfloat16", "gradient_checkpointing": True}
+    return {"data": [{"source": pairs}], **batch}
 
 
-def _comment(lines: Iterable[str]) -> str:
-    return "\n".join(f"# {line}".rstrip() for line in lines)
-
-
-def _notes(notes: list[Note]) -> str:
-    return _comment(f"- {' '.join(n.what.split())} ({n.where}){': ' + n.so if n.so else ''}" for n in notes)
-
-
-def _section(name: str, fields: dict[str, Any], *reasons: str) -> str:
-    body = "\n".join("  " + line for line in _yaml(fields).splitlines())
-    return "\n".join(["", *(f"# {reason}" for reason in reasons), f"{name}:", body])
+def _section(name: str, fields: dict[str, Any], reason: str = "") -> str:
+    return "\n" + (f"# {reason}\n" if reason else "") + f"{name}:\n" + indent(_yaml(fields), "  ")
 
 
 def _yaml(fields: dict[str, Any]) -> str:
@@ -155,12 +140,3 @@ def _flow(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 1e-3:
         return f"{value:.1e}"
     return json.dumps(value, ensure_ascii=False)
-
-
-def check_data(source: str) -> None:
-    """Looks whether a data set that a recipe would name is there.
-
-    Raises:
-        LusiferError: If not.
-    """
-    look_up(DataRecipe(source=source))

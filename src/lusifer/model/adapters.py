@@ -1,26 +1,20 @@
 """LoRA adapters (arXiv 2106.09685): put into a module, merged with its weights.
 
-Merging adds an adapter's product to the weight it belongs to, which saves two small matrix products per layer. Three
-functions do it, and none behind a caller's back:
-
-`inference_copy`   gives a copy with plain layers for encoding; the model itself, its state dict and what trains in it
-                   stay as they are. Costs memory for the merged weights.
-`merge_in_place`   for a model that was loaded for inference alone; it cannot be trained or saved afterwards.
-`merge_adapters`   replaces every adapted layer by a plain one for good: the way to a standalone checkpoint.
+Merging saves two small matrix products per layer. `inference_copy` gives a merged copy and leaves the model as it is;
+`merge_in_place` is for models loaded for inference alone; `merge_adapters` makes plain layers for good.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lusifer.errors import LusiferError
 
@@ -28,14 +22,8 @@ _lock = threading.Lock()
 _copies: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], nn.Module]] = WeakKeyDictionary()
 
 
-def linear_names(module: nn.Module) -> list[str]:
-    """Names of all kinds of linear layers below a module: what a LoRA adapter covers by default."""
-    names = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    return sorted(names)
-
-
-def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
-    """Puts LoRA layers into a module, in place; what was trainable before stays trainable.
+def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
+    """Puts LoRA layers into a module, in place, and returns all fields used; what was trainable before stays trainable.
 
     Args:
         module: An encoder or an LLM.
@@ -47,38 +35,35 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> None:
     # PEFT would import the module that stands there.
     if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
         raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
+    linear = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    fields = {"target_modules": sorted(linear), **fields}
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
-        inject_adapter_in_model(LoraConfig(**{"target_modules": linear_names(module), **fields}), module)
+        inject_adapter_in_model(LoraConfig(**fields), module)
     except (TypeError, ValueError) as error:
         raise LusiferError(f"cannot add this adapter: {error}") from error
     for name, parameter in module.named_parameters():
         if "lora_" in name:
-            # Adapters stay in float32 beside a bfloat16 backbone: their updates are smaller
-            # than bfloat16 can add up.
+            # In float32 beside a bfloat16 backbone: their updates are smaller than bfloat16 can add up.
             parameter.data = parameter.data.float()
         else:
             parameter.requires_grad_(name.replace(".base_layer", "") in trainable)
+    return fields
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """The model with its adapters merged, for encoding; made on first use and again when a parameter has changed.
+    """The model with its adapters merged, in evaluation mode; made on first use and again when a parameter has changed.
 
-    Layers without an adapter share their tensors with ``model``; adapted layers become plain ones with weights of
-    their own. Safe to call from several threads. Changes are seen by the address and the version of each parameter:
-    in-place writes through ``parameter.data``, which raise no version, show after the next call of ``train()``.
-
-    Args:
-        model: Any module; given back as it is where it has no adapter to merge.
-
-    Returns:
-        A module in evaluation mode. Quantised layers keep their adapters beside them.
+    Layers without an adapter share their tensors with ``model``; quantised layers keep their adapters beside them. A
+    model without adapters to merge is returned itself. Safe to call from several threads. In-place writes through
+    ``parameter.data``, which raise no version, show after the next call of ``train()``.
     """
-    layers = list(_lora_layers(model))
+    layers = _lora_layers(model)
     if not any(_mergeable(layer) for layer in layers):
         return model
     settings = [(*layer.active_adapters, layer.disable_adapters, *layer.scaling.items()) for layer in layers]
-    signature = (*settings, *((id(p), p.data_ptr(), _version(p)) for p in model.parameters()))
+    versions = ((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    signature = (*settings, *versions)
     with _lock:
         known = _copies.get(model)
         if known is None or known[0] != signature:
@@ -96,8 +81,8 @@ def forget_copy(model: nn.Module) -> None:
 def merge_in_place(root: nn.Module) -> None:
     """Adds every adapter below a module to the weight it belongs to, without a second copy of any weight.
 
-    For models loaded for inference alone, before anybody else holds them. Adapters stay in their places, so the
-    model's `weights_hash` does not change. Quantised weights cannot take an addition and stay as they are.
+    The model can no longer be trained or saved. Adapters stay in their places, so that its `weights_hash` does not
+    change; quantised weights cannot take an addition and stay as they are.
     """
     for layer in _lora_layers(root):
         if _mergeable(layer):
@@ -111,25 +96,19 @@ def is_merged_in_place(root: nn.Module) -> bool:
 
 def merge_adapters(root: nn.Module) -> None:
     """Replaces every LoRA layer below a module by the plain layer it wraps, adapter merged, in place."""
-    wrapped = [(name, module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
-    for name, module in wrapped:
-        layer: Any = module
+    layers: list[tuple[str, Any]] = [pair for pair in root.named_modules() if isinstance(pair[1], LoraLayer)]
+    for name, layer in layers:
         if not layer.merged:
             layer.merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(root.get_submodule(parent), child, layer.get_base_layer())
+        root.set_submodule(name, layer.get_base_layer())
 
 
-def _lora_layers(root: nn.Module) -> Iterator[Any]:
-    return (module for module in root.modules() if isinstance(module, LoraLayer))
+def _lora_layers(root: nn.Module) -> list[Any]:
+    return [module for module in root.modules() if isinstance(module, LoraLayer)]
 
 
 def _mergeable(layer: Any) -> bool:
     return not layer.merged and layer.get_base_layer().weight.dtype.is_floating_point
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _merged_copy(model: nn.Module) -> nn.Module:
@@ -151,11 +130,7 @@ def _merged_layer(layer: Any) -> nn.Module:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Counts parameters of encoder, connector, LLM, head and adapters.
-
-    Returns:
-        ``{part: {"total": n, "trainable": n}}``.
-    """
+    """Counts parameters of encoder, connector, LLM, head and adapters: ``{part: {"total": n, "trainable": n}}``."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         part = name.split(".", 1)[0] + (" adapter" if "lora_" in name else "")

@@ -19,6 +19,7 @@ from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
 
+Embed = Callable[[Sequence[str]], Tensor]
 _NO_LIMIT = 1_000_000  # Tokenizers without a limit have one of 1e30.
 
 
@@ -72,11 +73,9 @@ def mean_pooled_llm(
 class EncoderAlone(nn.Module):
     """A multilingual encoder by itself.
 
-    As a model it is its own sentence embedding if it has one, else the mean of its states (`embed`). As a guide of
-    training it is both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
-
-    A pooler that next-sentence prediction left behind (BERT) is no sentence embedding: an encoder says by the attribute
-    ``embeds_sentences`` that its ``pooler_output`` is one.
+    As a model it is its own sentence embedding if it has one (``embeds_sentences``; the pooler that BERT's
+    next-sentence prediction left behind is none), else the mean of its states (`embed`). As a guide of training it is
+    both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
 
     Args:
         encoder: An encoder of transformers.
@@ -114,9 +113,7 @@ class EncoderAlone(nn.Module):
 
     def preprocess(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` of texts, (texts, seq) int64."""
-        limit: dict[str, Any] = {}
-        if self.max_seq_length is not None:
-            limit = {"truncation": True, "max_length": self.max_seq_length}
+        limit = {"truncation": self.max_seq_length is not None, "max_length": self.max_seq_length}
         batch = self.tokenizer(list(texts), padding=True, return_tensors="pt", **limit)
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
@@ -132,7 +129,6 @@ class EncoderAlone(nn.Module):
         return {"sentence_embedding": torch.cat(self._parts(features), dim=-1)}
 
     def _parts(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Unit vectors (batch, dim): the mean of the states and, where there is one, the own sentence embedding."""
         mask = features["attention_mask"]
         with torch.autocast(mask.device.type, enabled=False):
             output = self.encoder(input_ids=features["input_ids"], attention_mask=mask)
@@ -146,23 +142,3 @@ class EncoderAlone(nn.Module):
         """Embeds texts: (n, dim) float32 unit vectors on the encoder's device."""
         device = next(self.encoder.parameters()).device
         return self._parts({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})[-1]
-
-
-Embed = Callable[[Sequence[str]], Tensor]
-
-
-def encoder_alone(name: str, *, device: str = "cpu") -> tuple[Embed, int | None]:
-    """The multilingual encoder by itself, as `EncoderAlone` embeds.
-
-    Args:
-        name: Hub id, local folder or starter name.
-        device: Torch device.
-
-    Returns:
-        From texts to (n, dim), and how many tokens it reads of a text, if there is a limit.
-
-    Raises:
-        LusiferError: If it cannot be loaded.
-    """
-    alone = EncoderAlone.from_name(name, device=device)
-    return alone.embed, alone.max_seq_length

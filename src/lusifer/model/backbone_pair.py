@@ -9,21 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import extract_commit_hash
 
 from lusifer.errors import LusiferError
-from lusifer.model.backbones import (
-    build_encoder,
-    commit_of,
-    keep_layers,
-    load_config,
-    load_encoder,
-    load_llm,
-    load_tokenizer,
-    quantized,
-)
+from lusifer.hooks.transformers import cached_or_none
+from lusifer.model.backbones import build_encoder, keep_layers, load_config, load_encoder, load_llm, load_tokenizer
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.fingerprint import files_fingerprint
-from lusifer.starter.fetch import PREFIX
+from lusifer.starter.fetch import PREFIX, resolve_backbone
 
 
 def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields: Any) -> LusiferConfig:
@@ -37,9 +30,9 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
 
     Raises:
         LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder reads
-            fewer tokens than ``max_seq_length`` says.
+            fewer tokens than ``max_seq_length``.
     """
-    names = {"encoder": recorded_name(encoder), "llm": recorded_name(llm)}
+    names = {"encoder": _recorded_name(encoder), "llm": _recorded_name(llm)}
     configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}
     if "max_seq_length" in fields:
         check_window(encoder, configs["encoder"], fields["max_seq_length"])
@@ -48,11 +41,11 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
     for part, name in names.items():
         load_tokenizer(part, name, revision=fields.get(f"{part}_revision"), config=configs[part])
         # A hub's branch moves on and a folder's content changes; the checkpoint is to mean what it was trained with.
-        fields[f"{part}_revision"] = commit_of(name, fields.get(f"{part}_revision"))
-        fields[f"{part}_fingerprint"] = identity(name, fields[f"{part}_revision"])
+        fields[f"{part}_revision"] = _commit_of(name, fields.get(f"{part}_revision"))
+        fields[f"{part}_fingerprint"] = _identity(name, fields[f"{part}_revision"])
     if llm_layers is not None:
         keep_layers(configs["llm"], llm_layers)
-    fields["llm_base_adapters"] = [recorded_name(name) for name in fields.get("llm_base_adapters") or []]
+    fields["llm_base_adapters"] = [_recorded_name(name) for name in fields.get("llm_base_adapters") or []]
     fields |= {**names, "encoder_config": configs["encoder"], "llm_config": configs["llm"]}
     return LusiferConfig(**fields)
 
@@ -65,7 +58,15 @@ def load_backbones(
     quantization: str | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the encoder and the LLM a configuration names; ``quantization`` is for the LLM.
+    """Loads the encoder and the LLM a configuration names.
+
+    Args:
+        config: The configuration.
+        encoder_dtype: Data type of the encoder's weights.
+        llm_dtype: Data type of the LLM's weights.
+        attn_implementation: As transformers names it; its own choice when None.
+        quantization: ``8bit`` or ``4bit`` for the LLM.
+        **hub: ``token``, ``cache_dir``, ...
 
     Raises:
         LusiferError: If it names none, one cannot be read, or the LLM cannot be quantised.
@@ -74,55 +75,40 @@ def load_backbones(
         raise LusiferError("this checkpoint holds no backbone weights and does not name its backbones")
     for part in ("encoder", "llm"):
         _check_identity(config, part, **hub)
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    encoder = load_encoder(
-        config.encoder,
-        config.encoder_config,
-        dtype=encoder_dtype,
-        revision=config.encoder_revision or "main",
-        **attention,
-        **hub,
-    )
-    llm = load_llm(
-        config.llm,
-        config.llm_config,
-        dtype=llm_dtype,
-        adapters=config.llm_base_adapters,
-        revision=config.llm_revision or "main",
-        **quantized(quantization, llm_dtype),
-        **attention,
-        **hub,
-    )
+    shared = {**hub, **({"attn_implementation": attn_implementation} if attn_implementation else {})}
+    own: dict[str, Any] = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
+    encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
+    own = {"quantization": quantization, "dtype": llm_dtype, "revision": config.llm_revision or "main"}
+    llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters or (), **own, **shared)
     return encoder, llm
 
 
-def recorded_name(name: str) -> str:
-    """A backbone's name as a checkpoint records it: a folder as its absolute path, everything else as it is."""
+def _recorded_name(name: str) -> str:
+    """A folder's absolute path, everything else as it is."""
     folder = os.path.expanduser(name)
     return os.path.abspath(folder) if os.path.isdir(folder) else name
 
 
-def identity(name: str, revision: str | None = None, **hub: Any) -> str | None:
-    """Fingerprint of a backbone's weights; None for starters, whose version pins them.
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
+    try:
+        path = cached_or_none(resolve_backbone(name), "config.json", revision=revision or "main")
+    except OSError:
+        return revision
+    return extract_commit_hash(path, None) or revision
 
-    Args:
-        name: Hub id, local folder or starter name.
-        revision: Hub revision.
-        **hub: ``token``, ``cache_dir``, ...
-    """
+
+def _identity(name: str, revision: str | None, **hub: Any) -> str | None:
+    """Fingerprint of a backbone's weights; None for starters, whose version pins them."""
     return None if name.startswith(PREFIX) else files_fingerprint(name, revision=revision or "main", **hub)
 
 
 def _check_identity(config: LusiferConfig, part: str, **hub: Any) -> None:
-    """Refuses another backbone under the recorded name; checkpoints of before record no fingerprint.
-
-    Raises:
-        LusiferError: If the weights are not those that the checkpoint was trained with.
-    """
+    """Refuses another backbone under the recorded name; older checkpoints record no fingerprint."""
     name, recorded = getattr(config, part), getattr(config, f"{part}_fingerprint")
     if recorded is None or (part == "encoder" and config.encoder_stored):
         return
-    present = identity(name, getattr(config, f"{part}_revision"), **hub)
+    present = _identity(name, getattr(config, f"{part}_revision"), **hub)
     if present not in (None, recorded):
         raise LusiferError(
             f"the {part} {name!r} is not the one this checkpoint was trained with: its weights are different "
@@ -135,7 +121,7 @@ class PositionTable(NamedTuple):
 
     Attributes:
         window: Most tokens of a text, special tokens included.
-        first: Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index.
+        first: Position of a text's first token: 0 for BERT, one behind the padding index for RoBERTa and its kin.
     """
 
     window: int
@@ -154,11 +140,7 @@ def position_table(encoder: nn.Module) -> PositionTable | None:
 
 
 def encoder_window(config: PretrainedConfig) -> int | None:
-    """Most tokens an encoder can read of a text; None where its positions have no end. Needs no weights.
-
-    Args:
-        config: The encoder's configuration.
-    """
+    """Most tokens an encoder can read of a text; None where its positions have no end. Needs no weights."""
     with torch.device("meta"):
         table = position_table(build_encoder(copy.deepcopy(config)))  # T5 changes the configuration it is built from.
     return None if table is None else table.window

@@ -18,15 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-from transformers.utils.hub import extract_commit_hash
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import lusifer.starter.use_encoder  # noqa: F401  Registers the starter's encoder with the Auto classes.
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report
+from lusifer.hooks.transformers import has_pooler, no_load_report
 from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.fetch import resolve_backbone
@@ -37,6 +33,12 @@ SAFE_LOADING = {**SAFE, "output_loading_info": True}
 
 def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """Calls a ``from_pretrained``; a backbone that cannot be read becomes one clear line.
+
+    Args:
+        what: What is loaded, for the message.
+        name: Hub id, local folder or starter name.
+        loader: The ``from_pretrained``.
+        **kwargs: Its options.
 
     Raises:
         LusiferError: If the folder or hub id cannot be loaded.
@@ -77,15 +79,6 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
     return config
 
 
-def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit that a backbone's revision means now, where it comes from a hub; else the revision as it is."""
-    try:
-        path = cached_or_none(resolve_backbone(name), "config.json", revision=revision or "main")
-    except OSError:
-        return revision
-    return extract_commit_hash(path, None) or revision
-
-
 def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     """Shortens an LLM's configuration, in place, to its first ``num_layers`` layers.
 
@@ -94,32 +87,22 @@ def keep_layers(config: PretrainedConfig, num_layers: int) -> None:
     """
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise LusiferError(f"num_layers must be between 1 and {config.num_hidden_layers}, not {num_layers}")
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
+    if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[:num_layers]
     config.num_hidden_layers = num_layers
 
 
 def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
-    """Drops all but the first layers of a loaded LLM, in place, from its configuration too.
-
-    Raises:
-        LusiferError: If the model does not have so many.
-    """
-    model: Any = llm
-    keep_layers(model.config, num_layers)
-    model.layers = model.layers[:num_layers]
+    """Drops all but the first layers of a loaded LLM, in place; raises as `keep_layers`."""
+    keep_layers(llm.config, num_layers)
+    llm.layers = llm.layers[:num_layers]
 
 
-def _encoder_class(config: PretrainedConfig) -> Any:
+def _encoder_kind(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """Class and options of an encoder: no decoder, and no pooler, a trained part that would never get a gradient."""
     if config.is_encoder_decoder:
-        return AutoModelForTextEncoding
-    return AutoModel
-
-
-def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
-    """Leaves out a pooler, which would be a trained part that never gets a gradient."""
-    return {"add_pooling_layer": False} if not config.is_encoder_decoder and has_pooler(config) else {}
+        return AutoModelForTextEncoding, {}
+    return AutoModel, {"add_pooling_layer": False} if has_pooler(config) else {}
 
 
 def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -133,36 +116,30 @@ def load_encoder(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrain
     Raises:
         LusiferError: If it cannot be read.
     """
-    _check_files("encoder", name, kwargs)
-    with no_load_report():
-        loader = partial(_encoder_class(config).from_pretrained, **SAFE_LOADING)
-        options = {**_encoder_options(config), **kwargs}
-        encoder, report = load_part("encoder", name, loader, config=config, **options)
-    check_whole("encoder", name, report)
-    return encoder
+    kind, options = _encoder_kind(config)
+    return _load_whole("encoder", name, kind, config=config, **{**options, **kwargs})
 
 
-def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), **kwargs: Any) -> PreTrainedModel:
+def load_llm(
+    name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (), quantization: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Loads a decoder LLM without its LM head, ready for both attention directions.
 
     Args:
         name: Hub id, local folder or starter name.
-        config: Its configuration; changed in place: a sliding window would silently limit bidirectional
-            attention, so Mistral-like windows are switched off.
+        config: Its configuration; a sliding window for all layers is switched off in it.
         adapters: LoRA adapters of PEFT to merge into it, in this order.
+        quantization: ``8bit`` or ``4bit``, as `quantized` takes it.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
         LusiferError: If it or an adapter cannot be read, or they do not fit, or it is quantised beside adapters.
     """
-    if adapters and kwargs.get("quantization_config") is not None:
+    if adapters and quantization is not None:
         raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
-    _check_files("llm", name, kwargs)
     _no_sliding_window(config)
-    with no_load_report():  # It lists the layers and the head that are left out on purpose.
-        loader = partial(AutoModel.from_pretrained, **SAFE_LOADING)
-        llm, report = load_part("llm", name, loader, config=config, **kwargs)
-    check_whole("llm", name, report)
+    kwargs |= quantized(quantization, kwargs.get("dtype", torch.float32))
+    llm = _load_whole("llm", name, AutoModel, config=config, **kwargs)
     if adapters:
         hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         depth = load_config("llm", name, revision=kwargs.get("revision"), **hub).num_hidden_layers
@@ -171,21 +148,17 @@ def load_llm(name: str, config: PretrainedConfig, *, adapters: Sequence[str] = (
     return llm
 
 
-def _check_files(what: str, name: str, options: dict[str, Any]) -> None:
-    hub = {key: options[key] for key in (*HUB_KEYS, "revision") if options.get(key) is not None}
+def _load_whole(what: str, name: str, kind: Any, **kwargs: Any) -> Any:
+    """Refuses a backbone without all of its weights, where transformers would fill in random ones."""
+    hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision") if kwargs.get(key) is not None}
     check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
-
-
-def check_whole(what: str, name: str, report: dict[str, Any]) -> None:
-    """Refuses a backbone without all of its weights, where transformers would fill in random ones.
-
-    Raises:
-        LusiferError: If tensors are missing, or have other shapes than the configuration says.
-    """
+    with no_load_report():  # It lists the layers and the head that are left out on purpose.
+        model, report = load_part(what, name, partial(kind.from_pretrained, **SAFE_LOADING), **kwargs)
     if missing := sorted(report["missing_keys"]):
         raise LusiferError(f"the {what} {name!r} lacks {len(missing)} tensors, {missing[0]} first; fetch it again")
     if other := sorted(report["mismatched_keys"]):
         raise LusiferError(f"the {what} {name!r} has other shapes than its configuration for {other[0][0]}")
+    return model
 
 
 def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
@@ -202,19 +175,15 @@ def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LusiferError(f"quantization: {kind} needs bitsandbytes; run `pip install 'lusifer[quantization]'`")
-    if kind == "4bit" and not torch.accelerator.is_available():
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if not torch.accelerator.is_available():
         # bitsandbytes 0.50 repacks 4-bit weights when it first evaluates on a CPU; without its extra kernels results
         # are wrong from then on, and adapters get no gradient.
         raise LusiferError("quantization: 4bit needs a GPU; on a CPU use 8bit, or none and llm_dtype: bfloat16")
-    if kind == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
-    )
-    return {"quantization_config": config}
+    compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
 
 
 def _no_sliding_window(config: PretrainedConfig) -> None:
@@ -226,7 +195,8 @@ def _no_sliding_window(config: PretrainedConfig) -> None:
 
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """An encoder with random weights, for loading a state dict into."""
-    return _encoder_class(config).from_config(config, **_encoder_options(config))
+    kind, options = _encoder_kind(config)
+    return kind.from_config(config, **options)
 
 
 def build_llm(config: PretrainedConfig) -> PreTrainedModel:
@@ -258,13 +228,11 @@ def load_tokenizer(
 
 
 def check_tokenizer(what: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuses a tokenizer that is empty or larger than the embedding matrix; a pad token outside is replaced.
-
-    transformers builds an empty tokenizer, without a word, where the files of XLM-R, BERT and others are missing.
+    """Refuses a tokenizer that is empty or larger than the embedding matrix; gives it a pad token if it has none.
 
     Args:
         what: The model, for the message.
-        tokenizer: Its tokenizer; its pad token may change.
+        tokenizer: Its tokenizer.
         config: Its configuration.
 
     Raises:

@@ -1,7 +1,7 @@
 """The model card: what a model is, of what, how it was trained and how it scores. Imports no torch.
 
-Everything stands in the checkpoint's configuration (backbones, and the recipe and stages in its ``provenance``) or in
-the scores given. Nothing is guessed: what is not known is said to be unknown. The text is ``resources/card.md.jinja``.
+All of it comes from the checkpoint's configuration and the scores given; what is not known is said to be unknown. The
+text is ``resources/card.md.jinja``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,23 +54,28 @@ def _mapping(name: str, file: str, **hub: Any) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def is_stored(name: str, model: LusiferModel) -> bool:
-    """Whether a parameter belongs into this model's checkpoint."""
+def _is_stored(name: str, model: LusiferModel) -> bool:
     if model.config.standalone or name.startswith(("connector.", "head.")) or "lora_" in name:
         return True
     return model.config.encoder_stored and name.startswith("encoder.")
 
 
 def stored_state(model: LusiferModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a state dict that goes into the checkpoint."""
-    return {name: tensor for name, tensor in state.items() if is_stored(name, model)}
+    """The part of a model's state dict that goes into its checkpoint."""
+    return {name: tensor for name, tensor in state.items() if _is_stored(name, model)}
 
 
 def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shapes: Iterable[str]) -> None:
     """Refuses weights that do not fit a configuration, where transformers would fill in random ones.
 
+    Args:
+        folder: The checkpoint, for the message.
+        missing: Names of missing tensors.
+        extra: Names of unexpected tensors.
+        shapes: Names of tensors of another shape.
+
     Raises:
-        LusiferError: If any tensor is missing, unexpected or of another shape.
+        LusiferError: If there are any.
     """
     for what, names in (("lacks", missing), ("has unexpected", extra), ("has other shapes for", shapes)):
         if wrong := sorted(names):
@@ -79,39 +85,37 @@ def check_fit(folder: str, *, missing: Iterable[str], extra: Iterable[str], shap
             )
 
 
-def check_finite(folder: str, state: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are NaN or infinite, whose embeddings would be NaN too.
-
-    Raises:
-        LusiferError: If a tensor holds NaN or infinity.
-    """
+def _check_finite(folder: str, state: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are NaN or infinite, whose embeddings would be NaN too."""
     for name in sorted(state):
         if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
-            raise LusiferError(f"the checkpoint {str(folder)!r} is damaged: {name} holds NaN or infinity")
+            raise LusiferError(f"the checkpoint {folder!r} is damaged: {name} holds NaN or infinity")
 
 
 def check_header(folder: str, expected: Mapping[str, tuple[int, ...]], **hub: Any) -> None:
     """Compares shapes with the head of the weights' file, before memory is taken for what a configuration asks.
 
+    Args:
+        folder: Folder or hub id of the checkpoint.
+        expected: Shapes by tensor.
+        **hub: ``token``, ``revision``, ...
+
     Raises:
         LusiferError: If the file is missing or damaged, or a shape is another.
     """
+    with _weights(folder, **hub) as path, safe_open(path, "pt") as file:
+        stored = set(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in expected if name in stored}
+    wrong = [name for name, shape in shapes.items() if shape != expected[name]]
+    check_fit(folder, missing=expected.keys() - shapes.keys(), extra=(), shapes=wrong)
+
+
+@contextmanager
+def _weights(folder: str, **hub: Any) -> Iterator[str]:
     try:
-        with safe_open(str(cached_file(str(folder), WEIGHTS, **hub)), "pt") as file:
-            stored = set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in expected if name in stored}
+        yield str(cached_file(folder, WEIGHTS, **hub))
     except (OSError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
-    check_fit(
-        folder,
-        missing=expected.keys() - shapes.keys(),
-        extra=(),
-        shapes=[name for name, shape in shapes.items() if shape != expected[name]],
-    )
-
-
-def _unreadable(folder: str, error: Exception) -> LusiferError:
-    return LusiferError(f"cannot read {WEIGHTS} of the checkpoint {str(folder)!r}: {first_line(error)}")
+        raise LusiferError(f"cannot read {WEIGHTS} of the checkpoint {folder!r}: {first_line(error)}") from error
 
 
 def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
@@ -119,32 +123,40 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
 
     What it does not store is frozen: whoever trains further, with any trainer, would lose it on saving.
 
+    Args:
+        model: The model.
+        folder: Folder or hub id of the checkpoint.
+        **hub: ``token``, ``revision``, ...
+
     Raises:
         LusiferError: If the file is missing, damaged, or does not fit the model.
     """
-    try:
-        state = load_file(str(cached_file(str(folder), WEIGHTS, **hub)))
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
+    with _weights(folder, **hub) as path:
+        state = load_file(path)
     expected = stored_state(model, model.state_dict())
     shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
     # Tied weights (T5's embeddings) are written once.
     read = {expected[name].data_ptr() for name in expected.keys() & state.keys()}
     missing = [name for name in expected.keys() - state.keys() if expected[name].data_ptr() not in read]
     check_fit(folder, missing=missing, extra=state.keys() - expected.keys(), shapes=shapes)
-    check_finite(folder, state)
+    _check_finite(folder, state)
     model.load_state_dict(state, strict=False)
     for name, parameter in model.named_parameters():
-        if not is_stored(name, model):
+        if not _is_stored(name, model):
             parameter.requires_grad_(False)
 
 
 def check_loaded(folder: str, model: LusiferModel, report: dict[str, Any]) -> None:
     """Refuses a standalone checkpoint that does not fit its configuration or holds NaN.
 
+    Args:
+        folder: The checkpoint, for the message.
+        model: The model read from it.
+        report: What transformers says of the loading.
+
     Raises:
-        LusiferError: If so; ``report`` is what transformers says of the loading.
+        LusiferError: If so.
     """
     shapes = [key for key, *_ in report["mismatched_keys"]]
     check_fit(folder, missing=report["missing_keys"], extra=report["unexpected_keys"], shapes=shapes)
-    check_finite(folder, model.state_dict())
+    _check_finite(folder, model.state_dict())

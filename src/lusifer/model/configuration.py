@@ -18,26 +18,24 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 class LusiferConfig(PretrainedConfig):
     """Describes encoder -> connector -> decoder LLM -> pooling -> head (LUSIFER, arXiv 2501.00874, section 3).
 
-    A checkpoint normally stores only what was trained and names both backbones; with
-    ``standalone=True`` it holds every weight and the names are provenance only.
+    A checkpoint normally stores only what was trained and names both backbones; with ``standalone=True`` it holds every
+    weight and the names are provenance only.
 
     Args:
         encoder: Hub id, local folder or starter name of the multilingual encoder.
         llm: Hub id, local folder or starter name of the decoder LLM.
         encoder_revision: Hub revision of the encoder.
         llm_revision: Hub revision of the LLM.
-        encoder_fingerprint: Fingerprint of the encoder's weights (`lusifer.model.fingerprint.files_fingerprint`), which
-            loading checks; None where it is not known.
+        encoder_fingerprint: Fingerprint of the encoder's weights, which loading checks; None where it is not known.
         llm_fingerprint: The same of the LLM.
         llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, merged while it loads, in this
             order: folders or hub ids; ``ID@REVISION`` pins.
         encoder_config: The encoder's own configuration (or its dict).
-        llm_config: The LLM's own configuration (or its dict); its ``num_hidden_layers`` may be
-            smaller than the published one, then the first layers are used.
+        llm_config: The LLM's own; with fewer ``num_hidden_layers`` than published the first layers are used.
         connector_dim: Width of the connector's hidden layer; the LLM's width when None.
         connector_residual: Adds a linear map beside the two layers, which stage 0 fills in; called
             ``connector_shortcut`` in older config.json files.
-        num_added_tokens: Learned tokens appended after the last soft token (the paper uses 1).
+        num_added_tokens: Trainable tokens appended after the last soft token (the paper uses 1).
         use_bos: Puts the LLM's BOS embedding before the soft tokens, if the LLM has one.
         pooling: ``mean``, ``last_token`` or ``weighted_mean`` over soft and added tokens; BOS is never pooled.
         head_dim: Width of the embedding after an MLP head; None means no head.
@@ -55,71 +53,48 @@ class LusiferConfig(PretrainedConfig):
     model_type = "lusifer"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig, "llm_config": AutoConfig}
 
-    def __init__(
-        self,
-        encoder: str | None = None,
-        llm: str | None = None,
-        encoder_revision: str | None = None,
-        llm_revision: str | None = None,
-        encoder_fingerprint: str | None = None,
-        llm_fingerprint: str | None = None,
-        llm_base_adapters: list[str] | None = None,
-        encoder_config: PretrainedConfig | dict[str, Any] | None = None,
-        llm_config: PretrainedConfig | dict[str, Any] | None = None,
-        connector_dim: int | None = None,
-        connector_residual: bool = True,
-        num_added_tokens: int = 1,
-        use_bos: bool = True,
-        pooling: Pooling = "mean",
-        head_dim: int | None = None,
-        max_seq_length: int = 512,
-        encoder_adapter: dict[str, Any] | None = None,
-        llm_adapter: dict[str, Any] | None = None,
-        encoder_stored: bool = False,
-        standalone: bool = False,
-        provenance: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if pooling not in POOLINGS:
-            raise LusiferError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-        for name, value, least in (
-            ("connector_dim", connector_dim, 1),
-            ("head_dim", head_dim, 1),
-            ("num_added_tokens", num_added_tokens, 0),
-            ("max_seq_length", max_seq_length, 4),
-        ):
-            if value is not None and value < least:
+    encoder: str | None = None
+    llm: str | None = None
+    encoder_revision: str | None = None
+    llm_revision: str | None = None
+    encoder_fingerprint: str | None = None
+    llm_fingerprint: str | None = None
+    llm_base_adapters: list[str] | None = None
+    encoder_config: Any = None
+    llm_config: Any = None
+    connector_dim: int | None = None
+    connector_residual: bool = True
+    num_added_tokens: int = 1
+    use_bos: bool = True
+    pooling: Pooling = "mean"
+    head_dim: int | None = None
+    max_seq_length: int = 512
+    encoder_adapter: dict[str, Any] | None = None
+    llm_adapter: dict[str, Any] | None = None
+    encoder_stored: bool = False
+    standalone: bool = False
+    provenance: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.pooling not in POOLINGS:
+            raise LusiferError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        for name, least in (("connector_dim", 1), ("head_dim", 1), ("num_added_tokens", 0), ("max_seq_length", 4)):
+            if (value := getattr(self, name)) is not None and value < least:
                 raise LusiferError(f"{name} must be at least {least}, not {value}")
-        self.encoder = encoder
-        self.llm = llm
-        self.encoder_revision = encoder_revision
-        self.llm_revision = llm_revision
-        self.encoder_fingerprint = encoder_fingerprint
-        self.llm_fingerprint = llm_fingerprint
-        self.llm_base_adapters = list(llm_base_adapters or [])
-        self.encoder_config = _sub_config(encoder_config)
-        self.llm_config = _sub_config(llm_config)
-        for part, sub in (("encoder", self.encoder_config), ("llm", self.llm_config)):
-            layers = getattr(sub, "num_hidden_layers", 0)
+        self.llm_base_adapters, self.provenance = list(self.llm_base_adapters or []), self.provenance or {}
+        self.connector_residual = kwargs.pop("connector_shortcut", self.connector_residual)
+        for part in ("encoder", "llm"):
+            config = getattr(self, f"{part}_config")
+            if isinstance(config, dict):
+                config = AutoConfig.for_model(**config)
+            layers = getattr(config, "num_hidden_layers", 0)
             if not isinstance(layers, int) or layers > _MOST_LAYERS:
                 raise LusiferError(f"{part}_config.num_hidden_layers cannot be {layers!r}")
-        # A sub-configuration says no more about where its backbone lay than the configuration does.
-        for sub, backbone in ((self.encoder_config, encoder), (self.llm_config, llm)):
-            if sub is not None:
-                sub.name_or_path = backbone or ""
-        self.connector_dim = connector_dim
-        self.connector_residual = kwargs.pop("connector_shortcut", connector_residual)
-        self.num_added_tokens = num_added_tokens
-        self.use_bos = use_bos
-        self.pooling = pooling
-        self.head_dim = head_dim
-        self.max_seq_length = max_seq_length
-        self.encoder_adapter = encoder_adapter
-        self.llm_adapter = llm_adapter
-        self.encoder_stored = encoder_stored
-        self.standalone = standalone
-        self.provenance = provenance or {}
-        super().__init__(**kwargs)
+            if config is not None:
+                # A sub-configuration says no more about where its backbone lay than the configuration does.
+                config.name_or_path = getattr(self, part) or ""
+            setattr(self, f"{part}_config", config)
+        super().__post_init__(**kwargs)
         # Whoever makes a configuration asks for the model next: AutoModel finds its class here.
         import_module("lusifer.model.modeling")
 
@@ -137,13 +112,6 @@ class LusiferConfig(PretrainedConfig):
         if self.head_dim is not None:
             return self.head_dim
         return self.llm_config.hidden_size if self.llm_config is not None else 0
-
-
-def _sub_config(config: PretrainedConfig | dict[str, Any] | None) -> Any:
-    if isinstance(config, dict):
-        fields = dict(config)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return config
 
 
 AutoConfig.register("lusifer", LusiferConfig, exist_ok=True)

@@ -9,10 +9,10 @@ from lusifer.model.configuration import LusiferConfig
 
 
 class FeedForwardConnector(nn.Module):
-    """Two linear layers per token, and trainable tokens appended to each text.
+    """Two linear layers per token, and trainable tokens appended to each text (arXiv 2501.00874, section 3.1).
 
-    The paper's connector (arXiv 2501.00874, section 3.1), with an optional linear residual beside
-    the two layers: stage 0 puts its ridge solution there, so that the layers start as a zero correction to it.
+    An optional linear residual beside the two layers takes the ridge solution of stage 0, so that the layers start as a
+    zero correction to it.
 
     Args:
         encoder_dim: Width of the encoder states.
@@ -23,12 +23,7 @@ class FeedForwardConnector(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder_dim: int,
-        hidden_dim: int,
-        llm_dim: int,
-        num_added_tokens: int = 1,
-        residual: bool = True,
+        self, encoder_dim: int, hidden_dim: int, llm_dim: int, num_added_tokens: int = 1, residual: bool = True
     ) -> None:
         super().__init__()
         self.up = nn.Linear(encoder_dim, hidden_dim)
@@ -77,15 +72,7 @@ class FeedForwardConnector(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps encoder states to soft tokens.
-
-        Args:
-            states: (batch, seq, encoder_dim).
-
-        Returns:
-            (batch, seq, llm_dim) soft tokens; the added tokens are placed by the model, which knows
-            where each text ends.
-        """
+        """Maps states (batch, seq, encoder_dim) to soft tokens (batch, seq, llm_dim), without the added ones."""
         soft = self.down(torch.relu(self.up(states)))
         if self.shortcut is not None:
             soft = soft + self.shortcut(states)
@@ -96,6 +83,8 @@ def connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a connector's main tensors, as a checkpoint names them."""
     encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
     inner = config.connector_dim or llm_dim
-    shapes = {"up.weight": (inner, encoder_dim), "down.weight": (llm_dim, inner)}
-    shapes["added_tokens"] = (config.num_added_tokens, llm_dim)
-    return {f"connector.{name}": shape for name, shape in shapes.items()}
+    return {
+        "connector.up.weight": (inner, encoder_dim),
+        "connector.down.weight": (llm_dim, inner),
+        "connector.added_tokens": (config.num_added_tokens, llm_dim),
+    }

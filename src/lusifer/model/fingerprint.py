@@ -1,9 +1,8 @@
 """Which model is it? One identity for each thing that can be asked.
 
-`model_hash`         a checkpoint by its files or, on a hub, by name and commit: outputs made with it.
-`weights_hash`       a loaded model by its weights, merged or not and in any precision: an index of its vectors.
-`files_fingerprint`  a backbone by a sample of the values in its files, without reading them whole: a checkpoint that
-                     names it.
+`model_hash` is of a checkpoint's files, or its name and commit on a hub: outputs made with it. `weights_hash` is of a
+loaded model, merged or not and in any precision: an index of its vectors. `files_fingerprint` is of a sample of the
+values in a backbone's files: a checkpoint that names it.
 """
 
 from __future__ import annotations
@@ -26,57 +25,35 @@ _SAMPLED = 1024  # Values of a weight that go into `weights_hash`.
 _READ = 64  # Values of a tensor that go into `files_fingerprint`.
 
 
-def files_hash(folder: Path, salt: str = "") -> str:
-    """Hash of what a model's folder holds, names included.
-
-    Args:
-        folder: The folder.
-        salt: Tells uses of the same files apart.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256(salt.encode())
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def model_hash(name: str, salt: str = "") -> str:
-    """Hash of a model's files, or of its name and commit where it is on a hub.
+    """Hash of a model's files, names included, or of its name and commit on a hub: 16 hexadecimal digits.
 
     Args:
         name: Folder, hub id or starter backbone.
         salt: Tells uses of the same model apart, such as ``encoder:``.
-
-    Returns:
-        16 hexadecimal digits.
     """
+    digest = hashlib.sha256(salt.encode())
     folder = Path(resolve_backbone(name))
     if folder.is_dir():
-        return files_hash(folder, salt)
-    try:
-        config = cached_or_none(name, "config.json")
-    except (OSError, ValueError):
-        config = None
-    commit = Path(config).parent.name if config else ""
-    return hashlib.sha256(f"{salt}{name} {commit}".encode()).hexdigest()[:16]
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _HASHED):
+            digest.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        try:
+            config = cached_or_none(name, "config.json")
+        except (OSError, ValueError):
+            config = None
+        digest.update(f"{name} {Path(config).parent.name if config else ''}".encode())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a loaded model's weights: names, shapes and at most 1024 values of each, rounded to bfloat16.
+    """Hash of a loaded model's weights, 16 hexadecimal digits: names, shapes and at most 1024 values of each.
 
-    Rounding makes a model loaded in float32 and in bfloat16 the same one, as its vectors nearly are. Weights that have
-    an adapter beside them are left out: merged in place or not, it is the same model.
-
-    Args:
-        model: The loaded model, on any device.
-
-    Returns:
-        16 hexadecimal digits.
+    Rounding to bfloat16 makes a model loaded in float32 and in bfloat16 the same one, as its vectors nearly are.
+    Weights that have an adapter beside them are left out: merged in place or not, it is the same model.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -89,10 +66,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def files_fingerprint(name: str, **hub: Any) -> str | None:
-    """Fingerprint of the weights a folder or hub id holds: tensor names, shapes and up to 64 values of each.
+    """Hash of the weights a folder or hub id holds: tensor names, shapes and up to 64 values of each, as bfloat16.
 
-    Values are rounded to bfloat16. They are read through safetensors slices: a model of 14 GB takes a few hundred
-    small reads.
+    Reads safetensors slices: a model of 14 GB takes a few hundred small reads.
 
     Args:
         name: Folder or hub id.

@@ -1,12 +1,9 @@
 """LusiferModel: a multilingual encoder in front of a decoder LLM, joined by a connector.
 
-One model serves both training stages and inference; they differ in the direction of the LLM's attention:
-
 1. The encoder reads the text; the connector turns each token state into a soft token.
-2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding
-   depends on the padding its batch mates cause.
-3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the
-   target too, causally, to predict it (LUSIFER, arXiv 2501.00874, section 3).
+2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding depends on padding.
+3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the target too, causally,
+   to predict it (LUSIFER, arXiv 2501.00874, section 3).
 """
 
 from __future__ import annotations
@@ -24,14 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
-from lusifer.model.adapters import (
-    add_lora,
-    forget_copy,
-    is_merged_in_place,
-    linear_names,
-    merge_adapters,
-    merge_in_place,
-)
+from lusifer.model.adapters import add_lora, forget_copy, is_merged_in_place, merge_adapters, merge_in_place
 from lusifer.model.backbone_pair import configure, load_backbones, position_table
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
@@ -53,8 +43,7 @@ class LusiferModel(PreTrainedModel):
 
     Attributes:
         window: Most tokens that the encoder's positions allow, special tokens included; None where they have no end.
-        tokenizer_source: Where the encoder's tokenizer is (folder or hub id, options), for `save_pretrained`; None
-            saves none.
+        tokenizer_source: Folder or hub id, and options, of the tokenizer that `save_pretrained` saves; None saves none.
     """
 
     config_class = LusiferConfig
@@ -67,21 +56,14 @@ class LusiferModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(
-        self,
-        config: LusiferConfig,
-        encoder: PreTrainedModel | None = None,
-        llm: PreTrainedModel | None = None,
+        self, config: LusiferConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
         self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
         self.llm = llm if llm is not None else build_llm(config.llm_config)
         encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
         self.connector = FeedForwardConnector(
-            encoder_dim,
-            config.connector_dim or llm_dim,
-            llm_dim,
-            config.num_added_tokens,
-            config.connector_residual,
+            encoder_dim, config.connector_dim or llm_dim, llm_dim, config.num_added_tokens, config.connector_residual
         )
         self.head: nn.Module | None = None
         if config.head_dim is not None:
@@ -120,8 +102,8 @@ class LusiferModel(PreTrainedModel):
             **config: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
         Raises:
-            LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot
-                read as many tokens as ``max_seq_length`` says.
+            LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot read
+                as many tokens as ``max_seq_length`` says.
         """
         built = configure(encoder, llm, llm_layers=llm_layers, **config)
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
@@ -133,31 +115,28 @@ class LusiferModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LusiferModel:
-        """Loads a checkpoint folder or hub id.
-
-        A standalone checkpoint goes through transformers' own loader. A small one (the default)
-        loads its backbones by name, then puts connector, head and adapters on top.
+        """Loads a checkpoint folder or hub id: standalone by transformers' own loader, a small one on top of its
+        backbones.
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
             *args: For transformers' loader.
-            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones'
-                data types, which otherwise are those of the checkpoint's configuration;
-                ``quantization`` is as for `from_backbones`.
+            **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones' data types, else those
+                of the configuration; ``quantization`` is as for `from_backbones`.
 
         Raises:
             LusiferError: If the checkpoint cannot be read, or a backbone is missing.
         """
+        name = str(pretrained_model_name_or_path)
         config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
         if not isinstance(config, LusiferConfig):
-            config = LusiferConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        check_files(repr(str(pretrained_model_name_or_path)), str(pretrained_model_name_or_path), **hub)
+            config = LusiferConfig.from_pretrained(name, **hub)
+        check_files(repr(name), name, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
             kwargs["dtype"] = "auto" if dtype is None else dtype
-            name = str(pretrained_model_name_or_path)
             try:
                 model, report = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
@@ -165,25 +144,16 @@ class LusiferModel(PreTrainedModel):
             check_loaded(name, model, report)
             model.tokenizer_source = (name, hub)
             return model
-        check_header(str(pretrained_model_name_or_path), connector_shapes(config), **hub)
-        chosen = None if dtype in (None, "auto") else dtype
-        encoder_dtype = chosen or config.encoder_config.dtype or torch.float32
-        llm_dtype = chosen or config.llm_config.dtype or torch.float32
+        check_header(name, connector_shapes(config), **hub)
+        chosen = None if dtype == "auto" else dtype
+        encoder, llm = (chosen or part.dtype or torch.float32 for part in (config.encoder_config, config.llm_config))
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
-        parts = load_backbones(
-            config, encoder_dtype, llm_dtype, kwargs.get("attn_implementation"), quantization, **shared
-        )
-        model = cls(config, *parts)
-        here = cached_or_none(str(pretrained_model_name_or_path), "tokenizer_config.json", **hub)
-        own, backbones = (
-            (str(pretrained_model_name_or_path), hub),
-            (config.encoder, {"revision": config.encoder_revision}),
-        )
-        model.tokenizer_source = backbones if here is None else own
-        for part in ("encoder", "llm"):
-            if getattr(config, f"{part}_adapter"):
-                add_lora(getattr(model, part), getattr(config, f"{part}_adapter"))
-        load_stored(model, pretrained_model_name_or_path, **hub)
+        attention = kwargs.get("attn_implementation")
+        model = cls(config, *load_backbones(config, encoder, llm, attention, quantization, **shared))
+        own = cached_or_none(name, "tokenizer_config.json", **hub) is not None
+        model.tokenizer_source = (name, hub) if own else (config.encoder, {"revision": config.encoder_revision})
+        model.put_adapters()
+        load_stored(model, name, **hub)
         if (device := kwargs.get("device_map")) is not None and device != "auto":
             model.to(device if not isinstance(device, dict) else next(iter(device.values())))
         return model.eval()
@@ -191,7 +161,7 @@ class LusiferModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a whole checkpoint: weights (what was trained, or all if ``config.standalone``) and tokenizer.
 
-        Weights and configuration alone where Sentence Transformers saves, which writes the rest itself.
+        Where Sentence Transformers saves, it writes weights and configuration alone.
 
         Args:
             save_directory: Folder to write to.
@@ -232,6 +202,12 @@ class LusiferModel(PreTrainedModel):
             forget_copy(self)
         return super().train(mode)
 
+    def put_adapters(self) -> None:
+        """Puts the adapters in place that the configuration names, for their weights to be read into."""
+        for part in ("encoder", "llm"):
+            if fields := getattr(self.config, f"{part}_adapter"):
+                add_lora(getattr(self, part), fields)
+
     def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
         """Puts a LoRA adapter on the encoder or the LLM.
 
@@ -246,9 +222,7 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
         if getattr(self.config, f"{part}_adapter"):
             raise LusiferError(f"the {part} has an adapter already")
-        fields = {"target_modules": linear_names(getattr(self, part)), **adapter}
-        add_lora(getattr(self, part), fields)
-        setattr(self.config, f"{part}_adapter", fields)
+        setattr(self.config, f"{part}_adapter", add_lora(getattr(self, part), adapter))
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
         """Chooses what trains: a stage is nothing but this choice and a loss.
@@ -265,22 +239,17 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError("the encoder has no adapter to train; add one or choose frozen or full")
         if llm and not self.config.llm_adapter:
             raise LusiferError("the LLM has no adapter to train; add one")
-        self.requires_grad_(False)
-        self.connector.requires_grad_(connector)
-        if self.head is not None:
-            self.head.requires_grad_(connector)
-        for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(encoder == "full" or (encoder == "lora" and "lora_" in name))
-        for name, parameter in self.llm.named_parameters():
-            parameter.requires_grad_(llm and "lora_" in name)
+        for name, parameter in self.named_parameters():
+            adapter = "lora_" in name
+            parts = {"encoder": encoder == "full" or (encoder == "lora" and adapter), "llm": llm and adapter}
+            parameter.requires_grad_(parts.get(name.split(".")[0], connector))
         if encoder == "full":
             self.config.encoder_stored = True
 
     def llm_embeddings(self) -> Tensor:
         """The LLM's input embedding matrix, (vocab, llm_dim), as the LLM itself feeds it to its layers."""
         table: Any = self.llm.get_input_embeddings()
-        scale = float(getattr(table, "scalar_embed_scale", 1.0))
-        return table.weight.detach() * scale
+        return table.weight.detach() * float(getattr(table, "scalar_embed_scale", 1.0))
 
     def bos_embedding(self) -> Tensor | None:
         """(llm_dim,) float32 embedding that stands before the soft tokens; None where the model has none."""
@@ -303,37 +272,29 @@ class LusiferModel(PreTrainedModel):
             attention_mask: (batch, seq), non-zero at real tokens.
 
         Returns:
-            ``[bos] soft tokens [added tokens]`` of shape (batch, length, llm_dim), float32; its mask;
-            and the mask of positions to pool (all but BOS), both (batch, length) bool.
+            ``[bos] soft tokens [added tokens]`` (batch, length, llm_dim) float32; its mask; and the mask of positions
+            to pool (all but BOS), both (batch, length) bool.
         """
         # Encoders with absolute positions (BERT) count padding on the left too.
         packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
         seen = real.clone()
         # A row with nothing in it: attention over nothing is NaN, and so is everything it touches.
         seen[:, 0] |= ~real.any(dim=1)
-        states = self.encoder(
-            input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)
-        ).last_hidden_state
-        soft = self.connector(states.to(self.connector.up.weight.dtype)).float()
-        batch = soft.shape[0]
-        added = self.connector.added_tokens.float().expand(batch, -1, -1)
-        ones = torch.ones(added.shape[:2], dtype=torch.bool, device=soft.device)
-        parts, masks, pooled = [soft, added], [real, ones], [real, ones]
-        bos = self.bos_embedding()
-        if bos is not None:
-            one = torch.ones(batch, 1, dtype=torch.bool, device=soft.device)
-            parts.insert(0, bos.expand(batch, 1, -1))
-            masks.insert(0, one)
-            pooled.insert(0, torch.zeros_like(one))
+        output = self.encoder(input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype))
+        soft = self.connector(output.last_hidden_state.to(self.connector.up.weight.dtype)).float()
+        added = self.connector.added_tokens.float().expand(len(soft), -1, -1)
+        parts, masks = [soft, added], [real, real.new_ones(added.shape[:2])]
+        pooled = masks
+        if (bos := self.bos_embedding()) is not None:
+            one = real.new_ones(len(soft), 1)
+            parts, masks = [bos.expand(len(soft), 1, -1), *parts], [one, *masks]
+            pooled = [~one, *pooled]
         mask = torch.cat(masks, dim=1)
         packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
         # Without BOS and added tokens an empty text leaves nothing to attend to: it gets a zero vector.
         packed_mask[:, 0] |= ~packed_mask.any(dim=1)
         pool_mask = pack_left(torch.cat(pooled, dim=1).unsqueeze(-1), mask)[0].squeeze(-1).bool()
         return packed, packed_mask, pool_mask
-
-    def _run_llm(self, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
-        return run_llm(self.llm, embeds.to(self.llm.dtype), mask, is_causal=is_causal)
 
     def forward(
         self,
@@ -354,14 +315,14 @@ class LusiferModel(PreTrainedModel):
             return_dict: Accepted for Sentence Transformers; the output is always a dict-like object.
             target_ids: (batch, target_seq) int64, LLM token ids of the targets, padded on the right.
             target_mask: (batch, target_seq), non-zero at real target tokens; all real when None.
-            target_masked: (batch, target_seq) bool, True where ``mask_embedding`` replaces the
-                target's input embedding; nowhere when None.
+            target_masked: (batch, target_seq) bool, where ``mask_embedding`` replaces the target's input; nowhere when
+                None.
             mask_embedding: (llm_dim,), needed with ``target_masked``.
 
         Returns:
-            ``last_hidden_state`` (batch, length, llm_dim), the LLM's states over ``[bos] soft [added]``;
-            ``pooler_output`` (batch, dim) float32, not normalised. With targets, ``last_hidden_state``
-            alone: (supervised, llm_dim) states that predict the real target tokens, row by row in order.
+            ``last_hidden_state`` (batch, length, llm_dim) over ``[bos] soft [added]`` and ``pooler_output`` (batch,
+            dim) float32, not normalised. With targets ``last_hidden_state`` alone: (supervised, llm_dim) states that
+            predict the real target tokens, row by row in order.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -379,7 +340,7 @@ class LusiferModel(PreTrainedModel):
                 target = torch.where(target_masked.unsqueeze(-1), mask_embedding.float(), target)
             target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
             return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
-        hidden = self._run_llm(embeds, mask, is_causal=False)
+        hidden = run_llm(self.llm, embeds, mask, is_causal=False)
         # A row without tokens has nothing to pool if there are no added tokens either.
         pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
         vector = pool(hidden, pooled, self.config.pooling)
@@ -391,7 +352,7 @@ class LusiferModel(PreTrainedModel):
         """The states before each real target token, so that no position has seen what it predicts."""
         mask = torch.cat([prefix_mask, target_mask], dim=1)
         packed, packed_mask = pack_left(torch.cat([prefix, target], dim=1), mask)
-        hidden = self._run_llm(packed, packed_mask, is_causal=True)
+        hidden = run_llm(self.llm, packed, packed_mask, is_causal=True)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         start = prefix_mask.sum(dim=1, keepdim=True) - 1
         return hidden[(positions >= start) & (positions < start + target_mask.sum(dim=1, keepdim=True))]

@@ -1,15 +1,8 @@
 """Where the real positions of a batch go: rows moved to the left, or all of them in one long row.
 
-Attention of the varlen kind (FlashAttention and what transformers registers like it) reads one row
-of all texts and their boundaries, and so computes nothing for padding. Every other kind would let
-the texts of such a row see each other, whatever the position ids say; it gets padded rows.
-
-`embed_packed` keeps a whole batch in one row, from the tokens to the pooled vector:
-
-1. The encoder reads all texts as one row, with their boundaries.
-2. The connector maps real token states alone; every soft token goes to its place in a second row,
-   ``[bos] soft tokens [added tokens]`` text by text.
-3. The LLM reads that row in both directions; each text's states are pooled by sums over its part of the row.
+Attention of the varlen kind (FlashAttention and what transformers registers like it) reads one row of all texts and
+their boundaries, and computes nothing for padding. Other kinds would let the texts of such a row see each other; they
+get padded rows.
 """
 
 from __future__ import annotations
@@ -18,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from lusifer.model.backbone_pair import position_table
@@ -46,60 +38,47 @@ def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return moved * packed.unsqueeze(-1).to(moved.dtype), packed
 
 
-def is_varlen(config: PretrainedConfig) -> bool:
-    """Whether a model's attention takes text boundaries (transformers' convention: ``flash`` in its name)."""
-    return is_flash_attention_requested(config)
-
-
-def text_bounds(lengths: Tensor) -> dict[str, Any]:
-    """What attention of the varlen kind wants to know about one packed row, in transformers' names.
-
-    Args:
-        lengths: (rows,) tokens of each text.
-    """
+def _text_bounds(lengths: Tensor) -> dict[str, Any]:
+    """What attention of the varlen kind wants to know about a row of texts of these lengths, in transformers' names."""
     bounds = nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
     ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return {"attention_mask": None, **ends}
 
 
-def run_llm(llm: nn.Module, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
+def run_llm(llm: Any, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tensor:
     """Runs a decoder over input embeddings, in one packed row where its attention allows it.
 
     Args:
         llm: A decoder of transformers, without LM head.
-        embeds: (batch, seq, llm_dim) in the LLM's data type, packed to the left.
+        embeds: (batch, seq, llm_dim), packed to the left.
         mask: (batch, seq) bool, True at real positions; each row has at least one.
         is_causal: Direction of the attention.
 
     Returns:
-        (batch, seq, llm_dim) states; what lies behind a row's end means nothing.
+        (batch, seq, llm_dim) states in the LLM's data type; what lies behind a row's end means nothing.
     """
-    model: Any = llm
+    embeds = embeds.to(llm.dtype)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     shared = {"is_causal": is_causal, "use_cache": False}
-    if not is_varlen(model.config):
+    if not is_flash_attention_requested(llm.config):
         # Attention without a mask takes the faster kernel, and grouped heads as they are.
         real = None if bool(mask.all()) else mask.long()
-        return model(inputs_embeds=embeds, attention_mask=real, position_ids=positions, **shared).last_hidden_state
-    packed = model(
-        inputs_embeds=embeds[mask].unsqueeze(0),
-        position_ids=positions[mask].unsqueeze(0),
-        **text_bounds(mask.sum(dim=1)),
-        **shared,
-    ).last_hidden_state.squeeze(0)
+        return llm(inputs_embeds=embeds, attention_mask=real, position_ids=positions, **shared).last_hidden_state
+    row, places = embeds[mask].unsqueeze(0), positions[mask].unsqueeze(0)
+    shared |= _text_bounds(mask.sum(dim=1))
+    packed = llm(inputs_embeds=row, position_ids=places, **shared).last_hidden_state.squeeze(0)
     return packed.new_zeros((*mask.shape, packed.shape[-1])).masked_scatter(mask.unsqueeze(-1), packed)
 
 
 def can_pack(model: LusiferModel) -> bool:
     """Whether both backbones have attention of the varlen kind and the encoder's positions are known."""
-    return (
-        is_varlen(model.encoder.config) and is_varlen(model.llm.config) and _first_position(model.encoder) is not None
-    )
+    varlen = all(is_flash_attention_requested(part.config) for part in (model.encoder, model.llm))
+    return varlen and _first_position(model.encoder) is not None
 
 
 def _first_position(encoder: nn.Module) -> int | None:
-    """Position of a text's first token: BERT counts from 0, RoBERTa and its kin from behind the padding index."""
+    """Position of a text's first token; None for encoders that do not add positions in ``embeddings``."""
     known: Any = getattr(encoder, "embeddings", None)
     table = position_table(encoder) if hasattr(known, "position_embeddings") else None
     return None if table is None else table.first
@@ -112,7 +91,7 @@ def _within(lengths: Tensor) -> Tensor:
 
 
 def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Embeds texts that stand behind each other.
+    """Embeds texts that stand behind each other in one row, from the tokens to the pooled vector.
 
     Args:
         model: A model for which `can_pack` holds.
@@ -122,18 +101,13 @@ def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Ten
     Returns:
         (rows, dim) float32, not normalised: the ``pooler_output`` of ``model``.
     """
-    encoder: Any = model.encoder
-    llm: Any = model.llm
+    encoder, llm = model.encoder, model.llm
     inside, first = _within(lengths), _first_position(encoder)
     assert first is not None, "ask can_pack first"
-    states = encoder(
-        input_ids=input_ids.unsqueeze(0),
-        position_ids=(inside + first).unsqueeze(0),
-        **text_bounds(lengths),
-    ).last_hidden_state.squeeze(0)
-    soft = model.connector(states.to(model.connector.up.weight.dtype)).float()
-    added = model.connector.added_tokens.float()
-    bos = model.bos_embedding()
+    positions = (inside + first).unsqueeze(0)
+    output = encoder(input_ids=input_ids.unsqueeze(0), position_ids=positions, **_text_bounds(lengths))
+    soft = model.connector(output.last_hidden_state.squeeze(0).to(model.connector.up.weight.dtype)).float()
+    added, bos = model.connector.added_tokens.float(), model.bos_embedding()
     front = 0 if bos is None else 1
     longer = lengths + front + len(added)
     starts = longer.cumsum(dim=0) - longer
@@ -144,13 +118,9 @@ def embed_packed(model: LusiferModel, input_ids: Tensor, lengths: Tensor) -> Ten
     for number, token in enumerate(added):
         row[starts + front + lengths + number] = token
     places = _within(longer)
-    hidden = llm(
-        inputs_embeds=row.to(llm.dtype).unsqueeze(0),
-        position_ids=places.unsqueeze(0),
-        is_causal=False,
-        use_cache=False,
-        **text_bounds(longer),
-    ).last_hidden_state.squeeze(0)
+    inputs = {"inputs_embeds": row.to(llm.dtype).unsqueeze(0), "position_ids": places.unsqueeze(0)}
+    output = llm(**inputs, is_causal=False, use_cache=False, **_text_bounds(longer))
+    hidden = output.last_hidden_state.squeeze(0)
     if model.config.pooling == "last_token":
         vector = hidden[starts + longer - 1].float()
     else:

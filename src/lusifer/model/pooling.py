@@ -7,16 +7,12 @@ from torch import Tensor
 
 
 def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
-    """Pools token states into one vector per row, in float32.
+    """Pools token states into one vector per row, (batch, dim) float32.
 
     Args:
         states: (batch, seq, dim).
         mask: (batch, seq) bool, True at the positions to pool; each row has at least one.
-        how: ``mean``, ``last_token`` or ``weighted_mean`` (weight 1, 2, 3, ... along the pooled
-            positions; SGPT, arXiv 2202.08904, equation 2).
-
-    Returns:
-        (batch, dim) float32.
+        how: ``mean``, ``last_token`` or ``weighted_mean`` (weight 1, 2, 3, ...; SGPT, arXiv 2202.08904, equation 2).
     """
     if how == "last_token":
         positions = torch.arange(mask.shape[1], device=mask.device)
@@ -28,14 +24,11 @@ def pool(states: Tensor, mask: Tensor, how: str) -> Tensor:
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the states at real tokens, in float32; zero for a row without any.
+    """Mean of the states at real tokens, (batch, dim) float32; zero for a row without any.
 
     Args:
         states: (batch, seq, dim).
         mask: (batch, seq), non-zero at real tokens.
-
-    Returns:
-        (batch, dim) float32.
     """
     weights = mask.unsqueeze(-1).float()
     return (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

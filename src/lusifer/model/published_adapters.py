@@ -1,12 +1,8 @@
 """Adapters that belong to an LLM as it is published: merged into its weights while it loads.
 
-Many LLM embedders are a base LLM and one or two LoRA adapters of PEFT on top (LLM2Vec, arXiv 2404.05961: one for
-masked next token prediction, then one for contrastive training). To us they are the LLM, which nothing trains further:
-
-1. Read the adapter's configuration and the names of its tensors. Names depend on the model it was trained on, with
-   LM head (``base_model.model.model.layers...``) or without (``base_model.model.layers...``); ours has none.
-2. Put PEFT's own LoRA layers at just these places, with the ranks the tensors have, and copy the tensors in.
-3. Let PEFT add the products to the weights, and go on with the next adapter.
+Many LLM embedders are a base LLM and one or two LoRA adapters of PEFT on top (LLM2Vec, arXiv 2404.05961: one for masked
+next token prediction, then one for contrastive training). To us they are the LLM, which nothing trains further. PEFT's
+own LoRA layers are put where the adapter's tensors belong, with the ranks these have, filled and merged.
 """
 
 from __future__ import annotations
@@ -30,14 +26,11 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?P<layer>.+)\.lora_(
 
 
 def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's configuration and tensors.
+    """An adapter's configuration, and its tensors by the layer's name in an LLM without head and ``A`` or ``B``.
 
     Args:
         name: Folder or hub id of a LoRA adapter of PEFT; ``ID@REVISION`` pins a hub id.
         **hub: ``token``, ``cache_dir``, ...
-
-    Returns:
-        The configuration, and tensors by the layer's name in an LLM without head and ``A`` or ``B``.
 
     Raises:
         LusiferError: If it cannot be read, has no safetensors, or holds more than LoRA matrices of inner layers.
@@ -64,22 +57,16 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
 def _check_kind(name: str, config: Any) -> None:
     if not isinstance(config, LoraConfig):
         raise LusiferError(f"the adapter {name!r} is {config.peft_type!s}, not LoRA; merge it into its LLM by hand")
-    refused = {
-        "use_dora": config.use_dora,
-        "modules_to_save": config.modules_to_save,
-        "lora_bias": config.lora_bias,
-        "bias": config.bias not in (None, "none"),
-        "layer_replication": config.layer_replication,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    if used := [field for field, value in refused.items() if value]:
+    refused = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices")
+    used = [field for field in refused if getattr(config, field)]
+    if config.bias not in (None, "none"):
+        used.append("bias")
+    if used:
         raise LusiferError(f"the adapter {name!r} uses {', '.join(used)}; merge it into its LLM by hand")
 
 
 def merge_in(llm: PreTrainedModel, name: str, *, depth: int, **hub: Any) -> None:
-    """Adds an adapter to the LLM it was trained on, in place; nothing of it remains to be trained.
-
-    Sums are made in float32 and rounded once to the weights' data type.
+    """Adds an adapter to the LLM it was trained on, in place, in float32; nothing of it remains to be trained.
 
     Args:
         llm: An LLM without LM head, perhaps shortened to its first layers.

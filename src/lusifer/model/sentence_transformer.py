@@ -25,23 +25,14 @@ CONFIG = "config_sentence_transformers.json"  # The first file that Sentence Tra
 
 
 class _Saved(nn.Module):
-    """Stands for a model whose weights are in the folder already, or come later."""
+    """Stands for a model whose weights are written elsewhere; `forward` is read for its arguments alone."""
 
     def __init__(self, config: LusiferConfig) -> None:
         super().__init__()
         self.config = config
+        self.save_pretrained = lambda folder, **_: config.save_pretrained(folder)
 
-    def forward(self, input_ids: Any, attention_mask: Any = None, return_dict: Any = None) -> None:
-        """Is read for its arguments alone."""
-
-    def save_pretrained(self, folder: str, **_: Any) -> None:
-        """Writes the configuration.
-
-        Args:
-            folder: Where to.
-            **_: Ignored.
-        """
-        self.config.save_pretrained(folder)
+    def forward(self, input_ids: Any, attention_mask: Any = None, return_dict: Any = None) -> None: ...
 
 
 def to_sentence_transformer(model: LusiferModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
@@ -83,8 +74,13 @@ def save_around(
     wrapped = _wrap(_Saved(config), tokenizer, "cpu")
     wrapped.prompts.update(prompts or {})
     wrapped.default_prompt_name = default_prompt
-    wrapped.save_pretrained(str(folder), create_model_card=False)
-    (folder / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
+    _save(wrapped, config, folder)
+
+
+def _save(model: SentenceTransformer, config: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder), create_model_card=False)
+    if isinstance(config, LusiferConfig):
+        (folder / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
 
 
 def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreTrainedTokenizerBase) -> None:
@@ -100,10 +96,7 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
     """
     try:
         with publish_folder(folder, "checkpoint") as new:
-            model.save_pretrained(str(new), create_model_card=False)
-            config = getattr(getattr(model[0], "auto_model", None), "config", None)
-            if isinstance(config, LusiferConfig):
-                (new / CARD).write_text(make_card(config.to_dict()), encoding="utf-8")
+            _save(model, getattr(getattr(model[0], "auto_model", None), "config", None), new)
             for name, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(new / name)
     except SafetensorError as error:

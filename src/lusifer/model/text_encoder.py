@@ -1,13 +1,9 @@
 """Texts to vectors at the speed of the hardware: tokenised ahead, sorted by tokens, in batches of a token budget.
 
-This is what ``lusifer.load`` encodes with, and so everything on top of Sentence Transformers.
-
 1. A window of texts is tokenised at once, in a thread of its own, while the model is busy with the window before.
-2. Its rows are sorted by their number of tokens and split into batches of at most a budget of padded tokens, of equal
-   length where there are enough, so that padding is a few per cent however lengths and scripts are mixed (sorted by
-   characters, as Sentence Transformers does, a third of the tokens is padding when scripts differ).
-3. Each batch goes through the model, adapters merged (`lusifer.model.adapters.inference_copy`), as one packed row where
-   attention allows it (`lusifer.model.packing`); the vectors return to the order of the texts.
+2. Its rows are sorted by tokens and split into batches within the budget, of equal length where there are enough:
+   padding is a few per cent, where sorting by characters leaves a third.
+3. Each batch goes through the model, adapters merged, as one packed row where attention allows it.
 
 Several threads may encode with one model: nothing that they share is changed.
 """
@@ -48,20 +44,15 @@ _backends: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Any]
 def choose_precision(model: SentenceTransformer) -> str:
     """The data type in which this model's matrix products are fastest here, by measuring one; takes some 50 ms.
 
-    Args:
-        model: A loaded model.
-
-    Returns:
-        ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast.
+    It is ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast.
     """
     device = model.device
     sizes = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     width, depth = max(sizes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    short = torch.bfloat16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        short = torch.float16
-    seconds = {}
-    for dtype in (torch.float32, short):
+    poor = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    short = torch.float16 if poor else torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
         rows = torch.randn(PASS_TOKENS, depth, dtype=dtype, device=device)
         weight = torch.randn(width, depth, dtype=dtype, device=device)
         times = []
@@ -69,12 +60,13 @@ def choose_precision(model: SentenceTransformer) -> str:
             begin = time.perf_counter()
             float(torch.nn.functional.linear(rows, weight)[0, 0])  # Reading a number waits for the device.
             times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times[1:])
-    return str(short).removeprefix("torch.") if seconds[torch.float32] > _WORTH_IT * seconds[short] else "float32"
+        return min(times[1:])
+
+    return str(short).removeprefix("torch.") if seconds(torch.float32) > _WORTH_IT * seconds(short) else "float32"
 
 
 def set_precision(model: SentenceTransformer, precision: str) -> str:
-    """Converts a model, in place, to the data type it shall compute in; what adds up stays in float32.
+    """Converts a model, in place, to a data type to compute in, and returns its name; what adds up stays in float32.
 
     Its adapters are merged, so that it can no longer be trained or saved.
 
@@ -82,23 +74,18 @@ def set_precision(model: SentenceTransformer, precision: str) -> str:
         model: A loaded model.
         precision: One of `PRECISIONS`; ``auto`` measures.
 
-    Returns:
-        The data type's name.
-
     Raises:
         LusiferError: If there is no such precision.
     """
     if precision not in PRECISIONS:
         raise LusiferError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     precision = choose_precision(model) if precision == "auto" else precision
-    dtype = getattr(torch, precision)
-    inner: Any = getattr(model[0], "auto_model", None)
-    if isinstance(inner, LusiferModel):
+    parts: list[Any] = [model]
+    if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
         inner.merge_for_inference()  # Before rounding, not after.
-        for part in (inner.encoder, inner.llm):
-            part.to(dtype)
-    else:
-        model.to(dtype)
+        parts = [inner.encoder, inner.llm]
+    for part in parts:
+        part.to(getattr(torch, precision))
     return precision
 
 
@@ -111,19 +98,15 @@ def _dimension(model: SentenceTransformer) -> int:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of texts, special tokens included, truncated to what a model reads.
+    """Token ids of texts, special tokens included, truncated to what a model reads, and whether each text was longer.
 
     Calling a tokenizer of transformers switches truncation on and off in the one backend that all threads share, so
-    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings, made
-    once: one that never truncates, and one that always does, if a text needs it.
+    that a text may come back whole where another thread tokenises. This uses private copies with fixed settings.
 
     Args:
         tokenizer: The tokenizer; not changed.
         texts: The texts.
         max_length: Most tokens of a text.
-
-    Returns:
-        Ids by text, at most ``max_length`` each, and whether each text was longer.
     """
     plain = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     rows: list[list[int]] = _private(tokenizer, truncation=False)(list(texts), truncation=False, **plain)["input_ids"]
@@ -170,13 +153,11 @@ class TextEncoder:
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
         self.inner: Any = None
-        inner = getattr(model[0], "auto_model", None)
-        self.is_ours = isinstance(inner, LusiferModel)
         self.max_seq_length = int(model.max_seq_length or 512)
-        if isinstance(inner, LusiferModel):
+        if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
             self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
             self.inner = inference_copy(inner)
-        self.packs = self.is_ours and can_pack(self.inner)
+        self.packs = self.inner is not None and can_pack(self.inner)
         self.tokenizer: Any = model.tokenizer
         self.dimension = _dimension(model)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
@@ -191,20 +172,19 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
-        """Embeds tokenised texts, in token-sorted batches.
+        """Embeds tokenised texts in token-sorted batches: (n, dim) float32 unit vectors, in the order of the texts.
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
             tick: Called after each batch with the number of its texts.
-
-        Returns:
-            (n, dim) float32 unit vectors, in the order of the texts.
         """
         embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
-        for rows, vectors in self._batches(ids):
-            embeddings[rows] = vectors
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
+        for rows in exact_batches(lengths, self.token_budget):
+            batch = rows.tolist()
+            embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu().numpy()
             if tick is not None:
-                tick(len(rows))
+                tick(len(batch))
         return embeddings
 
     def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
@@ -221,14 +201,11 @@ class TextEncoder:
             yield self.encode_ids(ids, tick)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
-        """Embeds texts.
+        """Embeds texts: (n, dim) float32 unit vectors.
 
         Args:
             texts: The texts.
             progress: Whether to show a bar.
-
-        Returns:
-            (n, dim) float32 unit vectors.
         """
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         begin = 0
@@ -240,33 +217,26 @@ class TextEncoder:
 
     def _tokenized(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
         """Windows of token ids, each made while the one before is in the model."""
-        rest = iter(texts)
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
-            while window := self._next_window(rest):
+            for window in self._windows(texts):
                 current, ahead = ahead, pool.submit(self.tokenize, window)
                 if current is not None:
                     yield current.result()
             if ahead is not None:
                 yield ahead.result()
 
-    def _next_window(self, texts: Iterator[str]) -> list[str]:
+    def _windows(self, texts: Iterable[str]) -> Iterator[list[str]]:
         window: list[str] = []
         characters = 0
         for text in texts:
             window.append(text)
             characters += len(text)
             if len(window) == self.window or characters >= _CHARACTERS:
-                break
-        return window
-
-    def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if not len(ids):
-            return
-        lengths = torch.tensor([len(row) for row in ids])
-        for rows in exact_batches(lengths, self.token_budget):
-            chosen = rows.tolist()
-            yield np.array(chosen), self._forward([ids[row] for row in chosen]).float().cpu().numpy()
+                yield window
+                window, characters = [], 0
+        if window:
+            yield window
 
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
@@ -277,7 +247,7 @@ class TextEncoder:
         else:
             batch = self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt", verbose=False)
             features = {name: tensor.to(device) for name, tensor in batch.items()}
-            if not self.is_ours:
+            if self.inner is None:
                 return self.model(features)["sentence_embedding"]
             vectors = self.inner(features["input_ids"], features["attention_mask"]).pooler_output
         for module in list(self.model)[1:]:

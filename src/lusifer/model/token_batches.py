@@ -18,22 +18,14 @@ WORTH_SPLITTING = 1.15
 
 
 def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[Tensor]:
-    """Groups rows of similar length.
+    """Groups rows of similar length and returns the row indices of each group, longest rows first.
 
     Args:
         lengths: (rows,) tokens per row.
         max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
         at_least: Least number of groups, at most ``rows``; groups are halved until there are so many.
-
-    Returns:
-        Row indices of each group, longest rows first.
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    groups = []
-    while len(order):
-        size = max(1, max_tokens // max(int(lengths[order[0]]), 1))
-        groups.append(order[:size])
-        order = order[size:]
+    groups = exact_batches(lengths, max_tokens, enough=max_tokens)
     while len(groups) < at_least:
         widest = max(range(len(groups)), key=lambda g: len(groups[g]))
         half = (len(groups[widest]) + 1) // 2
@@ -42,15 +34,10 @@ def micro_batches(lengths: Tensor, max_tokens: int, at_least: int = 1) -> list[T
 
 
 def padding_groups(attention_mask: Tensor) -> list[Tensor]:
-    """Rows of similar length, where a batch on a CPU is mostly padding; else none.
+    """Row indices of groups of similar length, where a batch on a CPU is mostly padding; none where that gains nothing.
 
-    Whoever sorts texts by characters, as Sentence Transformers does, sends batches that are a third padding.
-
-    Args:
-        attention_mask: (rows, seq), non-zero at real tokens.
-
-    Returns:
-        Row indices of each group; empty where splitting gains nothing.
+    ``attention_mask`` is (rows, seq), non-zero at real tokens. Whoever sorts texts by characters, as Sentence
+    Transformers does, sends batches that are a third padding.
     """
     lengths = attention_mask.bool().sum(dim=1)
     if attention_mask.device.type != "cpu" or attention_mask.numel() < WORTH_SPLITTING * int(lengths.sum()):
@@ -60,18 +47,15 @@ def padding_groups(attention_mask: Tensor) -> list[Tensor]:
 
 
 def exact_batches(lengths: Tensor, max_tokens: int, enough: int = 256) -> list[Tensor]:
-    """Groups rows of equal length, and of nearly equal length only where a group would be small.
+    """Groups rows of equal length, and of nearly equal length only where a group would be small; longest rows first.
 
-    Without padding an attention mask is not needed, and attention without one is faster. Matrix products on a CPU are
-    at full speed from some 256 rows on, so a group of that many tokens need not be filled up with shorter texts.
+    Without padding attention needs no mask and is faster. Matrix products on a CPU are at full speed from some 256 rows
+    on, so a group of that many tokens need not be filled up with shorter texts.
 
     Args:
         lengths: (rows,) tokens per row.
         max_tokens: Most padded tokens a group may hold; a longer single row is a group of its own.
         enough: Tokens from which on a group takes no row of another length.
-
-    Returns:
-        Row indices of each group, longest rows first.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     ordered = lengths[order].tolist()

@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from lusifer.errors import LusiferError
 from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_alone import Embed, encoder_alone
+from lusifer.model.backbone_alone import EncoderAlone
 from lusifer.publishing import write_json
 from lusifer.quickstart.report import write_report
 from lusifer.recipes.files import load_recipe
@@ -75,7 +75,7 @@ class _Run:
         self.since = now
         write_json(self.path, self.state)
 
-    def score(self, name: str, load: Callable[[], Embed], progress: bool) -> None:
+    def score(self, name: str, load: Callable[[], Any], progress: bool) -> None:
         """Scores a system, unless it is scored already.
 
         Args:
@@ -110,7 +110,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     output.mkdir(parents=True, exist_ok=True)
     run = _Run(output, fingerprint(recipe, STAGES[-1]))
     fetch()
-    run.score("encoder", lambda: encoder_alone(recipe.model.encoder)[0], progress)
+    run.score("encoder", lambda: EncoderAlone.from_name(recipe.model.encoder).embed, progress)
     run.score("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
     run.score("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
     stages = {}

