@@ -1,9 +1,8 @@
 """The folder of results of one model, which mteb's own tools read too.
 
 * ``OUT/results/MODEL/HASH/TASK.json`` is mteb's result of a task, where `mteb.ResultCache` looks for it, with keys of
-  ours that mteb passes over: standard errors, what stood in front of the texts, and what the model ran with.
-* ``OUT/failures/TASK.json`` says why a task failed.
-* ``OUT/run.json`` says which model the folder is about, and what was asked for.
+  ours that mteb passes over: standard errors, prompts, and what the model ran with.
+* ``OUT/failures/TASK.json`` says why a task failed; ``OUT/run.json`` which model the folder is about, and the plan.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ class Results(ResultCache):
     between tasks without a lock. Here a task's file is written whole, unrounded, and by nobody else.
 
     Args:
-        out: The folder.
         model: mteb's description of the model; name and revision say where results lie.
         settings: What is recorded with each result; ``model``, ``model_hash`` and ``prompts`` are among it.
         revisions: Task name to the revision of its data now. A result of another revision is scored again.
@@ -54,10 +52,11 @@ class Results(ResultCache):
         """A task's file; None where there is none, it cannot be read, or its data have changed since."""
         record = read_object(self.get_task_result_path(name, self.model))
         try:
-            TaskResult.model_validate(record)
+            scores = TaskResult.model_validate(record).scores
         except ValidationError:
             return None
-        if record is None or not all(map(math.isfinite, _main_scores(record["scores"]))):
+        values = [row["main_score"] for rows in scores.values() for row in rows]
+        if record is None or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
             return None
         if record["dataset_revision"] != self.revisions[name]:
             logger.warning("%s: the data have changed since it was scored; it is scored again", name)
@@ -89,7 +88,6 @@ class Results(ResultCache):
         Raises:
             ValueError: If a main score is NaN.
         """
-        result = task_result.model_dump(mode="json")
         for split, rows in task_result.scores.items():
             if broken := sorted(row["hf_subset"] for row in rows if not math.isfinite(row["main_score"])):
                 raise ValueError(f"the main score of {broken[0]} ({split}) is NaN; are all embeddings the same?")
@@ -100,8 +98,8 @@ class Results(ResultCache):
             errors[split] = {**errors.get(split, {}), **fresh}
         languages = {**(before.get("languages") or {}), **self.details["languages"]}
         extra = {**self.details, "languages": languages, "standard_errors": errors, **self.settings}
-        path = self.get_task_result_path(task_result.task_name, self.model)
-        write_json(path, {**_json_numbers(result), **extra})
+        result = json.loads(task_result.model_dump_json())  # Null for NaN and infinity, which JSON has no names for.
+        write_json(self.get_task_result_path(task_result.task_name, self.model), {**result, **extra})
 
     def fail(self, name: str, error: Exception) -> None:
         """Records why a task failed; what it had scored before stays."""
@@ -125,10 +123,7 @@ class Results(ResultCache):
         return Path(self.cache_path) / "failures" / f"{name}.json"
 
     def claim(self, tasks: Sequence[Task]) -> None:
-        """Writes what the folder is about and what it shall hold: the plan joins what was asked for before.
-
-        Args:
-            tasks: What is asked for now.
+        """Writes what the folder is about, and adds tasks to what it shall hold.
 
         Raises:
             LusiferError: If the folder cannot be written.
@@ -176,7 +171,7 @@ def check_claim(out: Path, asked: Mapping[str, str]) -> None:
 
     Args:
         out: The folder; may be missing.
-        asked: ``model``, its ``model_hash`` and the hash of the ``prompts``; only the name may have changed.
+        asked: ``model_hash`` and the hash of the ``prompts`` of this run.
 
     Raises:
         LusiferError: If it does.
@@ -205,17 +200,3 @@ def main_scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
             shared = set.intersection(*map(set, splits))
             scores[name] = {key: sum(split[key] for split in splits) / len(splits) for key in shared}
     return scores
-
-
-def _main_scores(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
-    values = [row["main_score"] for rows in scores.values() for row in rows]
-    return [float(value) if isinstance(value, float | int) else math.nan for value in values]
-
-
-def _json_numbers(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON has no names for."""
-    if isinstance(value, dict):
-        return {key: _json_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_json_numbers(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
