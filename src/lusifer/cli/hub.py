@@ -48,17 +48,11 @@ def _card_scores(system: System) -> CardScores:
     }
     results = [
         EvalResult(
-            task_type=row.kind,
-            task_name=row.kind,
-            dataset_type=f"mteb/{row.task}",
-            dataset_name=f"{row.task} ({row.subset})",
-            dataset_config=row.subset,
-            metric_type="main_score",
-            metric_name="main score",
-            metric_value=round(100 * row.value, 2),
+            row.kind, f"mteb/{row.task}", f"{row.task} ({row.subset})", "main_score", round(100 * row.value, 2),
+            task_name=row.kind, dataset_config=row.subset, metric_name="main score",
         )
         for row in system.rows
-    ]
+    ]  # fmt: skip
     versions = sorted(system.settings.get("version of mteb", set()))
     return CardScores(languages, results, versions, list(system.failed))
 

@@ -62,7 +62,8 @@ class CachedModel(AbsEncoder):
     Args:
         cache: Embeds texts.
         prompts: Instructions by task name or type; the model's own prompts hold where there are none.
-        description: What results call it, see `lusifer.evaluation.results.describe_model`.
+        description: What results call it, see `lusifer.evaluation.results.Results.model`.
+        model: The model.
         prompt: Put before every text, whatever the task.
     """
 

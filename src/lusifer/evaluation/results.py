@@ -35,16 +35,30 @@ class Results(ResultCache):
     between tasks without a lock. Here a task's file is written whole, unrounded, and by nobody else.
 
     Args:
-        model: mteb's description of the model; name and revision say where results lie.
+        out: The folder.
         settings: What is recorded with each result; ``model``, ``model_hash`` and ``prompts`` are among it.
         revisions: Task name to the revision of its data now. A result of another revision is scored again.
+
+    Attributes:
+        model: mteb's description of the model; its name and revision say where results lie.
+        recorder: Listens to the task that `mteb.evaluate` runs.
+        details: Keys of that task's file besides mteb's own; ``languages`` joins what the file has.
+
+    Raises:
+        LusiferError: If the folder holds another model's results, or those of other prompts.
     """
 
-    def __init__(self, out: Path, model: Any, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
         super().__init__(out)
-        self.model = model
-        self.settings = settings
-        self.revisions = revisions
+        known = read_object(out / "run.json")
+        for key in ("model_hash", "prompts"):
+            now, there = settings[key], settings[key] if known is None else known.get(key)
+            if now != there:
+                difference = f"{key} is {there!r} there and {now!r} now"
+                raise LusiferError(f"{out} holds results of another run ({difference}); choose another --out")
+        name = "local/" + settings["model"].strip("./").replace("/", "-").replace(":", "-")
+        self.model: Any = ModelMeta.create_empty(overwrites={"name": name, "revision": settings["model_hash"]})
+        self.settings, self.revisions = settings, revisions
         self.recorder: Recorder | None = None
         self.details: dict[str, Any] = {}
 
@@ -72,15 +86,6 @@ class Results(ResultCache):
         """Whether all splits and subsets of an mteb task are scored."""
         result = self.load_task_result(task.metadata.name, self.model)
         return result is not None and not result.get_missing_evaluations(task)
-
-    def begin(self, recorder: Recorder, details: dict[str, Any]) -> None:
-        """Says what is recorded with the task that `mteb.evaluate` runs next.
-
-        Args:
-            recorder: Listens to the task.
-            details: Keys of the task's file besides mteb's own; ``languages`` joins what the file has.
-        """
-        self.recorder, self.details = recorder, details
 
     def save_to_cache(self, task_result: TaskResult, model_name: Any, *args: Any, **kwargs: Any) -> None:
         """Writes a task's file; mteb calls it after every subset.
@@ -146,17 +151,6 @@ class Results(ResultCache):
             raise LusiferError(f"cannot write into {str(out)!r}: {first_line(error)}") from error
 
 
-def describe_model(model: str, revision: str) -> Any:
-    """The description of a model by which mteb names results.
-
-    Args:
-        model: What was asked for: a path, a hub id, ``encoder:NAME``, ...
-        revision: Hash of the model.
-    """
-    name = "local/" + model.strip("./").replace("/", "-").replace(":", "-")
-    return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
-
-
 def read_object(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None where there is none that can be read."""
     try:
@@ -164,27 +158,6 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def check_claim(out: Path, asked: Mapping[str, str]) -> None:
-    """Refuses a folder that holds another model's results, or those of other prompts.
-
-    Args:
-        out: The folder; may be missing.
-        asked: ``model_hash`` and the hash of the ``prompts`` of this run.
-
-    Raises:
-        LusiferError: If it does.
-    """
-    known = read_object(out / "run.json")
-    if known is None:
-        return
-    for key in ("model_hash", "prompts"):
-        if known.get(key) != asked[key]:
-            raise LusiferError(
-                f"{out} holds results of another run ({key} is {known.get(key)!r} there and {asked[key]!r} now); "
-                "choose another --out"
-            )
 
 
 def main_scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.intervals import Recorder
 from lusifer.evaluation.mteb_model import CachedModel, Prompts
-from lusifer.evaluation.results import Results, check_claim, describe_model
+from lusifer.evaluation.results import Results
 from lusifer.evaluation.systems import Embedder, language_profile, load_embedder, model_hash
 from lusifer.evaluation.tasks import cost, data_revision, mteb_task
 from lusifer.hooks.datasets import arrow_cache
@@ -103,12 +103,9 @@ def _open(
     model: str, tasks: Sequence[Task], out: Path, data: Path | None, prompts: Prompts, batch_size: int
 ) -> Results:
     """The results of a model, once it is sure that the folder is not another's."""
-    digest = model_hash(model)
     hashed = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16] if prompts else "own"
-    asked = {"model": model, "model_hash": digest, "prompts": hashed}
-    check_claim(out, asked)
-    revisions = {task.name: data_revision(task, data) for task in tasks}
-    return Results(out, describe_model(model, digest), {**asked, "batch_size": batch_size}, revisions)
+    settings = {"model": model, "model_hash": model_hash(model), "prompts": hashed, "batch_size": batch_size}
+    return Results(out, settings, {task.name: data_revision(task, data) for task in tasks})
 
 
 def _run_on_devices(devices: Sequence[str], *arguments: Any, progress: bool, **options: Any) -> None:
@@ -175,7 +172,8 @@ def _score(model: CachedModel, task: Task, data: Path | None, results: Results) 
         prefixes = {role: model.prefix(prepared.metadata, kind) for role, kind in roles.items()}
     languages = {key: list(codes) for key, codes in task.subsets.items()}
     details = {"type": task.type, "group": task.group, "languages": languages}
-    results.begin(Recorder(prepared), {**details, "prefixes": prefixes, "seed": prepared.seed})
+    results.recorder = Recorder(prepared)
+    results.details = {**details, "prefixes": prefixes, "seed": prepared.seed}
     with arrow_cache(None if data is None else cache_dir() / "datasets" / results.revisions[task.name]):
         mteb.evaluate(
             model, prepared, cache=results, overwrite_strategy="only-missing", prediction_folder=PREDICTIONS_TAKEN,

@@ -115,12 +115,8 @@ def _entries(data: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def tasks_in(data: Path) -> list[Task]:
-    """The tasks a folder holds; subsets in two languages carry both.
-
-    Raises:
-        LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
-    """
+def _tasks_in(data: Path) -> list[Task]:
+    """The tasks a folder holds; subsets in two languages carry both."""
     groups = {task.name: task.group for task in suite.tasks(suite.MAIN)}
     tasks = []
     for entry in _entries(data):
@@ -170,7 +166,7 @@ def choose(
         raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
     if name is None and data is None:
         raise LusiferError("say which --benchmark, or which --data folder")
-    held = {task.name: task for task in tasks_in(data)} if data is not None else {}
+    held = {task.name: task for task in _tasks_in(data)} if data is not None else {}
     wanted = list(held.values()) if name is None else suite.tasks(name)
     for asked, present, word in (
         (languages, {code for task in wanted for codes in task.subsets.values() for code in codes}, "language"),

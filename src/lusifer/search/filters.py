@@ -61,20 +61,14 @@ class Not:
 
 
 @dataclass(frozen=True)
-class Both:
-    """All conditions hold."""
+class Several:
+    """All conditions hold (``AND``), or at least one does (``OR``)."""
 
+    word: str
     parts: tuple[Filter, ...]
 
 
-@dataclass(frozen=True)
-class Either:
-    """At least one condition holds."""
-
-    parts: tuple[Filter, ...]
-
-
-Filter = OneOf | Compare | Not | Both | Either
+Filter = OneOf | Compare | Not | Several
 
 
 def parse_filter(text: str, columns: Mapping[str, str]) -> Filter:
@@ -101,10 +95,8 @@ def to_sql(condition: Filter) -> str:
             return f"`{column}` {sign} {sql_value(value)}"
         case Not(inner):
             return f"({to_sql(inner)}) IS NOT TRUE"
-        case Both(parts):
-            return " AND ".join(f"({to_sql(part)})" for part in parts)
-        case Either(parts):
-            return " OR ".join(f"({to_sql(part)})" for part in parts)
+        case Several(word, parts):
+            return f" {word} ".join(f"({to_sql(part)})" for part in parts)
 
 
 def sql_value(value: Value) -> str:
@@ -143,10 +135,6 @@ def _number(text: str) -> Decimal:
         return Decimal(text)
     except InvalidOperation:  # An exponent of nineteen digits.
         return Decimal(float(text))
-
-
-def _joined(kind: type[Both] | type[Either], parts: tuple[Filter, ...]) -> Filter:
-    return parts[0] if len(parts) == 1 else kind(parts)
 
 
 class _Parser:
@@ -202,8 +190,11 @@ class _Parser:
             raise self._error(repr(sign))
 
     def _either(self) -> Filter:
-        parts = self._several(lambda: _joined(Both, self._several(self._unary, "AND")), "OR")
-        return _joined(Either, parts)
+        return self._joined(lambda: self._joined(self._unary, "AND"), "OR")
+
+    def _joined(self, part: Callable[[], Filter], word: str) -> Filter:
+        parts = self._several(part, word)
+        return parts[0] if len(parts) == 1 else Several(word, parts)
 
     def _several(self, part: Callable[[], _Part], separator: str) -> tuple[_Part, ...]:
         """One or more parts with a word or sign between them."""

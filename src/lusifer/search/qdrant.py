@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.search.filters import Both, Compare, Either, Filter, Not, OneOf
+from lusifer.search.filters import Compare, Filter, Not, OneOf, Several
 from lusifer.search.lexical import words
 from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
@@ -197,10 +197,9 @@ class QdrantStore(Store):
                 return models.FieldCondition(key=_path(column), range=models.Range(**bounds))
             case Not(inner):
                 return models.Filter(must_not=[self._clause(inner)])
-            case Both(parts):
-                return models.Filter(must=[self._clause(part) for part in parts])
-            case Either(parts):
-                return models.Filter(should=[self._clause(part) for part in parts])
+            case Several(word, parts):
+                clauses: Any = {"must" if word == "AND" else "should": [self._clause(part) for part in parts]}
+                return models.Filter(**clauses)
 
     def _equal(self, column: str, value: Any) -> Any:
         models = self._models

@@ -80,7 +80,10 @@ class System:
     @property
     def scored(self) -> dict[str, set[str]]:
         """Task to its subsets that are scored."""
-        return {task: {row.subset for row in self.rows if row.task == task} for task in {row.task for row in self.rows}}
+        tasks: dict[str, set[str]] = {}
+        for row in self.rows:
+            tasks.setdefault(row.task, set()).add(row.subset)
+        return tasks
 
     def _by_language(self, shared: Shared, kind: str | None = None) -> dict[str, dict[str, list[Score]]]:
         """Language to task to scores in that language alone, languages with the most resources first."""
@@ -240,7 +243,6 @@ def _numbers(system: System, what: str, row: Mapping[str, Any]) -> dict[str, flo
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def few(names: Sequence[str], most: int = 12) -> str:
-    """Names in a line, the rest of a long list as a count."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def few(names: Sequence[str]) -> str:
+    """A dozen names in a line, the rest as a count."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
