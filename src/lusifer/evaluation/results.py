@@ -49,7 +49,7 @@ class Results(ResultCache):
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
-        super().__init__(out)
+        self.cache_path = out  # mteb's own constructor makes the folder, before anybody knows that the model loads.
         known = read_object(out / "run.json")
         for key in ("model_hash", "prompts"):
             now, there = settings[key], settings[key] if known is None else known.get(key)
