@@ -104,6 +104,8 @@ def test_a_task_with_a_subset_missing_counts_as_not_scored():
 
 
 def test_showing_a_benchmark_imports_neither_mteb_nor_torch():
-    code = "import sys; from lusifer import suite; suite.counts(); print('mteb' in sys.modules)"
+    code = (
+        "import sys; from lusifer.evaluation import benchmarks as suite; suite.counts(); print('mteb' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lusifer import LusiferError
-from lusifer.evaluation.diagnosis import Point, anisotropy, csls_accuracy, diagnose, linear_cka, states, verdict
+from lusifer.evaluation.diagnosis import Point, anisotropy, csls_accuracy, diagnose, linear_cka, mean_states, verdict
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import to_sentence_transformer
 
@@ -66,7 +66,7 @@ def model(tiny_encoder, tiny_llm):
 
 
 def test_states_are_taken_at_every_point_and_hooks_are_removed(model):
-    found = states(model, ["one text", "another longer text"])
+    found = mean_states(model, ["one text", "another longer text"])
     layers = len(model[0].auto_model.llm.layers)
     assert set(found) == {"encoder", "connector", "embedding", *[f"LLM layer {n}" for n in range(1, layers + 1)]}
     assert all(len(vectors) == 2 for vectors in found.values())

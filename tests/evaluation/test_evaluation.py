@@ -23,7 +23,7 @@ from lusifer.model.sentence_transformer import save_atomically
 mteb = pytest.importorskip("mteb")
 evaluation = pytest.importorskip("lusifer.evaluation.run")
 
-from lusifer.evaluation.instructions import load_prompts  # noqa: E402
+from lusifer.evaluation.mteb_model import load_prompts  # noqa: E402
 from lusifer.evaluation.results import main_scores  # noqa: E402
 from lusifer.evaluation.tasks import choose, mteb_task  # noqa: E402
 
@@ -495,7 +495,7 @@ def test_a_task_has_the_models_prompts_unless_one_is_given(tiny_st, prompts, def
         assert evaluation.CachedModel(None, {}, "local/some", embedder, prompt="").prefix(task, role) == ""
 
 
-def test_a_prompt_for_every_text(data, tmp_path, monkeypatch, cache_dir):
+def test_a_prompt_for_every_text(data, tmp_path, monkeypatch):
     seen = counting(monkeypatch)
     tasks, _ = choose(None, data)
     evaluation.run("some/model", tasks, tmp_path / "out", data=data, prompt="say: ", progress=False)

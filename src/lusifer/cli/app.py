@@ -11,25 +11,16 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say f
 
 import typer
 
-from lusifer.cli.convert import convert_app
+from lusifer.cli.console import PASS_ON
 from lusifer.cli.data import data_app
-from lusifer.cli.encode import encode as encode_command
-from lusifer.cli.evaluate import benchmark_app
-from lusifer.cli.evaluate import diagnose as diagnose_command
-from lusifer.cli.evaluate import evaluate as evaluate_command
-from lusifer.cli.evaluate import report as report_command
-from lusifer.cli.hub import card as card_command
-from lusifer.cli.hub import push as push_command
-from lusifer.cli.init import init as init_command
-from lusifer.cli.model import info as info_command
-from lusifer.cli.model import merge as merge_command
-from lusifer.cli.search import index_app
-from lusifer.cli.search import search as search_command
-from lusifer.cli.serve import serve as serve_command
-from lusifer.cli.starter import fetch as fetch_command
-from lusifer.cli.starter import quickstart as quickstart_command
-from lusifer.cli.train import PASS_ON
-from lusifer.cli.train import train as train_command
+from lusifer.cli.encode import encode
+from lusifer.cli.evaluate import benchmark_app, diagnose, evaluate, report
+from lusifer.cli.hub import card, push
+from lusifer.cli.init import init
+from lusifer.cli.model import convert_app, info, merge
+from lusifer.cli.search import index_app, search
+from lusifer.cli.serve import serve
+from lusifer.cli.train import fetch, quickstart, train
 from lusifer.errors import LusiferError
 
 app = typer.Typer(
@@ -47,20 +38,13 @@ app.add_typer(convert_app, name="convert", rich_help_panel="Using a model")
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
 app.add_typer(index_app, name="index", rich_help_panel="Search")
-app.command("search", rich_help_panel="Search")(search_command)
-app.command("encode", rich_help_panel="Using a model")(encode_command)
-app.command("evaluate", rich_help_panel="Using a model")(evaluate_command)
-app.command("report", rich_help_panel="Using a model")(report_command)
-app.command("diagnose", rich_help_panel="Using a model")(diagnose_command)
-app.command("serve", rich_help_panel="Using a model")(serve_command)
-app.command("card", rich_help_panel="Using a model")(card_command)
-app.command("push", rich_help_panel="Using a model")(push_command)
-app.command("init", rich_help_panel="Training")(init_command)
-app.command("quickstart", rich_help_panel="Training", context_settings=PASS_ON)(quickstart_command)
-app.command("train", rich_help_panel="Training", context_settings=PASS_ON)(train_command)
-app.command("fetch", rich_help_panel="Data and backbones")(fetch_command)
-app.command("info", rich_help_panel="Using a model")(info_command)
-app.command("merge", rich_help_panel="Using a model")(merge_command)
+app.command(rich_help_panel="Search")(search)
+for command in (encode, evaluate, report, diagnose, serve, card, push, info, merge):
+    app.command(rich_help_panel="Using a model")(command)
+app.command(rich_help_panel="Training")(init)
+app.command(rich_help_panel="Training", context_settings=PASS_ON)(quickstart)
+app.command(rich_help_panel="Training", context_settings=PASS_ON)(train)
+app.command(rich_help_panel="Data and backbones")(fetch)
 
 
 def main() -> None:

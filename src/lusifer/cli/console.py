@@ -1,16 +1,33 @@
-"""What the commands share: the options ``--json`` and ``--quiet``, and how JSON is printed."""
+"""What the commands share: some options, and how JSON and tables are printed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # For overrides of a recipe.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")]
 
 
 def emit(value: dict[str, Any]) -> None:
     """Prints one JSON object."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table of text to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

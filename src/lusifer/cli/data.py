@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit
+from lusifer.cli.console import PASS_ON, Device, Json, Quiet, emit
 from lusifer.quiet import quiet_libraries
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Check training data, mine negatives.")
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@data_app.command(context_settings=_PASS_ON)
+@data_app.command(context_settings=PASS_ON)
 def check(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
@@ -62,7 +61,7 @@ def mine(
     ] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Name of the teacher's prompt for every text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,9 +84,8 @@ def mine(
     check_output(output)
     teacher = load_checkpoint(model, device=device)
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
-    asked = {"prompt": prompt, "prompt_name": prompt_name}
     roles: tuple[Role, Role] = ("query", "document")
-    prompts = {role: prompt_for(teacher, role, **asked) for role in roles}
+    prompts = {role: prompt_for(teacher, role, prompt=prompt, prompt_name=prompt_name) for role in roles}
     facts = run(
         DataRecipe(source=source),
         output,
@@ -120,29 +118,21 @@ def _print(report: dict[str, Any]) -> None:
 
     from lusifer.data.check import SAMPLE
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    console = Console(width=None if Console().is_terminal else 140)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("set", overflow="fold")
-    for name in ("task", "rows", "steps", "epochs", "encoder tokens\nmean/p95/max", "LLM tokens\nmean/p95/max"):
+    tokens = [f"{part} tokens\nmean/p95/max" for part in ("encoder", "LLM")]
+    for name in ("task", "rows", "steps", "epochs", *tokens, "truncated", "repeats", "negatives", "leaks"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-    for name in ("truncated", "repeats", "negatives", "leaks"):
-        table.add_column(name, justify="right", no_wrap=True)
     for fact in report["sets"]:
         counts = [fact[f"{kind}_tokens"] for kind in ("encoder", "llm")]
+        name = fact["dataset"] if len(fact["dataset"]) <= 30 else Path(fact["dataset"]).name
         table.add_row(
-            _short(fact["dataset"]) + ("" if fact["clusters"] is None else f", {fact['clusters']:,} clusters"),
-            fact["task"],
-            f"{fact['rows']:,}",
-            f"{fact['share']:.1%}",
-            f"{fact['epochs']:.2f}",
-            *(f"{count['mean']:.0f}/{count['p95']:.0f}/{count['max']}" for count in counts),
-            f"{fact['truncated']:.1%}",
-            f"{fact['duplicates']:,}",
-            f"{fact['negatives_per_row']:.1f}",
-            f"{fact['leaks']:,}",
-        )
+            name + ("" if fact["clusters"] is None else f", {fact['clusters']:,} clusters"), fact["task"],
+            f"{fact['rows']:,}", f"{fact['share']:.1%}", f"{fact['epochs']:.2f}",
+            *(f"{count['mean']:.0f}/{count['p95']:.0f}/{count['max']}" for count in counts), f"{fact['truncated']:.1%}",
+            f"{fact['duplicates']:,}", f"{fact['negatives_per_row']:.1f}", f"{fact['leaks']:,}",
+        )  # fmt: skip
     if report["sets"]:
         console.print(table)
         console.print(
@@ -154,7 +144,3 @@ def _print(report: dict[str, Any]) -> None:
         for line in report[kind]:
             typer.echo(f"{kind[:-1]}: {line}", err=True)
     typer.echo("nothing wrong found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)
-
-
-def _short(source: str) -> str:
-    return Path(source).name if len(source) > 30 else source

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit
+from lusifer.cli.console import Json, Model, Quiet, emit
 from lusifer.quiet import quiet_libraries
 
 
 def encode(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
-    ],
+    model: Model,
     source: Annotated[
         str,
         typer.Argument(
@@ -24,8 +22,7 @@ def encode(
         ),
     ],
     output: Annotated[
-        str,
-        typer.Argument(help="A folder for Parquet shards, or one file: .parquet (id, text, embedding) or .npy."),
+        str, typer.Argument(help="A folder for Parquet shards, or one file: .parquet (id, text, embedding) or .npy.")
     ],
     column: Annotated[str, typer.Option(help="Column of the text; a .txt file has no other.")] = "text",
     id_column: Annotated[
@@ -56,8 +53,7 @@ def encode(
     engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the shards, each with a model.")] = 1,
     device: Annotated[
-        str | None,
-        typer.Option(help="Torch device, the best there is when left out; cuda:0,cuda:1 is a process each."),
+        str | None, typer.Option(help="Torch device, the best there is when left out; cuda:0,cuda:1 is a process each.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a process; all, shared, if left out.")
@@ -82,30 +78,12 @@ def encode(
     from lusifer.bulk.run import encode as run
 
     settings = Settings(
-        column=column,
-        id_column=id_column,
-        instruction=instruction,
-        prompt=prompt,
-        prompt_name=prompt_name,
-        text=text,
-        dim=dim,
-        output_dtype=output_dtype,
-        precision=precision,
-        shard_rows=shard_rows,
-        batch_tokens=batch_tokens,
+        column=column, id_column=id_column, instruction=instruction, prompt=prompt, prompt_name=prompt_name, text=text,
+        dim=dim, output_dtype=output_dtype, precision=precision, shard_rows=shard_rows, batch_tokens=batch_tokens,
         skip_bad=skip_bad,
-    )
-    facts = run(
-        model,
-        source,
-        output,
-        settings,
-        engine=engine,
-        processes=processes,
-        device=device,
-        threads=threads,
-        progress=not quiet,
-    )
+    )  # fmt: skip
+    hardware: dict[str, Any] = {"engine": engine, "processes": processes, "device": device, "threads": threads}
+    facts = run(model, source, output, settings, **hardware, progress=not quiet)
     if facts["cut"]:
         typer.echo(
             f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and truncated",

@@ -1,4 +1,4 @@
-"""Commands that score models: ``lusifer evaluate`` and ``lusifer benchmark``."""
+"""Commands that score models: ``lusifer evaluate``, ``benchmark``, ``report`` and ``diagnose``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lusifer.cli.console import Json, Quiet, emit
+from lusifer.cli.console import Json, Quiet, emit, print_table
 from lusifer.errors import LusiferError
 from lusifer.evaluation import benchmarks as suite
 from lusifer.quiet import quiet_libraries
@@ -37,10 +35,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results; runs/eval/MODEL when left out.")] = None,
     prompts: Annotated[
-        str,
-        typer.Option(
-            help="`none`: the model's own prompts; `default`: the bundled instructions; or a YAML file of yours."
-        ),
+        str, typer.Option(help="`none`: the model's own; `default`: the bundled instructions; or a YAML file of yours.")
     ] = "none",
     prompt: Annotated[
         str | None, typer.Option(help="In front of every text, queries and documents, instead of --prompts.")
@@ -76,7 +71,7 @@ def evaluate(
         _everyday(model, codes, prompt, prompt_name, as_json=as_json, quiet=quiet)
         return
     try:
-        from lusifer.evaluation.instructions import load_prompts
+        from lusifer.evaluation.mteb_model import load_prompts
         from lusifer.evaluation.run import run
         from lusifer.evaluation.tasks import choose
     except ModuleNotFoundError as error:
@@ -90,26 +85,19 @@ def evaluate(
         model, chosen, where, data=data, prompts=instructions, prompt=prompt, prompt_name=prompt_name, absent=lost,
         device=device, batch_size=batch_size, progress=not quiet,
     )  # fmt: skip
-    missing = [task.name for task in lost]
-    complete = _print_records(records, chosen, [*chosen, *lost], benchmark, where, missing, as_json=as_json)
-    if not complete or (names and missing):
+    complete = _print_records(records, chosen, lost, benchmark, where, as_json=as_json)
+    if not complete or (names and lost):
         raise SystemExit(1)
 
 
 def _print_records(
-    records: dict[str, dict[str, Any]],
-    chosen: list[suite.Task],
-    asked: list[suite.Task],
-    benchmark: str | None,
-    out: Path,
-    missing: list[str],
-    *,
-    as_json: bool,
-) -> bool:
+    records: dict[str, dict[str, Any]], chosen: list[suite.Task], lost: list[suite.Task], benchmark: str | None,
+    out: Path, *, as_json: bool,
+) -> bool:  # fmt: skip
     """Prints scores and means, and what failed or is not there; whether all of ``chosen`` is scored."""
     from lusifer.evaluation.results import main_scores
 
-    scores, asked = main_scores(records), suite.joined(asked)
+    scores, asked, missing = main_scores(records), suite.joined([*chosen, *lost]), [task.name for task in lost]
     failed = {name: record["error"] for name, record in records.items() if record["status"] == "failed"}
     unscored = [t.name for t in chosen if t.name not in failed and not set(t.subsets) <= set(scores.get(t.name, {}))]
     means = suite.language_means(scores, asked) if benchmark not in (suite.CROSS_LINGUAL, suite.BITEXT) else {}
@@ -124,8 +112,8 @@ def _print_records(
             score = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
             typer.echo(f"{name}: {score}{mean.scored} of {mean.of} pairs")
         if missing:
-            more = " ..." if len(missing) > 8 else ""
-            typer.echo(f"not in --data, or not all of it: {', '.join(missing[:8])}{more}", err=True)
+            shown = ", ".join(missing[:8]) + " ..." * (len(missing) > 8)
+            typer.echo(f"not in --data, or not all of it: {shown}", err=True)
         for name in unscored:
             typer.echo(f"{name}: not scored yet; another process is at it", err=True)
     for name, reason in failed.items():
@@ -138,23 +126,24 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _print_tables(scores: suite.Scores, chosen: list[suite.Task], means: dict[str, suite.Mean], where: Path) -> None:
-    console = Console()
-    table = Table("task", "type", "main scores, %")
+    rows = []
     for task in chosen:
         row = scores.get(task.name, {})
         shown = sorted((">".join(codes), row[subset]) for subset, codes in task.subsets.items() if subset in row)
         cells = "  ".join(f"{code} {100 * value:.1f}" for code, value in shown[:40]) or "-"
-        table.add_row(task.name, task.type, cells + (f"  and {len(shown) - 40} more" if len(shown) > 40 else ""))
-    console.print(table)
+        rows.append((task.name, task.type, cells + (f"  and {len(shown) - 40} more" if len(shown) > 40 else "")))
+    print_table(("task", "type", "main scores, %"), rows)
     if means:
-        table = Table("language", "mean, %", "tasks scored")
-        for code, mean in means.items():
-            table.add_row(code, "-" if mean.score is None else f"{100 * mean.score:.2f}", f"{mean.scored} of {mean.of}")
+        rows = [(code, _percent(mean.score, 2), f"{mean.scored} of {mean.of}") for code, mean in means.items()]
         every = suite.overall(means)
         if every.score is not None:
-            table.add_row("mean", f"{100 * every.score:.2f}", f"{every.scored} of {every.of} languages")
-        console.print(table)
-    console.print(f"results: {where}", soft_wrap=True)
+            rows.append(("mean", _percent(every.score, 2), f"{every.scored} of {every.of} languages"))
+        print_table(("language", "mean, %", "tasks scored"), rows)
+    typer.echo(f"results: {where}")
+
+
+def _percent(score: float | None, places: int = 1) -> str:
+    return "-" if score is None else f"{100 * score:.{places}f}"
 
 
 def _everyday(
@@ -177,12 +166,9 @@ def _everyday(
     if as_json:
         emit(scores)
         return
-    table = Table("language", "translation retrieval, %", "topic retrieval, %")
-    for code in scores["topic_retrieval"]:
-        translation = scores["translation_retrieval"].get(code)
-        shown = "-" if translation is None else f"{100 * translation:.1f}"
-        table.add_row(code, shown, f"{100 * scores['topic_retrieval'][code]:.1f}")
-    Console().print(table)
+    translation, topic = scores["translation_retrieval"], scores["topic_retrieval"]
+    rows = [(code, _percent(translation.get(code)), _percent(topic[code])) for code in topic]
+    print_table(("language", "translation retrieval, %", "topic retrieval, %"), rows)
 
 
 @benchmark_app.command("show")
@@ -199,27 +185,23 @@ def show(
     """
     if name not in suite.BENCHMARKS:
         raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
-    found = suite.tasks(name)
-    newer = suite.superseded()
+    listed, newer = suite.tasks(name), suite.superseded()
     if as_json:
-        facts: dict[str, Any] = {"tasks": {task.name: sorted(task.subsets) for task in found}}
+        facts: dict[str, Any] = {"tasks": {task.name: sorted(task.subsets) for task in listed}}
         emit({**facts, "counts": suite.counts()} if name == suite.MAIN else facts)
         return
-    console = Console()
     if name == suite.MAIN and not tasks:
         groups = ["Classification", "Clustering", "Retrieval", "STS", "Reranking", "all"]
-        table = Table("language", *groups)
-        for language, row in suite.counts().items():
-            table.add_row(language, *[str(row.get(group, 0)) for group in groups])
-        console.print(table)
-        console.print(f"{len({task.published_name for task in found})} data sets, {len(found)} mteb tasks")
+        counts = suite.counts().items()
+        print_table(("language", *groups), [[code, *[str(row.get(key, 0)) for key in groups]] for code, row in counts])
+        typer.echo(f"{len({task.published_name for task in listed})} data sets, {len(listed)} mteb tasks")
         return
-    table = Table("task", "group", "split", "scores", "superseded in mteb by")
-    for task in found:
+    rows = []
+    for task in listed:
         codes = sorted({">".join(languages) for languages in task.subsets.values()})
         shown = " ".join(codes) if len(codes) <= 16 else f"{len(codes)} pairs"
-        table.add_row(task.name, task.group, ",".join(task.splits), shown, newer.get(task.name, ""))
-    console.print(table)
+        rows.append((task.name, task.group, ",".join(task.splits), shown, newer.get(task.name, "")))
+    print_table(("task", "group", "split", "scores", "superseded in mteb by"), rows)
 
 
 def report(
@@ -227,10 +209,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
     baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
     published: Annotated[
-        bool,
-        typer.Option(
-            "--published", help="Add the paper's Tables 1 and 2, in a section of their own: not measured here."
-        ),
+        bool, typer.Option("--published", help="Add the paper's Tables 1 and 2, not measured here.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -260,28 +239,23 @@ def diagnose(
     """
     quiet_libraries(quiet)
     from lusifer.evaluation.diagnosis import diagnose as run
+    from lusifer.evaluation.systems import llm_tokenizer
     from lusifer.loading import load_checkpoint
-    from lusifer.model.backbones import load_tokenizer
     from lusifer.model.sentence_transformer import lusifer_model
 
     loaded = load_checkpoint(model)
-    try:
-        llm_tokenizer = load_tokenizer("llm", lusifer_model(loaded).config.llm)
-    except LusiferError:  # A standalone checkpoint may live where its LLM is not.
-        llm_tokenizer = None
-    facts = run(loaded, lang, llm_tokenizer)
+    facts = run(loaded, lang, llm_tokenizer(lusifer_model(loaded).config.llm))
     if as_json:
         emit(facts)
         return
-    console = Console()
-    table = Table("point", "finds its translation, %", "CKA with English", "anisotropy")
-    for row in facts["points"]:
-        shown = (f"{100 * row['accuracy']:.1f}", f"{row['cka']:.2f}", f"{row['anisotropy']:.2f}")
-        table.add_row(row["point"], *shown)
-    console.print(table)
+    rows = [
+        (row["point"], f"{100 * row['accuracy']:.1f}", f"{row['cka']:.2f}", f"{row['anisotropy']:.2f}")
+        for row in facts["points"]
+    ]
+    print_table(("point", "finds its translation, %", "CKA with English", "anisotropy"), rows)
     for part, row in facts["tokens"].items():
-        console.print(
+        typer.echo(
             f"{part} tokenizer: {row['per sentence']:.1f} tokens a sentence, {row['times English']:.1f} times English, "
             f"{100 * row['unknown']:.1f} % unknown"
         )
-    console.print(f"weak part: {facts['weak']}. {facts['why']}.")
+    typer.echo(f"weak part: {facts['weak']}. {facts['why']}.")

@@ -42,24 +42,17 @@ def _card_scores(system: System) -> CardScores:
 
     from lusifer.model.card import CardScores
 
-    cells = [(task, subset) for task, subsets in system.scores.items() for subset in subsets]
     languages = {
-        code: (mean, sum([code] in subsets.values() for subsets in system.languages.values()))
-        for code, mean in system.by_language(set(cells)).items()
+        code: (mean, len({row.task for row in system.rows if row.languages == (code,)}))
+        for code, mean in system.by_language(system.cells()).items()
     }
     results = [
         EvalResult(
-            task_type=system.types[task],
-            task_name=system.types[task],
-            dataset_type=f"mteb/{task}",
-            dataset_name=f"{task} ({subset})",
-            dataset_config=subset,
-            metric_type="main_score",
-            metric_name="main score",
-            metric_value=round(100 * system.scores[task][subset], 2),
+            row.kind, f"mteb/{row.task}", f"{row.task} ({row.subset})", "main_score", round(100 * row.value, 2),
+            task_name=row.kind, dataset_config=row.subset, metric_name="main score",
         )
-        for task, subset in cells
-    ]
+        for row in system.rows
+    ]  # fmt: skip
     versions = sorted(system.settings.get("version of mteb", set()))
     return CardScores(languages, results, versions, list(system.failed))
 

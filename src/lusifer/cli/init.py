@@ -61,9 +61,7 @@ def init(
     name = path.stem if path.stem != "recipe" else path.resolve().parent.name
     write_recipe(path, compose(encoder, embedder, pairs=data, text=text, output=f"runs/{name}"))
     if as_json:
-        facts = asdict(embedder)
-        facts["config"] = embedder.config.model_type
-        emit({"recipe": str(path), **facts})
+        emit({"recipe": str(path), **asdict(embedder), "config": embedder.config.model_type})
         return
     for note in embedder.notes:
         typer.echo(f"{note.what}  ({note.where})" + (f"\n    {note.so}" if note.so else ""))

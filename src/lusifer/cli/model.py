@@ -1,4 +1,4 @@
-"""The commands ``lusifer info`` and ``lusifer merge``."""
+"""The commands ``lusifer info``, ``lusifer merge`` and ``lusifer convert``: what is done with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit
+from lusifer.cli.console import Json, Model, Quiet, emit, print_table
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
-Model = Annotated[
-    str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
-]
+convert_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of other formats as ours."
+)
+
+
+@convert_app.callback()
+def _named() -> None:
+    """Checkpoints of other formats as ours."""
 
 
 def info(model: Model, as_json: Json = False) -> None:
@@ -29,18 +34,15 @@ def info(model: Model, as_json: Json = False) -> None:
     if as_json:
         emit(facts)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("part", "parameters", "trained", "frozen")
-    for part, row in facts["parameters"].items():
-        table.add_row(part, f"{row['total']:,}", f"{row['trainable']:,}", f"{row['total'] - row['trainable']:,}")
-    console = Console()
-    console.print(table)
+    rows = [
+        (part, f"{row['total']:,}", f"{row['trainable']:,}", f"{row['total'] - row['trainable']:,}")
+        for part, row in facts["parameters"].items()
+    ]
+    print_table(("part", "parameters", "trained", "frozen"), rows)
     for key in ("encoder", "llm", "llm_layers", "dimension", "max_seq_length", "pooling", "checkpoint_mb", "languages"):
         value = facts[key]
-        console.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
-    console.print(f"provenance: {json.dumps(facts['provenance'], ensure_ascii=False)}")
+        typer.echo(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    typer.echo(f"provenance: {json.dumps(facts['provenance'], ensure_ascii=False)}")
 
 
 def merge(
@@ -62,3 +64,33 @@ def merge(
     lusifer_model(loaded).merge()
     save_atomically(loaded, output)
     typer.echo(f"standalone checkpoint: {output}")
+
+
+@convert_app.command("authors")
+def authors(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of a checkpoint the authors published.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for ours.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Store every weight, adapters merged; else backbones are named.")
+    ] = False,
+    encoder: Annotated[str | None, typer.Option(help="The encoder, where it is not what the checkpoint names.")] = None,
+    llm: Annotated[str | None, typer.Option(help="The same for the LLM.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Converts a published LUSIFER checkpoint, tensor by tensor, in little memory.
+
+    The embeddings are those of the authors' code on one text at a time. Both backbones' configurations must be in
+    reach, and without `--merge` also their weights, which are compared with the checkpoint's.
+
+    Examples:
+    - `lusifer convert authors Hieuman/LUSIFER lusifer-published`
+    - `lusifer convert authors ./LUSIFER standalone --merge`
+    """
+    quiet_libraries(quiet)
+    from lusifer.interop.authors import convert_authors
+
+    facts = convert_authors(source, output, merge=merge, encoder=encoder, llm=llm, progress=not quiet)
+    emit(facts) if as_json else typer.echo(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")

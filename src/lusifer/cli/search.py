@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit
+from lusifer.cli.console import Device, Json, Quiet, emit
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from lusifer.model.text_encoder import TextEncoder
-    from lusifer.search.store import Hit, Store
+    from lusifer.search.store import Store
 
 index_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Make and keep an index of texts to search by meaning."
 )
 Index = Annotated[
-    str,
-    typer.Argument(metavar="INDEX", help="A folder, or qdrant+http://HOST:6333/COLLECTION.", show_default=False),
+    str, typer.Argument(metavar="INDEX", help="A folder, or qdrant+http://HOST:6333/COLLECTION.", show_default=False)
 ]
 Where = Annotated[
     str | None, typer.Option(help="Filter: \"lang = 'te' AND year >= 2000\"; also OR, NOT, IN (...), brackets.")
@@ -48,7 +47,7 @@ def add(
         str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
     ] = None,
     prompt_name: PromptName = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,9 +71,8 @@ def add(
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     store = open_store(index) if store_exists(index) else None
-    entries, types = read_entries(
-        source, text=column, id=id_column, metadata=names, index=None if "://" in index else index
-    )
+    folder = None if "://" in index else index
+    entries, types = read_entries(source, text=column, id=id_column, metadata=names, index=folder)
     if store is not None:
         check_columns(store, types)
     name = model or (store.info.model if store else "starter")
@@ -117,9 +115,8 @@ def delete(
     store = open_store(index)
     deleted = store.delete(ids=ids or None, where=where)
     store.tidy()
-    left = store.count()
-    answer = {"index": index, "deleted": deleted, "texts": left}
-    emit(answer) if as_json else typer.echo(f"{deleted:,} deleted, {left:,} texts left")
+    facts = {"index": index, "deleted": deleted, "texts": store.count()}
+    emit(facts) if as_json else typer.echo(f"{deleted:,} deleted, {facts['texts']:,} texts left")
 
 
 @index_app.command("info")
@@ -172,7 +169,7 @@ def search(
     prompt_name: PromptName = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
     model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")] = None,
+    device: Device = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a search page on this machine instead.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.")] = 8000,
     as_json: Json = False,
@@ -205,7 +202,14 @@ def search(
         return
     assert query is not None
     hits = find(store, encoder, query, k=k, where=condition, exact=exact, hybrid=hybrid, prompt=before)
-    emit({"query": query, "hits": [hit.to_dict() for hit in hits]}) if as_json else _show(hits)
+    if as_json:
+        emit({"query": query, "hits": [hit.to_dict() for hit in hits]})
+        return
+    for hit in hits:
+        ranks = "".join(f"  {name} {rank}" for name, rank in hit.ranks.items())
+        typer.echo(f"{hit.score:.3f}  {hit.entry.lang}  {hit.entry.text}  [{hit.entry.id}{ranks}]")
+    if not hits:
+        typer.echo("nothing found", err=True)
 
 
 def _load(name: str, device: str | None) -> TextEncoder:
@@ -213,14 +217,6 @@ def _load(name: str, device: str | None) -> TextEncoder:
     from lusifer.model.text_encoder import TextEncoder
 
     return TextEncoder(load_for_inference(name, device=device))
-
-
-def _show(hits: list[Hit]) -> None:
-    for hit in hits:
-        ranks = "".join(f"  {name} {rank}" for name, rank in hit.ranks.items())
-        typer.echo(f"{hit.score:.3f}  {hit.entry.lang}  {hit.entry.text}  [{hit.entry.id}{ranks}]")
-    if not hits:
-        typer.echo("nothing found", err=True)
 
 
 def _serve(store: Store, encoder: TextEncoder, prompt: str, port: int) -> None:

@@ -19,15 +19,9 @@ BENCHMARKS = (MAIN, CROSS_LINGUAL, QUICK, BITEXT)
 Scores = Mapping[str, Mapping[str, float]]
 # Small tasks: together they cover the kinds of score and the languages; docs/evaluation.md has how well they predict.
 _QUICK = (
-    "SIB200Classification",
-    "SIB200ClusteringS2S",
-    "STSBenchmarkMultilingualSTS",
-    "KLUE-STS",
-    "FarsTail",
-    "indonli",
-    "AfriSentiClassification",
-    "MasakhaNEWSClassification",
-)
+    "SIB200Classification", "SIB200ClusteringS2S", "STSBenchmarkMultilingualSTS", "KLUE-STS", "FarsTail", "indonli",
+    "AfriSentiClassification", "MasakhaNEWSClassification",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,14 +29,10 @@ class Task:
     """One mteb task as far as a benchmark uses it.
 
     Attributes:
-        name: mteb's name.
         published_name: The paper's name.
         group: The paper's group; mteb's type where the benchmark is ours.
-        type: mteb's type.
         revision: Revision of the data set when the suite was written.
-        splits: Splits to score.
-        subsets: Subset to the languages of its score: one code in `MAIN`, query and document language-script in
-            `CROSS_LINGUAL`, both sides in `BITEXT`.
+        subsets: Subset to the languages of its score: one code, or those of queries and documents, or of both sides.
         pivot_free: Those of the subsets without English that make up the sample of `BITEXT`.
     """
 
@@ -58,13 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean that says how much of it is there.
-
-    Attributes:
-        score: Mean main score of what was scored; None if nothing was.
-        scored: Parts that are scored in full.
-        of: Parts there are.
-    """
+    """A mean of main scores, None if nothing was scored, and how many of its parts are scored in full."""
 
     score: float | None
     scored: int
@@ -72,40 +56,36 @@ class Mean:
 
 
 @cache
-def _document() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((files("lusifer") / "resources" / "suite.json").read_text(encoding="utf-8"))
-    return document
+def _resource(name: str) -> dict[str, Any]:
+    return dict(json.loads((files("lusifer") / "resources" / name).read_text(encoding="utf-8")))
 
 
 def languages() -> list[str]:
     """The languages of `MAIN`, in the paper's order."""
-    return list(_document()[MAIN]["languages"])
+    return list(_resource("suite.json")[MAIN]["languages"])
 
 
 def superseded() -> dict[str, str]:
     """Pinned task to the newer one that mteb names in its place."""
-    return dict(_document()["superseded"])
+    return dict(_resource("suite.json")["superseded"])
 
 
 def tasks(benchmark: str) -> list[Task]:
-    """The tasks of a benchmark.
-
-    Args:
-        benchmark: One of `BENCHMARKS`.
+    """The tasks of one of `BENCHMARKS`.
 
     Raises:
         KeyError: If there is no such benchmark.
     """
     if benchmark == QUICK:
         return [task for task in tasks(MAIN) if task.name in _QUICK]
-    return [_task(entry) for entry in _document()[benchmark]["tasks"]]
+    return [_task(entry) for entry in _resource("suite.json")[benchmark]["tasks"]]
 
 
 def _task(entry: dict[str, Any]) -> Task:
     sample = entry.get("pivot_free", [])
-    found = entry["subsets"]
-    if isinstance(found, list):
-        found = {subset: [side.replace("_", "-") for side in subset.split("-")] for subset in [*found, *sample]}
+    subsets = entry["subsets"]
+    if isinstance(subsets, list):
+        subsets = {subset: [side.replace("_", "-") for side in subset.split("-")] for subset in [*subsets, *sample]}
     return Task(
         name=entry["name"],
         published_name=entry.get("published_name", entry["name"]),
@@ -113,7 +93,7 @@ def _task(entry: dict[str, Any]) -> Task:
         type=entry["type"],
         revision=entry["revision"],
         splits=tuple(entry["splits"]),
-        subsets={key: (value,) if isinstance(value, str) else tuple(value) for key, value in found.items()},
+        subsets={key: (value,) if isinstance(value, str) else tuple(value) for key, value in subsets.items()},
         pivot_free=frozenset(sample),
     )
 
@@ -124,20 +104,19 @@ def published() -> dict[str, Any]:
     Returns:
         ``source``; ``table1`` and ``table2``: ``columns`` (the last is the mean), ``rows`` by system, in per cent.
     """
-    text = (files("lusifer") / "resources" / "published.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return _resource("published.json")
 
 
 def counts() -> dict[str, dict[str, int]]:
     """Datasets of `MAIN` per language and group, ``all`` last; a published name counts once."""
-    found: dict[str, dict[str, set[str]]] = {language: {} for language in languages()}
+    names: dict[str, dict[str, set[str]]] = {language: {} for language in languages()}
     for task in tasks(MAIN):
         for language in {spoken for subset in task.subsets.values() for spoken in subset}:
-            found[language].setdefault(task.group, set()).add(task.published_name)
+            for group in (task.group, "all"):
+                names[language].setdefault(group, set()).add(task.published_name)
     return {
-        language: {**{group: len(names) for group, names in groups.items()}, "all": len(set().union(*groups.values()))}
-        for language, groups in found.items()
+        language: {group: len(groups[group]) for group in sorted(groups, key=lambda group: group == "all")}
+        for language, groups in names.items()
     }
 
 

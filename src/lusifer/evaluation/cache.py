@@ -39,7 +39,7 @@ class EmbeddingCache:
         embed: Maps texts to (n, dim) float32.
 
     Attributes:
-        computed: Texts embedded so far, those found on disk aside.
+        computed: Texts embedded so far, without those found on disk.
         progress: Called after each chunk that was embedded.
     """
 
@@ -59,35 +59,26 @@ class EmbeddingCache:
             self.base = _open(path)
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        """Embeds texts, or finds what was embedded before.
-
-        Args:
-            texts: What the model reads, instructions included.
-
-        Returns:
-            (n, dim) float32, in the order of the texts.
-        """
+        """(n, dim) float32 of texts, prompts included, in their order; what was embedded before is read."""
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
-        found = self._known(set(keys))
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        vectors = self._known(sorted(set(keys)))
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
         for begin in range(0, len(new), _ROWS):
             part = list(new)[begin : begin + _ROWS]
-            vectors = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
-            rows = [(key, vector.tobytes()) for key, vector in zip(part, vectors, strict=True)]
+            made = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
+            rows = [(key, vector.tobytes()) for key, vector in zip(part, made, strict=True)]
             self.base.execute("BEGIN IMMEDIATE")
             self.base.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
             self.base.execute("COMMIT")
-            found.update(zip(part, vectors, strict=True))
+            vectors.update(zip(part, made, strict=True))
             self.computed += len(part)
             self.progress()
-        return np.stack([found[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
+        return np.stack([vectors[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
 
-    def _known(self, keys: set[bytes]) -> dict[bytes, Vectors]:
-        found: dict[bytes, Vectors] = {}
-        asked = sorted(keys)
-        for begin in range(0, len(asked), _ASKED):
-            part = asked[begin : begin + _ASKED]
+    def _known(self, keys: list[bytes]) -> dict[bytes, Vectors]:
+        rows: list[tuple[bytes, bytes]] = []
+        for begin in range(0, len(keys), _ASKED):
+            part = keys[begin : begin + _ASKED]
             marks = ",".join("?" * len(part))
-            for key, vector in self.base.execute(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", part):
-                found[key] = np.frombuffer(vector, dtype=np.float32)
-        return found
+            rows += self.base.execute(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", part)
+        return {key: np.frombuffer(vector, dtype=np.float32) for key, vector in rows}

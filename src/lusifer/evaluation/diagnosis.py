@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,9 @@ _KNOWN, _LOSS = 0.5, 0.15  # Accuracy of an encoder that knows the language; a d
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the model.
+    """What is measured at one point of the model: ``encoder``, ``connector``, ``LLM layer N`` or ``embedding``.
 
     Attributes:
-        name: ``encoder``, ``connector``, ``LLM layer N`` or ``embedding``.
         accuracy: CSLS accuracy against English, both directions averaged, between 0 and 1.
         cka: Linear CKA with English, between 0 and 1.
         anisotropy: Mean cosine of two different sentences of the language.
@@ -66,12 +66,7 @@ def csls_accuracy(ours: Tensor, theirs: Tensor) -> float:
 
 
 def linear_cka(ours: Tensor, theirs: Tensor) -> float:
-    """Linear centred kernel alignment.
-
-    Args:
-        ours: (n, dim).
-        theirs: (n, other_dim), of the same rows.
-    """
+    """Linear centred kernel alignment of the same n rows, as (n, dim) and as (n, other_dim)."""
     x, y = (t.double() - t.double().mean(dim=0) for t in (ours, theirs))
     shared = (x.T @ y).square().sum()
     return float(shared / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-12))
@@ -85,40 +80,31 @@ def anisotropy(vectors: Tensor) -> float:
 
 
 @torch.inference_mode()
-def states(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Tensor]:
-    """The mean state of each text at every point.
+def mean_states(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The mean state of each text at every point, as point to (n, width) float32.
 
     Args:
         model: A LUSIFER model.
         texts: n texts; each runs alone, so that no padding is in the way.
-
-    Returns:
-        Point to (n, width) float32.
     """
     inner: Any = lusifer_model(model)
-    found: dict[str, list[Tensor]] = {}
+    means: dict[str, list[Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            value = output if torch.is_tensor(output) else getattr(output, "last_hidden_state", None)
-            value = output[0] if value is None else value
-            found.setdefault(name, []).append(value.float().mean(dim=1))
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> None:
+        value = output if torch.is_tensor(output) else getattr(output, "last_hidden_state", None)
+        means.setdefault(name, []).append((output[0] if value is None else value).float().mean(dim=1))
 
-        return hook
-
-    hooks = [
-        inner.encoder.register_forward_hook(keep("encoder")),
-        inner.connector.register_forward_hook(keep("connector")),
-    ]
-    hooks += [layer.register_forward_hook(keep(f"LLM layer {n}")) for n, layer in enumerate(inner.llm.layers, 1)]
+    parts = {"encoder": inner.encoder, "connector": inner.connector}
+    parts |= {f"LLM layer {n}": layer for n, layer in enumerate(inner.llm.layers, 1)}
+    hooks = [part.register_forward_hook(partial(keep, name)) for name, part in parts.items()]
     try:
         for text in texts:
             vector: Any = model.encode([text], convert_to_tensor=True, show_progress_bar=False)
-            found.setdefault("embedding", []).append(vector.float())
+            means.setdefault("embedding", []).append(vector.float())
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    return {name: torch.cat(means[name]).cpu() for name in (*parts, "embedding")}
 
 
 def pieces(tokenizer: Any, texts: Sequence[str]) -> tuple[float, float]:
@@ -171,18 +157,11 @@ def diagnose(model: SentenceTransformer, language: str, llm_tokenizer: Any = Non
     if language not in sentences or language == "en":
         others = ", ".join(code for code in sentences if code != "en")
         raise LusiferError(f"no sentences in {language!r}; there are {others}")
-    english, ours = (states(model, sentences[code]) for code in ("en", language))
+    english, ours = (mean_states(model, sentences[code]) for code in ("en", language))
     points = [
-        Point(
-            name,
-            csls_accuracy(ours[name], english[name]),
-            linear_cka(ours[name], english[name]),
-            anisotropy(ours[name]),
-        )
-        for name in english
+        Point(name, csls_accuracy(ours[name], states), linear_cka(ours[name], states), anisotropy(ours[name]))
+        for name, states in english.items()
     ]
-    ends = {"encoder": 0, "connector": 1, "embedding": len(points)}
-    points.sort(key=lambda point: ends[point.name] if point.name in ends else 1 + int(point.name.split()[-1]))
     tokens = {}
     for part, tokenizer in (("encoder", model.tokenizer), ("llm", llm_tokenizer)):
         if tokenizer is not None:

@@ -2,8 +2,8 @@
 
 Two tasks, both top-1 accuracy on cosine similarity:
 
-* **translation retrieval**: the English sentence must find its translation among a language's 64
-  sentences, and each of those the English one; the two directions are averaged.
+* **translation retrieval**: the English sentence must find its translation among a language's 64 sentences, and each
+  of those the English one; the two directions are averaged.
 * **topic retrieval**: within one language, the nearest other sentence must be of the same topic.
 """
 
@@ -40,12 +40,7 @@ def translation_accuracy(english: Tensor, other: Tensor) -> float:
 
 
 def topic_accuracy(embeddings: Tensor, topics: Sequence[str]) -> float:
-    """Share of sentences whose nearest other sentence has the same topic.
-
-    Args:
-        embeddings: (n, dim).
-        topics: n topics.
-    """
+    """Share of n sentences whose nearest other one has the same topic, from (n, dim) embeddings."""
     unit = normalize(embeddings.float(), dim=1)
     nearest = (unit @ unit.T).fill_diagonal_(-2.0).argmax(dim=1).tolist()
     return sum(topics[i] == topics[j] for i, j in enumerate(nearest)) / len(topics)
@@ -57,11 +52,10 @@ def score(embed: Embed, *, languages: Sequence[str] | None = None, progress: boo
     Args:
         embed: Maps texts to (n, dim) embeddings.
         languages: Codes to score; all bundled ones when None. English is always embedded.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a bar.
 
     Returns:
-        ``{"translation_retrieval": {lang: accuracy}, "topic_retrieval": {lang: accuracy}}``,
-        accuracies between 0 and 1; English has no translation score.
+        ``translation_retrieval`` (without English) and ``topic_retrieval``: accuracies by language, between 0 and 1.
 
     Raises:
         LusiferError: If a language is not in the set.
@@ -118,14 +112,12 @@ def embedder(model: SentenceTransformer, *, prompt: str | None = None) -> Embed:
 
     Args:
         model: The model.
-        prompt: What stands in front of every sentence; the model's default prompt when None.
+        prompt: Put before every sentence; the model's default prompt when None.
     """
 
     def embed(texts: Sequence[str]) -> Tensor:
-        found: Any = model.encode(
-            list(texts), prompt=prompt, convert_to_tensor=True, show_progress_bar=False, batch_size=64
-        )
-        return found.float().cpu()
+        options: Any = {"convert_to_tensor": True, "show_progress_bar": False, "batch_size": 64}
+        return model.encode(list(texts), prompt=prompt, **options).float().cpu()
 
     return embed
 

@@ -1,13 +1,11 @@
 """Standard errors of main scores by bootstrap over items: queries, pairs or texts.
 
-mteb says what a model predicts and, in retrieval, what every query scores (`lusifer.hooks.mteb.listen`):
+mteb says what a model predicts and, in retrieval, what every query scores (`lusifer.hooks.mteb.listen`). From these
+`Recorder` keeps, per split and subset, a function from item numbers to the main score. One that does not give mteb's
+own main score on all items (a metric we do not know) is left out, so no interval is ever about another number.
 
-1. `Recorder` keeps, per split and subset, a function from item numbers to the main score.
-2. `Recorder.errors` takes it over resampled items. A function that does not give mteb's own main score on all items
-   (a metric we do not know) is left out, so no interval is ever about another number.
-
-Clustering has no standard error. What mteb repeats there are draws from one set of documents: their spread says how
-much a score depends on the draw, and its mean can be made as certain as one likes by drawing more often.
+Clustering has no standard error: what mteb repeats there are draws from one set of documents, so their spread shrinks
+with their number.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ class Recorder:
         self.task = task
         self.statistics: dict[tuple[str, str], Statistic] = {}
         self.known: dict[tuple[str, str, float], float | None] = {}
-        self.kind: str = task.metadata.type
-        self.metric: str = task.metadata.main_score
+        self.kind, self.metric = str(task.metadata.type), str(task.metadata.main_score)
         listen(task, self._predictions, self._queries)
 
     def _queries(self, scores: Mapping[str, Mapping[str, float]], split: str, subset: str) -> None:
@@ -83,15 +80,12 @@ class Recorder:
         errors: dict[str, dict[str, float]] = {}
         for split, rows in scores.items():
             for row in rows:
-                subset, main = str(row["hf_subset"]), float(row["main_score"])
-                statistic = self.statistics.get((split, subset))
-                if statistic is None:
-                    continue
-                if (split, subset, main) not in self.known:  # Asked after every subset, computed once.
-                    self.known[split, subset, main] = standard_error(*statistic, main=main)
-                error = self.known[split, subset, main]
-                if error is not None:
-                    errors.setdefault(split, {})[subset] = error
+                key = (split, str(row["hf_subset"]), float(row["main_score"]))
+                if key not in self.known:  # Asked after every subset, computed once.
+                    statistic = self.statistics.get(key[:2])
+                    self.known[key] = statistic and standard_error(*statistic, main=key[2])
+                if (error := self.known[key]) is not None:
+                    errors.setdefault(split, {})[key[1]] = error
         return errors
 
 

@@ -1,9 +1,8 @@
 """The folder of results of one model, which mteb's own tools read too.
 
 * ``OUT/results/MODEL/HASH/TASK.json`` is mteb's result of a task, where `mteb.ResultCache` looks for it, with keys of
-  ours that mteb passes over: standard errors, what stood in front of the texts, and what the model ran with.
-* ``OUT/failures/TASK.json`` says why a task failed.
-* ``OUT/run.json`` says which model the folder is about, and what was asked for.
+  ours that mteb passes over: standard errors, prompts, and what the model ran with.
+* ``OUT/failures/TASK.json`` says why a task failed; ``OUT/run.json`` which model the folder is about, and the plan.
 """
 
 from __future__ import annotations
@@ -37,16 +36,29 @@ class Results(ResultCache):
 
     Args:
         out: The folder.
-        model: mteb's description of the model; name and revision say where results lie.
         settings: What is recorded with each result; ``model``, ``model_hash`` and ``prompts`` are among it.
         revisions: Task name to the revision of its data now. A result of another revision is scored again.
+
+    Attributes:
+        model: mteb's description of the model; its name and revision say where results lie.
+        recorder: Listens to the task that `mteb.evaluate` runs.
+        details: Keys of that task's file besides mteb's own; ``languages`` joins what the file has.
+
+    Raises:
+        LusiferError: If the folder holds another model's results, or those of other prompts.
     """
 
-    def __init__(self, out: Path, model: Any, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
-        super().__init__(out)
-        self.model = model
-        self.settings = settings
-        self.revisions = revisions
+    def __init__(self, out: Path, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
+        self.cache_path = out  # mteb's own constructor makes the folder, before anybody knows that the model loads.
+        known = read_object(out / "run.json")
+        for key in ("model_hash", "prompts"):
+            now, there = settings[key], settings[key] if known is None else known.get(key)
+            if now != there:
+                difference = f"{key} is {there!r} there and {now!r} now"
+                raise LusiferError(f"{out} holds results of another run ({difference}); choose another --out")
+        name = "local/" + settings["model"].strip("./").replace("/", "-").replace(":", "-")
+        self.model: Any = ModelMeta.create_empty(overwrites={"name": name, "revision": settings["model_hash"]})
+        self.settings, self.revisions = settings, revisions
         self.recorder: Recorder | None = None
         self.details: dict[str, Any] = {}
 
@@ -54,10 +66,11 @@ class Results(ResultCache):
         """A task's file; None where there is none, it cannot be read, or its data have changed since."""
         record = read_object(self.get_task_result_path(name, self.model))
         try:
-            TaskResult.model_validate(record)
+            scores = TaskResult.model_validate(record).scores
         except ValidationError:
             return None
-        if record is None or not all(map(math.isfinite, _main_scores(record["scores"]))):
+        values = [row["main_score"] for rows in scores.values() for row in rows]
+        if record is None or not all(isinstance(value, float | int) and math.isfinite(value) for value in values):
             return None
         if record["dataset_revision"] != self.revisions[name]:
             logger.warning("%s: the data have changed since it was scored; it is scored again", name)
@@ -74,22 +87,12 @@ class Results(ResultCache):
         result = self.load_task_result(task.metadata.name, self.model)
         return result is not None and not result.get_missing_evaluations(task)
 
-    def begin(self, recorder: Recorder, details: dict[str, Any]) -> None:
-        """Says what is recorded with the task that `mteb.evaluate` runs next.
-
-        Args:
-            recorder: Listens to the task.
-            details: Keys of the task's file besides mteb's own; ``languages`` joins what the file has.
-        """
-        self.recorder, self.details = recorder, details
-
     def save_to_cache(self, task_result: TaskResult, model_name: Any, *args: Any, **kwargs: Any) -> None:
         """Writes a task's file; mteb calls it after every subset.
 
         Raises:
             ValueError: If a main score is NaN.
         """
-        result = task_result.model_dump(mode="json")
         for split, rows in task_result.scores.items():
             if broken := sorted(row["hf_subset"] for row in rows if not math.isfinite(row["main_score"])):
                 raise ValueError(f"the main score of {broken[0]} ({split}) is NaN; are all embeddings the same?")
@@ -100,8 +103,8 @@ class Results(ResultCache):
             errors[split] = {**errors.get(split, {}), **fresh}
         languages = {**(before.get("languages") or {}), **self.details["languages"]}
         extra = {**self.details, "languages": languages, "standard_errors": errors, **self.settings}
-        path = self.get_task_result_path(task_result.task_name, self.model)
-        write_json(path, {**_json_numbers(result), **extra})
+        result = json.loads(task_result.model_dump_json())  # Null for NaN and infinity, which JSON has no names for.
+        write_json(self.get_task_result_path(task_result.task_name, self.model), {**result, **extra})
 
     def fail(self, name: str, error: Exception) -> None:
         """Records why a task failed; what it had scored before stays."""
@@ -125,10 +128,7 @@ class Results(ResultCache):
         return Path(self.cache_path) / "failures" / f"{name}.json"
 
     def claim(self, tasks: Sequence[Task]) -> None:
-        """Writes what the folder is about and what it shall hold: the plan joins what was asked for before.
-
-        Args:
-            tasks: What is asked for now.
+        """Writes what the folder is about, and adds tasks to what it shall hold.
 
         Raises:
             LusiferError: If the folder cannot be written.
@@ -151,17 +151,6 @@ class Results(ResultCache):
             raise LusiferError(f"cannot write into {str(out)!r}: {first_line(error)}") from error
 
 
-def describe_model(model: str, revision: str) -> Any:
-    """The description of a model by which mteb names results.
-
-    Args:
-        model: What was asked for: a path, a hub id, ``encoder:NAME``, ...
-        revision: Hash of the model.
-    """
-    name = "local/" + model.strip("./").replace("/", "-").replace(":", "-")
-    return ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
-
-
 def read_object(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None where there is none that can be read."""
     try:
@@ -169,27 +158,6 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def check_claim(out: Path, asked: Mapping[str, str]) -> None:
-    """Refuses a folder that holds another model's results, or those of other prompts.
-
-    Args:
-        out: The folder; may be missing.
-        asked: ``model``, its ``model_hash`` and the hash of the ``prompts``; only the name may have changed.
-
-    Raises:
-        LusiferError: If it does.
-    """
-    known = read_object(out / "run.json")
-    if known is None:
-        return
-    for key in ("model_hash", "prompts"):
-        if known.get(key) != asked[key]:
-            raise LusiferError(
-                f"{out} holds results of another run ({key} is {known.get(key)!r} there and {asked[key]!r} now); "
-                "choose another --out"
-            )
 
 
 def main_scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -205,17 +173,3 @@ def main_scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
             shared = set.intersection(*map(set, splits))
             scores[name] = {key: sum(split[key] for split in splits) / len(splits) for key in shared}
     return scores
-
-
-def _main_scores(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
-    values = [row["main_score"] for rows in scores.values() for row in rows]
-    return [float(value) if isinstance(value, float | int) else math.nan for value in values]
-
-
-def _json_numbers(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON has no names for."""
-    if isinstance(value, dict):
-        return {key: _json_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_json_numbers(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,9 +10,10 @@ Several processes may work on one folder: each takes the next task that no other
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,11 +28,10 @@ from lusifer.data.prompts import prompt_for
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.cache import EmbeddingCache
-from lusifer.evaluation.instructions import Prompts
 from lusifer.evaluation.intervals import Recorder
-from lusifer.evaluation.mteb_model import CachedModel
-from lusifer.evaluation.results import Results, check_claim, describe_model
-from lusifer.evaluation.systems import Embedder, _resolved, language_profile, load_embedder, model_hash
+from lusifer.evaluation.mteb_model import CachedModel, Prompts
+from lusifer.evaluation.results import Results
+from lusifer.evaluation.systems import Embedder, language_profile, load_embedder, model_hash
 from lusifer.evaluation.tasks import cost, data_revision, mteb_task
 from lusifer.hooks.datasets import arrow_cache
 from lusifer.hooks.mteb import PREDICTIONS_TAKEN
@@ -67,7 +67,7 @@ def run(
         out: Folder of results.
         data: Folder with a ``tasks.json``; None takes data from the hub, or its cache.
         prompts: Instructions; the model's own prompts when None or empty.
-        prompt: What stands in front of every text, whatever the task and the side.
+        prompt: Put before every text, whatever the task and the side.
         prompt_name: Name of the model's prompt to use so instead.
         absent: What was asked for too and cannot be scored here, for the plan in ``run.json``.
         device: Torch device; several, between commas, share the tasks, a process each.
@@ -87,10 +87,14 @@ def run(
     if left and len(devices) > 1:
         options = {"data": data, "prompts": prompts, "absent": absent, "batch_size": batch_size, **everywhere}
         _run_on_devices(devices, model, tasks, out, progress=progress, **options)
+    elif left or not (out / PROFILE).is_file():
+        # Before anything is written: a model that cannot be loaded leaves no folder.
+        loaded = load_embedder(model, device=devices[0] if devices else None, batch_size=batch_size)
+        everyone = prompt_for(loaded, None, **everywhere) if everywhere else None
+        results.claim([*tasks, *absent])
+        _run_here(results, left, loaded, prompts or {}, everyone, data, progress=progress)
     else:
-        one = devices[0] if devices else None
-        given = (prompts or {}, everywhere)
-        _run_here(results, left, *given, data, [*tasks, *absent], device=one, progress=progress)
+        results.claim([*tasks, *absent])
     outcomes = {task.name: results.outcome(task.name) for task in tasks}
     return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
@@ -99,12 +103,9 @@ def _open(
     model: str, tasks: Sequence[Task], out: Path, data: Path | None, prompts: Prompts, batch_size: int
 ) -> Results:
     """The results of a model, once it is sure that the folder is not another's."""
-    digest = model_hash(_resolved(model))
     hashed = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16] if prompts else "own"
-    asked = {"model": model, "model_hash": digest, "prompts": hashed}
-    check_claim(out, asked)
-    revisions = {task.name: data_revision(task, data) for task in tasks}
-    return Results(out, describe_model(model, digest), {**asked, "batch_size": batch_size}, revisions)
+    settings = {"model": model, "model_hash": model_hash(model), "prompts": hashed, "batch_size": batch_size}
+    return Results(out, settings, {task.name: data_revision(task, data) for task in tasks})
 
 
 def _run_on_devices(devices: Sequence[str], *arguments: Any, progress: bool, **options: Any) -> None:
@@ -125,30 +126,19 @@ def _run_on_devices(devices: Sequence[str], *arguments: Any, progress: bool, **o
 
 
 def _run_here(
-    results: Results,
-    left: Sequence[Task],
-    prompts: Prompts,
-    everywhere: dict[str, str],
-    data: Path | None,
-    asked: Sequence[Task],
-    *,
-    device: str | None,
-    progress: bool,
-) -> None:
-    """Loads the model, if anything is left to do, and scores what is left."""
+    results: Results, left: Sequence[Task], loaded: Embedder, prompts: Prompts, prompt: str | None, data: Path | None,
+    *, progress: bool,
+) -> None:  # fmt: skip
     out, settings = Path(results.cache_path), results.settings
-    if not left and (out / PROFILE).is_file():
-        results.claim(asked)
-        return
-    # Before anything is written: a model that cannot be loaded leaves no folder.
-    loaded = load_embedder(settings["model"], device=device, batch_size=settings["batch_size"])
-    prompt = prompt_for(loaded, None, **everywhere) if everywhere else None
-    results.claim(asked)
     settings |= {key: getattr(loaded, key) for key in ("max_seq_length", "device", "dtype")}
     settings["versions"] = {package: version(package) for package in _PACKAGES}
     cache = EmbeddingCache(cache_dir() / "embeddings" / f"{settings['model_hash']}.sqlite", loaded.embed)
     if not (out / PROFILE).is_file():
-        write_json(out / PROFILE, {**settings, **_profile(cache, loaded)})
+        try:
+            profile = language_profile(cache, loaded.tokenizers)
+        except Exception as error:  # No score depends on it: a model that cannot give it is scored all the same.
+            profile = {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
+        write_json(out / PROFILE, {**settings, **profile})
     model = CachedModel(cache, prompts, results.model, loaded, prompt=prompt)
     total = sum(map(cost, left))
     with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
@@ -159,30 +149,19 @@ def _run_here(
             bar.update(cost(task))
 
 
-def _profile(cache: EmbeddingCache, loaded: Embedder) -> Mapping[str, Any]:
-    """Facts about languages, which no score depends on: a model that cannot give them is scored all the same."""
-    try:
-        return language_profile(cache, loaded.tokenizers)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
-
-
 def _score_locked(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:
     """Scores what is left of a task, unless another process is at it."""
     lock = FileLock(Path(results.cache_path) / f".{task.name}.lock")
-    try:
-        with lock.acquire(blocking=False):
-            for last in (False, True):  # A hub that stumbles once is no failure.
-                try:
-                    if not results.is_complete(mteb_task(task, data)):
-                        _score(model, task, data, results)
-                    results.succeed(task.name)
-                    return
-                except Exception as error:  # Whatever a data set or a metric throws, the other tasks go on.
-                    if last:
-                        results.fail(task.name, error)
-    except Timeout:
-        return
+    with suppress(Timeout), lock.acquire(blocking=False):
+        for last in (False, True):  # A hub that stumbles once is no failure.
+            try:
+                if not results.is_complete(mteb_task(task, data)):
+                    _score(model, task, data, results)
+                results.succeed(task.name)
+                return
+            except Exception as error:  # Whatever a data set or a metric throws, the other tasks go on.
+                if last:
+                    results.fail(task.name, error)
 
 
 def _score(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:
@@ -191,23 +170,13 @@ def _score(model: CachedModel, task: Task, data: Path | None, results: Results) 
     if model.loaded.native is None:
         roles = {"query": PromptType.query, "document": PromptType.document, "symmetric": None}
         prefixes = {role: model.prefix(prepared.metadata, kind) for role, kind in roles.items()}
-    details = {
-        "type": task.type,
-        "group": task.group,
-        "languages": {key: list(codes) for key, codes in task.subsets.items()},
-        "prefixes": prefixes,
-        "seed": prepared.seed,
-    }
-    results.begin(Recorder(prepared), details)
-    revision = results.revisions[task.name]
-    with arrow_cache(None if data is None else cache_dir() / "datasets" / revision):
+    languages = {key: list(codes) for key, codes in task.subsets.items()}
+    details = {"type": task.type, "group": task.group, "languages": languages}
+    results.recorder = Recorder(prepared)
+    results.details = {**details, "prefixes": prefixes, "seed": prepared.seed}
+    with arrow_cache(None if data is None else cache_dir() / "datasets" / results.revisions[task.name]):
         mteb.evaluate(
-            model,
-            prepared,
-            cache=results,
-            overwrite_strategy="only-missing",
-            co2_tracker=False,
-            show_progress_bar=False,
-            prediction_folder=PREDICTIONS_TAKEN,
+            model, prepared, cache=results, overwrite_strategy="only-missing", prediction_folder=PREDICTIONS_TAKEN,
             encode_kwargs={"batch_size": results.settings["batch_size"], "show_progress_bar": False},
-        )
+            co2_tracker=False, show_progress_bar=False,
+        )  # fmt: skip

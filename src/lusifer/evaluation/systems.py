@@ -32,10 +32,8 @@ class Embedder:
         max_seq_length: Tokens it reads of a text, where the model says it.
         tokenizers: By what they are of: ``encoder``, ``llm`` or ``model``.
         prompts: The model's own, by name, as Sentence Transformers has them.
-        default_prompt_name: Name of the one for a text for which it has no other.
+        default_prompt_name: Name of the prompt of a text whose role has none.
         similarity: ``cosine``, ``dot``, ...; mteb's default when None.
-        device: Torch device.
-        dtype: Data type of its weights.
         native: mteb's own object, for models that do more than embed texts behind a prompt.
     """
 
@@ -70,23 +68,22 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
     if model.startswith("mteb:"):
         return _from_mteb(model.removeprefix("mteb:"), device)
     if model.startswith("encoder:"):
-        return _encoder(backbone_name(model), device, batch_size)
+        return _encoder(model.removeprefix("encoder:"), device, batch_size)
     if model.startswith(("llm:", "llm-causal:")):
-        loaded = mean_pooled_llm(backbone_name(model), causal=model.startswith("llm-causal:"), device=device)
+        loaded = mean_pooled_llm(model.partition(":")[2], causal=model.startswith("llm-causal:"), device=device)
         tokenizers = {"llm": loaded.tokenizer}
     else:
         loaded = load_for_inference(model, device=device)
         tokenizers = _tokenizers(loaded)
     limit: Any = loaded.get_max_seq_length()
     options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_numpy": True}
-    own: dict[str, str] = dict(loaded.prompts or {})
     weight = next(loaded.parameters(), None)
     return Embedder(
         # An empty prompt, or the model would add its default one to ours.
         partial(loaded.encode, prompt="", **options),
         limit,
         tokenizers,
-        prompts=own,
+        prompts=dict(loaded.prompts or {}),
         default_prompt_name=loaded.default_prompt_name,
         similarity=str(getattr(loaded.similarity_fn_name, "value", loaded.similarity_fn_name or "cosine")),
         device=str(loaded.device),
@@ -125,16 +122,7 @@ def _from_mteb(name: str, device: str | None) -> Embedder:
         return native.encode(batches, task_metadata=sentences, hf_split="test", hf_subset="default", prompt_type=None)
 
     meta = native.mteb_model_meta
-    fn = getattr(meta, "similarity_fn_name", None)
-    return Embedder(
-        embed, getattr(meta, "max_tokens", None), similarity=str(getattr(fn, "value", fn or "cosine")), native=native
-    )
-
-
-def backbone_name(model: str) -> str:
-    """The backbone's name in ``encoder:NAME`` and its siblings, everything else as it is."""
-    prefix, _, name = model.partition(":")
-    return name if f"{prefix}:" in ALONE else model
+    return Embedder(embed, getattr(meta, "max_tokens", None), native=native)
 
 
 def _tokenizers(model: Any) -> dict[str, Any]:
@@ -142,24 +130,33 @@ def _tokenizers(model: Any) -> dict[str, Any]:
         config = lusifer_model(model).config
     except LusiferError:
         return {"model": model.tokenizer}
+    llm = llm_tokenizer(config.llm)
+    return {"encoder": model.tokenizer, **({} if llm is None else {"llm": llm})}
+
+
+def llm_tokenizer(name: str) -> Any:
+    """An LLM's tokenizer; None where it cannot be had: a standalone checkpoint may live where its LLM is not."""
     try:
-        return {"encoder": model.tokenizer, "llm": load_tokenizer("llm", config.llm)}
-    except LusiferError:  # A standalone checkpoint may live where its LLM is not.
-        return {"encoder": model.tokenizer}
+        return load_tokenizer("llm", name)
+    except LusiferError:
+        return None
 
 
 def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, Any]) -> dict[str, Any]:
     """What a model does with languages at large, from the bundled parallel sentences.
 
+    Args:
+        embed: From texts to (n, dim) float32.
+        tokenizers: By what they are of.
+
     Returns:
-        ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens`` by tokenizer and language, the mean of a
-        sentence.
+        ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens`` by tokenizer and language, a mean.
     """
     sentences = load_everyday().sentences
-    found = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)
-    parts = np.split(found, len(sentences))
+    vectors = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)
+    parts = torch.from_numpy(vectors).chunk(len(sentences))
     return {
-        "bias": language_bias({code: torch.from_numpy(part) for code, part in zip(sentences, parts, strict=True)}),
+        "bias": language_bias(dict(zip(sentences, parts, strict=True))),
         "tokens": {
             part: {code: round(pieces(tokenizer, texts)[0], 2) for code, texts in sentences.items()}
             for part, tokenizer in tokenizers.items()
@@ -169,8 +166,5 @@ def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, An
 
 def model_hash(model: str) -> str:
     """Hash of a model's files, or of its name and commit where it is on the hub; 16 hex digits."""
-    return fingerprint.model_hash(backbone_name(model), next((p for p in ALONE if model.startswith(p)), ""))
-
-
-def _resolved(model: str) -> str:
-    return model if model.startswith(ALONE) else resolve(model)
+    alone = next((prefix for prefix in ALONE if model.startswith(prefix)), "")
+    return fingerprint.model_hash(model.removeprefix(alone) if alone else resolve(model), alone)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,9 @@ _DESCRIPTIONS = {
 
 
 def benchmark(name: str) -> mteb.Benchmark:
-    """A benchmark as mteb knows it; nothing is downloaded.
-
-    Args:
-        name: One of `suite.BENCHMARKS`.
-    """
-    return mteb.Benchmark(
-        name=name,
-        tasks=[mteb_task(task) for task in suite.tasks(name)],
-        description=_DESCRIPTIONS[name],
-        reference="https://arxiv.org/abs/2501.00874",
-    )
+    """One of `suite.BENCHMARKS` as mteb knows it; nothing is downloaded."""
+    tasks, reference = [mteb_task(task) for task in suite.tasks(name)], "https://arxiv.org/abs/2501.00874"
+    return mteb.Benchmark(name=name, tasks=tasks, description=_DESCRIPTIONS[name], reference=reference)
 
 
 def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
@@ -88,8 +80,7 @@ def data_revision(task: Task, data: Path | None) -> str:
         raise LusiferError(f"{data / 'tasks.json'}: {task.name} should be in {str(folder)!r}, which is no folder")
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -97,10 +88,10 @@ _FIELDS: dict[str, type] = {"name": str, "dir": str, "eval_splits": list, "subse
 
 
 def _entry(data: Path, name: str) -> dict[str, Any]:
-    for entry in _entries(data):
-        if entry["name"] == name:
-            return entry
-    raise LusiferError(f"{data / 'tasks.json'} lists no task {name!r}")
+    entry = next((entry for entry in _entries(data) if entry["name"] == name), None)
+    if entry is None:
+        raise LusiferError(f"{data / 'tasks.json'} lists no task {name!r}")
+    return entry
 
 
 def _entries(data: Path) -> list[dict[str, Any]]:
@@ -124,12 +115,8 @@ def _entries(data: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def tasks_in(data: Path) -> list[Task]:
-    """The tasks a folder holds; subsets in two languages carry both.
-
-    Raises:
-        LusiferError: If the folder has no readable ``tasks.json``, or names a task that mteb does not know.
-    """
+def _tasks_in(data: Path) -> list[Task]:
+    """The tasks a folder holds; subsets in two languages carry both."""
     groups = {task.name: task.group for task in suite.tasks(suite.MAIN)}
     tasks = []
     for entry in _entries(data):
@@ -179,7 +166,7 @@ def choose(
         raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
     if name is None and data is None:
         raise LusiferError("say which --benchmark, or which --data folder")
-    held = {task.name: task for task in tasks_in(data)} if data is not None else {}
+    held = {task.name: task for task in _tasks_in(data)} if data is not None else {}
     wanted = list(held.values()) if name is None else suite.tasks(name)
     for asked, present, word in (
         (languages, {code for task in wanted for codes in task.subsets.values() for code in codes}, "language"),
@@ -195,25 +182,21 @@ def choose(
     if languages:
         wanted = [replace(task, subsets=_spoken(task, set(languages))) for task in wanted]
     wanted = [task for task in wanted if task.subsets]
-    chosen, absent = wanted, []
+    chosen, absent = wanted, list[Task]()
     if name is not None and data is not None:
         # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
-        chosen = [_within(task, held[task.name]) for task in wanted if task.name in held]
-        got = {task.name: task.subsets for task in chosen}
-        absent = [_without(task, got.get(task.name, {})) for task in wanted]
-        chosen, absent = ([task for task in part if task.subsets] for part in (chosen, absent))
+        chosen = []
+        for task in wanted:
+            got = held.get(task.name)
+            inside = {key: codes for key, codes in task.subsets.items() if got and key in got.subsets}
+            outside = {key: codes for key, codes in task.subsets.items() if key not in inside}
+            if got and inside:
+                chosen.append(replace(task, subsets=inside, splits=got.splits, revision=got.revision))
+            if outside:
+                absent.append(replace(task, subsets=outside))
     if not chosen:
         raise LusiferError("no task is left; ask for fewer restrictions")
     return sorted(chosen, key=lambda task: cost(task) / len(task.subsets)), absent
-
-
-def _within(task: Task, held: Task) -> Task:
-    subsets = {key: value for key, value in task.subsets.items() if key in held.subsets}
-    return replace(task, subsets=subsets, splits=held.splits, revision=held.revision)
-
-
-def _without(task: Task, subsets: Container[str]) -> Task:
-    return replace(task, subsets={key: codes for key, codes in task.subsets.items() if key not in subsets})
 
 
 def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
@@ -231,13 +214,11 @@ def cost(task: Task) -> int:
         statistics: Any = mteb.get_task(task.name).metadata.descriptive_stats or {}
     except KeyError:
         return 10_000
-    total = 0
-    for split in task.splits:
-        whole = statistics.get(split, {})
+    parts = []
+    for whole in (statistics.get(split, {}) for split in task.splits):
         by_subset = whole.get("hf_subset_descriptive_stats") or {}
-        parts = [by_subset[s] for s in task.subsets if s in by_subset] or [whole]
-        total += sum(int(part.get("num_samples") or 0) for part in parts)
-    return total or 10_000
+        parts += [by_subset[subset] for subset in task.subsets if subset in by_subset] or [whole]
+    return sum(int(part.get("num_samples") or 0) for part in parts) or 10_000
 
 
 for _name in suite.BENCHMARKS:

@@ -1,8 +1,7 @@
 """``lusifer quickstart``: from nothing to a trained model and its scores on a laptop.
 
-`run` fetches the starter backbones, trains all stages on English text and scores three systems zero-shot in 23
-languages: the multilingual encoder alone, the English LLM alone, and LUSIFER. `report` turns that into Markdown and a
-plot, without torch. Both go on where an interrupted run was.
+`run` fetches the starter backbones, trains all stages on English text and scores three systems in 23 languages: the
+encoder alone, the English LLM alone, and LUSIFER. `report` turns that into Markdown and a plot, without torch.
 """
 
 from __future__ import annotations

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from lusifer.evaluation.report.render import template
+from lusifer.publishing import publish_file
 
 NAMES = {"encoder": "encoder alone", "llm": "English LLM alone", "lusifer": "LUSIFER"}
 _COLOURS = {"encoder": "#999999", "llm": "#D55E00", "lusifer": "#0072B2"}  # Okabe and Ito's, for all kinds of sight.
 _HATCHES = {"encoder": "", "llm": "//", "lusifer": ""}
-_HEAD = """# Quickstart: zero-shot scores
-
-Trained on English only. Accuracy in per cent on the bundled everyday set (64 sentences, chance 1.6).
-Languages marked † are not on the list of those the encoder was trained on.
-
-![scores by language](scores.png)
-"""
 TASKS = {"translation_retrieval": "Translation retrieval", "topic_retrieval": "Topic retrieval"}
 
 
@@ -28,61 +23,31 @@ def language_order(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report: one table per task, means over seen and unseen languages, how the run went.
-
-    Args:
-        results: What ``results.json`` holds.
-    """
+    """The report: one table per task, means over seen and unseen languages, how the run went."""
     systems = {name: NAMES.get(name, name) for name in results["systems"]}
     seen, order = set(results["seen_languages"]), language_order(results)
     groups = {"seen, en aside": [code for code in order if code in seen and code != "en"]}
     groups["not seen †"] = [code for code in order if code not in seen]
-    lines = [_HEAD]
+    tables = {}
     for task, title in TASKS.items():
         scores = {name: results["systems"][name][task] for name in systems}
         codes = [code for code in order if code in scores["lusifer"]]
         rows = [[code if code in seen else f"{code} †", *[_cell([s[code]]) for s in scores.values()]] for code in codes]
         for label, group in groups.items():
-            members = [code for code in group if code in codes]
-            if members:
+            if members := [code for code in group if code in codes]:
                 means = [_cell([column[code] for code in members]) for column in scores.values()]
                 rows.append([f"**{cell}**" for cell in (f"mean, {label}", *means)])
-        lines += [f"## {title}", "", _row(["language", *systems.values()]), "|---|" + "---:|" * len(systems)]
-        lines += [*map(_row, rows), ""]
-    return "\n".join([*lines, "## Run", "", "| | |", "|---|---|", *map(_row, _facts(results).items())]) + "\n"
+        tables[title] = rows
+    values = {"stages": {}, **results, "systems": list(systems.values()), "tables": tables}
+    return template("quickstart.md.j2").render(values)
 
 
 def _cell(accuracies: list[float]) -> str:
     return f"{100 * sum(accuracies) / len(accuracies):.1f}"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _facts(results: dict[str, Any]) -> dict[str, str]:
-    facts = {
-        "training and scoring, all calls together": f"{results['seconds'] / 60:.1f} minutes",
-        "peak memory": f"{results['peak_rss_mb']:.0f} MB",
-    }
-    stages = results.get("stages", {})
-    if "warm_start" in stages:
-        facts["stage 0: held-out variance explained"] = f"{100 * stages['warm_start']['explained']:.1f} %"
-    if held := stages.get("align", {}).get("held_out"):
-        shares = " / ".join(f"{100 * held[f'visible_{kind}_accuracy']:.1f}" for kind in ("own", "other", "none"))
-        facts["stage 1: held-out tokens right with own / another text's / no soft tokens"] = f"{shares} %"
-    if "contrast" in stages:
-        facts["stage 2: mean loss"] = f"{stages['contrast']['loss']:.2f}"
-    return facts
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws the systems side by side per language, both tasks, unseen languages shaded.
-
-    Args:
-        results: What the quickstart wrote.
-        path: PNG to write.
-    """
+    """Draws the systems side by side per language, both tasks, unseen languages shaded; a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,9 +70,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.axvspan(unseen[0] - 0.5, unseen[-1] + 0.5, color="#000000", alpha=0.06, lw=0)
             axis.text(unseen[0] - 0.4, 97, "not on the encoder's list", fontsize=9, va="top")
         axis.set_xticks(range(len(codes)), codes)
-        axis.set_xlim(-0.6, len(codes) - 0.4)
-        axis.set_ylim(0, 100)
-        axis.set_ylabel("accuracy, %")
+        axis.set(xlim=(-0.6, len(codes) - 0.4), ylim=(0, 100), ylabel="accuracy, %")
         axis.set_title(title, loc="left", fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
@@ -118,14 +81,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Writes ``report.md`` and ``scores.png`` beside the results.
-
-    Args:
-        results: What the quickstart measured.
-        folder: Existing folder.
-    """
-    from lusifer.publishing import publish_file
-
+    """Writes ``report.md`` and ``scores.png`` beside the results, into an existing folder."""
     plot(results, folder / "scores.png")
     with publish_file(folder / "report.md") as staging:
         staging.write_text(markdown(results), encoding="utf-8")

@@ -47,15 +47,7 @@ def peak_rss_mb() -> float:
 
 
 class _Run:
-    """Results so far, their cost, and the file they are kept in.
-
-    Args:
-        folder: Existing folder of the run.
-        recipe: Hash of the recipe; scores of another one must not be taken for this one's.
-
-    Raises:
-        LusiferError: If the folder holds another recipe's run.
-    """
+    """Results so far, their cost, and the file they are kept in; refuses a folder of another recipe."""
 
     def __init__(self, folder: Path, recipe: str) -> None:
         self.path = folder / "progress.json"
@@ -68,21 +60,14 @@ class _Run:
         self.since = time.monotonic()
 
     def save(self) -> None:
-        """Writes the results so far, and what they cost."""
         now = time.monotonic()
         self.state["seconds"] = round(self.state["seconds"] + now - self.since, 1)
         self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_rss_mb()), 1)
         self.since = now
         write_json(self.path, self.state)
 
-    def score(self, name: str, load: Callable[[], Any], progress: bool) -> None:
-        """Scores a system, unless it is scored already.
-
-        Args:
-            name: ``encoder``, ``llm`` or ``lusifer``.
-            load: Trains what is left to train, and loads the system.
-            progress: Whether to show a progress bar.
-        """
+    def score(self, name: str, load: Callable[[], Embed], progress: bool) -> None:
+        """Scores a system, unless it is scored already; ``load`` trains what is left to train first."""
         if name in self.state["systems"]:
             logger.info("%s is scored already", name)
             return
@@ -104,7 +89,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
         What ``results.json`` holds.
 
     Raises:
-        LusiferError: If something cannot be fetched, read or written.
+        LusiferError: If something cannot be fetched, read or written, or the folder holds a run of another recipe.
     """
     recipe = quickstart_recipe(output, overrides)
     output.mkdir(parents=True, exist_ok=True)

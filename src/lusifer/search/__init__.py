@@ -1,9 +1,8 @@
 """Search by meaning: an index of texts and their vectors, in a folder or on a Qdrant server.
 
-`indexing` reads a file and brings its texts into an index. An index is a `store.Store`, of which there are two,
+`indexing` brings the texts of a file into an index. An index is a `store.Store`, of which there are two,
 `lance.LanceStore` and `qdrant.QdrantStore`; `locations` opens either by its name. `filters` is the language of
-``--where``, `lexical` makes the words of BM25 and names the script of a text, `page` is the search page with its
-map of the texts (`corpus_map`).
+``--where``, `lexical` makes the words of BM25, `page` is the search page with its map of the texts (`corpus_map`).
 """
 
 from __future__ import annotations
@@ -20,13 +19,6 @@ __all__ = ["Entry", "Hit", "IndexInfo", "Store", "create_store", "open_store", "
 
 __getattr__ = lazy(
     __name__,
-    {
-        "Entry": "store",
-        "Hit": "store",
-        "IndexInfo": "store",
-        "Store": "store",
-        "create_store": "locations",
-        "open_store": "locations",
-        "store_exists": "locations",
-    },
+    dict.fromkeys(("Entry", "Hit", "IndexInfo", "Store"), "store")
+    | dict.fromkeys(("create_store", "open_store", "store_exists"), "locations"),
 )

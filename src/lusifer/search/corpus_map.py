@@ -20,14 +20,9 @@ _NEIGHBOURS = 15  # UMAP's usual number.
 
 
 def plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
-    """Vectors as points.
+    """(n, dim) float32 unit vectors as (n, 2) float32 points between 0 and 1, and the method.
 
-    Args:
-        vectors: (n, dim) float32 unit vectors.
-
-    Returns:
-        (n, 2) float32 between 0 and 1, and the method: UMAP (McInnes et al. 2018) on cosine distances, or PCA where
-        umap-learn is not installed or there are too few texts for neighbourhoods.
+    UMAP (McInnes et al. 2018) on cosine distances, or PCA where umap-learn is not installed or there are too few texts.
     """
     try:
         from umap import UMAP
@@ -39,8 +34,7 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
         # One thread and a seed: the same index looks the same each time.
         # Translations are so near each other that at UMAP's own min_dist, 0.1, they would be one dot.
         umap = UMAP(n_neighbors=_NEIGHBOURS, min_dist=0.6, metric="cosine", random_state=0, n_jobs=1)
-        points = umap.fit_transform(vectors)
-        method = "UMAP"
+        points, method = umap.fit_transform(vectors), "UMAP"
     low, high = points.min(axis=0, initial=np.inf), points.max(axis=0, initial=-np.inf)
     return ((points - low) / np.maximum(high - low, 1e-9)).astype(np.float32), method
 
@@ -48,18 +42,12 @@ def plane(vectors: np.ndarray) -> tuple[np.ndarray, str]:
 def _principal_components(vectors: np.ndarray) -> np.ndarray:
     centred = vectors - vectors.mean(axis=0) if len(vectors) else vectors
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    points = np.zeros((len(vectors), 2), dtype=np.float32)
     projected = centred @ directions[:2].T
-    points[:, : projected.shape[1]] = projected
-    return points
+    return np.pad(projected, ((0, 0), (0, 2 - projected.shape[1])))
 
 
 class CorpusMap:
-    """The map of an index, computed once in a thread and kept in the index's folder.
-
-    Args:
-        store: The index.
-    """
+    """The map of an index, computed once in a thread and kept in the index's folder."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -102,15 +90,11 @@ class CorpusMap:
         try:
             entries, vectors = self.store.sample(MOST_POINTS)
             points, method = plane(vectors)
-            drawn = {
-                "status": "ready",
-                "version": version,
-                "method": method,
-                "points": [
-                    {"id": one.id, "text": one.text[:_MOST_CHARACTERS], "lang": one.lang, "x": x, "y": y}
-                    for one, (x, y) in zip(entries, points.round(4).astype(float).tolist(), strict=True)
-                ],
-            }
+            places = [
+                {"id": one.id, "text": one.text[:_MOST_CHARACTERS], "lang": one.lang, "x": x, "y": y}
+                for one, (x, y) in zip(entries, points.round(4).astype(float).tolist(), strict=True)
+            ]
+            drawn = {"status": "ready", "version": version, "method": method, "points": places}
             with self._lock:
                 self._map = drawn
             if self.store.folder is not None:

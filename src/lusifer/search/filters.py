@@ -61,20 +61,14 @@ class Not:
 
 
 @dataclass(frozen=True)
-class Both:
-    """All conditions hold."""
+class Several:
+    """All conditions hold (``AND``), or at least one does (``OR``)."""
 
+    word: str
     parts: tuple[Filter, ...]
 
 
-@dataclass(frozen=True)
-class Either:
-    """At least one condition holds."""
-
-    parts: tuple[Filter, ...]
-
-
-Filter = OneOf | Compare | Not | Both | Either
+Filter = OneOf | Compare | Not | Several
 
 
 def parse_filter(text: str, columns: Mapping[str, str]) -> Filter:
@@ -101,10 +95,8 @@ def to_sql(condition: Filter) -> str:
             return f"`{column}` {sign} {sql_value(value)}"
         case Not(inner):
             return f"({to_sql(inner)}) IS NOT TRUE"
-        case Both(parts):
-            return " AND ".join(f"({to_sql(part)})" for part in parts)
-        case Either(parts):
-            return " OR ".join(f"({to_sql(part)})" for part in parts)
+        case Several(word, parts):
+            return f" {word} ".join(f"({to_sql(part)})" for part in parts)
 
 
 def sql_value(value: Value) -> str:
@@ -155,50 +147,54 @@ class _Parser:
 
     def parse(self) -> Filter:
         condition = self._either()
-        if self.next < len(self.tokens):
+        if self._kind:
             raise self._error("AND, OR or the end")
         return condition
 
     def _split(self) -> list[tuple[str, str]]:
         tokens, position = [], 0
-        end = len(self.text.rstrip())
-        while position < end:
+        while position < len(self.text.rstrip()):
             token = _TOKEN.match(self.text, position)
             if token is None:
                 raise LusiferError(
                     f"cannot read the filter {self.text!r} at character {position + 1}: "
                     f"write it like lang = 'te' AND year >= 2000"
                 )
-            kind = str(token.lastgroup)
-            tokens.append((kind, token[kind]))
+            tokens.append((str(token.lastgroup), token[str(token.lastgroup)]))
             position = token.end()
-        return tokens
+        return [*tokens, ("", "")]
+
+    @property
+    def _kind(self) -> str:
+        """Kind of the next token; empty at the end."""
+        return self.tokens[self.next][0]
+
+    @property
+    def _token(self) -> str:
+        return self.tokens[self.next][1]
 
     def _error(self, wanted: str) -> LusiferError:
-        at_end = self.next >= len(self.tokens)
-        where = "it ends" if at_end else f"{self.tokens[self.next][1]!r} stands"
+        where = f"{self._token!r} stands" if self._kind else "it ends"
         return LusiferError(f"cannot read the filter {self.text!r}: {where} where {wanted} should stand")
 
     def _take(self, *wanted: str) -> str | None:
         """The next word or sign if it is one of these, in any letter case."""
-        if self.next < len(self.tokens):
-            kind, text = self.tokens[self.next]
-            if kind in ("word", "sign") and text.upper() in wanted:
-                self.next += 1
-                return text.upper()
-        return None
+        token = self._token.upper()
+        if self._kind not in ("word", "sign") or token not in wanted:
+            return None
+        self.next += 1
+        return token
 
     def _need(self, sign: str) -> None:
         if not self._take(sign):
             raise self._error(repr(sign))
 
     def _either(self) -> Filter:
-        parts = self._several(self._both, "OR")
-        return parts[0] if len(parts) == 1 else Either(parts)
+        return self._joined(lambda: self._joined(self._unary, "AND"), "OR")
 
-    def _both(self) -> Filter:
-        parts = self._several(self._unary, "AND")
-        return parts[0] if len(parts) == 1 else Both(parts)
+    def _joined(self, part: Callable[[], Filter], word: str) -> Filter:
+        parts = self._several(part, word)
+        return parts[0] if len(parts) == 1 else Several(word, parts)
 
     def _several(self, part: Callable[[], _Part], separator: str) -> tuple[_Part, ...]:
         """One or more parts with a word or sign between them."""
@@ -238,9 +234,9 @@ class _Parser:
         return _ordered(column, kind, sign, value)
 
     def _column(self) -> str:
-        if self.next >= len(self.tokens) or self.tokens[self.next][0] != "word":
+        if self._kind != "word":
             raise self._error("the name of a column")
-        name = self.tokens[self.next][1]
+        name = self._token
         if name not in self.columns:
             raise LusiferError(
                 f"in the filter {self.text!r}, there is no column {name!r}; there are {', '.join(self.columns)} "
@@ -250,7 +246,7 @@ class _Parser:
         return name
 
     def _value(self, column: str) -> str | bool | Decimal:
-        kind, text = self.tokens[self.next] if self.next < len(self.tokens) else ("", "")
+        kind, text = self.tokens[self.next]
         value: str | bool | Decimal
         if kind == "text":
             value, types = text[1:-1].replace(text[0] * 2, text[0]), ["string"]

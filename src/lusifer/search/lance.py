@@ -38,11 +38,7 @@ class LanceStore(Store):
 
     @classmethod
     def create(cls, path: Path, info: IndexInfo) -> LanceStore:
-        """Makes an empty index.
-
-        Args:
-            path: New or empty folder.
-            info: The model and the columns.
+        """Makes an empty index in a new or empty folder.
 
         Raises:
             LusiferError: If something else is there, or the folder cannot be written.
@@ -59,14 +55,8 @@ class LanceStore(Store):
                 table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(info), mode=mode)
                 table.create_index("id", config=lancedb.index.BTree())
                 # The words are made by us, for every script: see lexical.py.
-                plain = lancedb.index.FTS(
-                    base_tokenizer="whitespace",
-                    max_token_length=None,
-                    lower_case=False,
-                    stem=False,
-                    remove_stop_words=False,
-                    ascii_folding=False,
-                )
+                off = dict.fromkeys(("lower_case", "stem", "remove_stop_words", "ascii_folding"), False)
+                plain = lancedb.index.FTS(base_tokenizer="whitespace", max_token_length=None, **off)
                 table.create_index("words", config=plain)
             write_json(path / "facts.json", info.to_dict())
         except OSError as error:
@@ -111,13 +101,9 @@ class LanceStore(Store):
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         import pyarrow as pa
 
-        columns = {
-            "id": [entry.id for entry in entries],
-            "text": [entry.text for entry in entries],
-            "lang": [entry.lang for entry in entries],
-            "words": [" ".join(words(entry.text)) for entry in entries],
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.info.dimension),
-        }
+        columns: dict[str, Any] = {key: [getattr(one, key) for one in entries] for key in ("id", "text", "lang")}
+        columns["words"] = [" ".join(words(entry.text)) for entry in entries]
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.info.dimension)
         columns |= {name: [entry.metadata.get(name) for entry in entries] for name in self.info.columns}
         rows = pa.table(columns, schema=_schema(self.info))
         self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
@@ -127,9 +113,8 @@ class LanceStore(Store):
         return self._with_vectors(query)
 
     def _sample(self, count: int) -> tuple[list[Entry], np.ndarray]:
-        total = self._table.count_rows()
         # A seed: the same content gives the same sample.
-        rows = np.sort(np.random.default_rng(0).permutation(total)[:count]).tolist()
+        rows = np.sort(np.random.default_rng(0).permutation(self._table.count_rows())[:count]).tolist()
         if not rows:
             return [], np.empty((0, self.info.dimension), dtype=np.float32)
         return self._with_vectors(self._table.take_offsets(rows))
@@ -142,9 +127,8 @@ class LanceStore(Store):
         return dict(Counter(tags).most_common())
 
     def _nearest(self, vector: np.ndarray, k: int, condition: Filter | None, exact: bool) -> list[Hit]:
-        query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
         # The approximate index keeps shortened vectors; the best are ranked again by the whole ones.
-        query = query.refine_factor(4)
+        query = self._table.search(vector, vector_column_name="vector").distance_type("cosine").refine_factor(4)
         rows = self._best(query.bypass_vector_index() if exact else query, k, condition, "_distance")
         return [Hit(entry, 1 - distance) for entry, distance in rows]
 
@@ -199,9 +183,8 @@ class LanceStore(Store):
         return ["id", "text", "lang", *self.info.columns, *more]
 
     def _entries(self, rows: Any) -> list[Entry]:
-        names = list(self.info.columns)
         return [
-            Entry(row["id"], row["text"], row["lang"], {name: row[name] for name in names})
+            Entry(row["id"], row["text"], row["lang"], {name: row[name] for name in self.info.columns})
             for row in rows.select(self._columns()).to_pylist()
         ]
 
@@ -231,7 +214,7 @@ def _schema(info: IndexInfo) -> Any:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """What LanceDB cannot do becomes one line; its own messages run over many."""
+    """Turns LanceDB's errors into one line; its own messages run over many."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, TypeError) as error:

@@ -37,35 +37,26 @@ def _kind(char: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Words for BM25, in any language.
+    """Words for BM25, in any language: lower case, in order, compatibility forms (full width, ligatures) made plain.
 
-    Args:
-        text: Any text.
-
-    Returns:
-        Lower-case words in order, compatibility forms (full width, ligatures) made plain; pairs of characters where the
-        script has no spaces. Accents stay: they tell words apart in many languages.
+    Pairs of characters where the script has no spaces. Accents stay: they tell words apart in many languages.
     """
     plain = unicodedata.normalize("NFKC", text).casefold().translate(_INVISIBLE)
-    found = []
+    terms = []
     for kind, group in groupby(plain, key=_kind):
         run = "".join(group)
         if kind == "spaced":
-            found.append(run)
+            terms.append(run)
         elif kind == "paired":
-            found += [char for char in run if len(run) == 1 or _name(char) == "CJK"]
-            found += [run[i : i + 2] for i in range(len(run) - 1)]
-    return found
+            terms += [char for char in run if len(run) == 1 or _name(char) == "CJK"]
+            terms += [run[i : i + 2] for i in range(len(run) - 1)]
+    return terms
 
 
 def script(text: str) -> str:
-    """The script most letters of a text belong to: a label for texts whose language nobody told.
+    """The script most letters of a text's first 500 characters belong to: a label where the language is not given.
 
-    Args:
-        text: Any text; its first 500 characters count.
-
-    Returns:
-        For example ``Latin script`` or ``Devanagari script``; ``Japanese script`` for Han with kana; ``no letters``.
+    For example ``Latin script`` or ``Devanagari script``; ``Japanese script`` for Han with kana; ``no letters``.
     """
     counts = Counter(name for char in text[:_READ] if (name := _name(char)))
     kana = sum(counts.pop(name, 0) for name in _KANA)

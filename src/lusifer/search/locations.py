@@ -11,10 +11,7 @@ from lusifer.search.store import IndexInfo, Store
 
 
 def open_store(location: str) -> Store:
-    """Opens an index.
-
-    Args:
-        location: A folder, or ``qdrant+http://host:6333/collection``.
+    """Opens an index: a folder, or ``qdrant+http://host:6333/collection``.
 
     Raises:
         LusiferError: If there is none, it is damaged, or its server cannot be reached.

@@ -34,17 +34,17 @@ def find(
     hybrid: bool = False,
     prompt: str | None = None,
 ) -> list[Hit]:
-    """Searches an index for a query in words.
+    """Searches an index for a query in words, in any language.
 
     Args:
         store: The index.
         encoder: Its model.
-        query: The query, in any language.
+        query: The query.
         k: Texts wanted.
         where: Only texts this filter keeps.
         exact: Compare with every vector.
         hybrid: Join with BM25.
-        prompt: What stands in front of the query for the model, not for BM25; the model's own query prompt when None.
+        prompt: Put before the query for the model, not for BM25; the model's own query prompt when None.
 
     Raises:
         LusiferError: If the query is empty, the filter wrong, or the index unreadable.
@@ -66,7 +66,7 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
     Args:
         store: The index; `Store.check_model` has been called.
         encoder: Its model; one query at a time goes through it.
-        prompt: What stands in front of every query; the model's own query prompt when None.
+        prompt: Put before every query; the model's own query prompt when None.
 
     Raises:
         LusiferError: If the encoder's vectors have another length, or FastAPI is not installed.
@@ -98,8 +98,7 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
         hybrid: bool = False,
     ) -> dict[str, Any]:
         """Texts nearest to a query in any language."""
-        begin = time.perf_counter()
-        where = OneOf("lang", tuple(lang)) if lang else None
+        begin, where = time.perf_counter(), OneOf("lang", tuple(lang)) if lang else None
         try:
             with one_at_a_time:
                 hits = find(store, encoder, q, k=k, where=where, hybrid=hybrid, prompt=prompt)

@@ -12,13 +12,14 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.search.filters import Both, Compare, Either, Filter, Not, OneOf
+from lusifer.search.filters import Compare, Filter, Not, OneOf, Several
 from lusifer.search.lexical import words
 from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
@@ -34,8 +35,7 @@ def connect(location: str) -> tuple[Any, str]:
     """A client and the name of a collection.
 
     Args:
-        location: ``qdrant+http://host:6333/collection`` or ``qdrant+https://...``; a key in ``$QDRANT_API_KEY`` is
-            sent along.
+        location: ``qdrant+http://host:6333/collection`` or https; a key in ``$QDRANT_API_KEY`` is sent along.
 
     Raises:
         LusiferError: If the location is not one, or the client is not installed.
@@ -44,23 +44,12 @@ def connect(location: str) -> tuple[Any, str]:
     collection = parts.path.strip("/")
     if parts.scheme not in ("http", "https") or not parts.hostname or not collection or "/" in collection:
         raise LusiferError(f"{location!r} is not an index; write it like qdrant+http://localhost:6333/texts")
-    client = _qdrant().QdrantClient(
-        url=f"{parts.scheme}://{parts.netloc}",
-        api_key=os.environ.get("QDRANT_API_KEY"),
-        timeout=60,
-        check_compatibility=False,
-    )
-    return client, collection
+    url, key = f"{parts.scheme}://{parts.netloc}", os.environ.get("QDRANT_API_KEY")
+    return _qdrant().QdrantClient(url=url, api_key=key, timeout=60, check_compatibility=False), collection
 
 
 class QdrantStore(Store):
-    """See `Store`; use `create` or `open`.
-
-    Args:
-        client: A QdrantClient; a local one works too.
-        collection: Name of the collection.
-        info: The model and the columns.
-    """
+    """See `Store`; use `create` or `open`. The client may be a local one, too."""
 
     def __init__(self, client: Any, collection: str, info: IndexInfo) -> None:
         self.client, self.collection, self.info = client, collection, info
@@ -115,19 +104,11 @@ class QdrantStore(Store):
         return _one_line(self.collection)
 
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
-        points = [
-            self._models.PointStruct(
-                id=_point(entry.id),
-                vector={"text": vector.tolist(), "words": self._weights(entry.text)},
-                payload={
-                    "id": entry.id,
-                    "text": entry.text,
-                    "lang": entry.lang,
-                    "metadata": {name: entry.metadata.get(name) for name in self.info.columns},
-                },
-            )
-            for entry, vector in zip(entries, vectors, strict=True)
-        ]
+        points = []
+        for entry, vector in zip(entries, vectors, strict=True):
+            sides = {"text": vector.tolist(), "words": self._weights(entry.text)}
+            payload = {**asdict(entry), "metadata": {name: entry.metadata.get(name) for name in self.info.columns}}
+            points.append(self._models.PointStruct(id=_point(entry.id), vector=sides, payload=payload))
         for begin in range(0, len(points), _UPLOAD):
             self.client.upsert(self.collection, points[begin : begin + _UPLOAD])
 
@@ -160,9 +141,8 @@ class QdrantStore(Store):
 
     def _build(self) -> None:
         """The server makes its graph by itself; this only asks it to begin now."""
-        self.client.update_collection(
-            self.collection, optimizers_config=self._models.OptimizersConfigDiff(indexing_threshold=1)
-        )
+        at_once = self._models.OptimizersConfigDiff(indexing_threshold=1)
+        self.client.update_collection(self.collection, optimizers_config=at_once)
 
     def _tidy(self) -> None:
         """The server does it by itself."""
@@ -175,16 +155,13 @@ class QdrantStore(Store):
         return str(self._count(None))
 
     def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
-        if ids is not None:
-            chosen: Any = self._models.PointIdsList(points=[_point(id) for id in ids])
-        else:
-            chosen = self._models.FilterSelector(filter=self._filter(condition))
+        points = None if ids is None else self._models.PointIdsList(points=[_point(id) for id in ids])
+        chosen = points or self._models.FilterSelector(filter=self._filter(condition))
         self.client.delete(self.collection, points_selector=chosen)
 
     def _query(self, query: Any, using: str, k: int, condition: Filter | None, **how: Any) -> list[Hit]:
-        answer = self.client.query_points(
-            self.collection, query=query, using=using, limit=k, query_filter=self._filter(condition), **how
-        )
+        how |= {"limit": k, "query_filter": self._filter(condition)}
+        answer = self.client.query_points(self.collection, query=query, using=using, **how)
         return [Hit(self._entry(point), float(point.score)) for point in answer.points]
 
     def _unpacked(self, points: Sequence[Any]) -> tuple[list[Entry], np.ndarray]:
@@ -207,7 +184,6 @@ class QdrantStore(Store):
         return None if condition is None else self._models.Filter(must=[self._clause(condition)])
 
     def _clause(self, condition: Filter) -> Any:
-        """The condition in Qdrant's words."""
         models = self._models
         match condition:
             case OneOf(_, ()):
@@ -221,10 +197,9 @@ class QdrantStore(Store):
                 return models.FieldCondition(key=_path(column), range=models.Range(**bounds))
             case Not(inner):
                 return models.Filter(must_not=[self._clause(inner)])
-            case Both(parts):
-                return models.Filter(must=[self._clause(part) for part in parts])
-            case Either(parts):
-                return models.Filter(should=[self._clause(part) for part in parts])
+            case Several(word, parts):
+                clauses: Any = {"must" if word == "AND" else "should": [self._clause(part) for part in parts]}
+                return models.Filter(**clauses)
 
     def _equal(self, column: str, value: Any) -> Any:
         models = self._models

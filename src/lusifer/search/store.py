@@ -29,10 +29,8 @@ class IndexInfo:
     Attributes:
         model: Name of the model that made the vectors, as it was loaded.
         model_hash: Hash of its weights; see `lusifer.model.fingerprint.weights_hash`.
-        dimension: Length of a vector.
         columns: Metadata columns and their types: ``string``, ``int``, ``float`` or ``bool``.
-        prompt: What stands in front of every text when it is embedded; None where nobody recorded it, as in indexes of
-            older versions, which embedded texts as they are.
+        prompt: Put before every text when it is embedded; None in indexes of older versions, which had none.
     """
 
     model: str
@@ -53,11 +51,7 @@ class IndexInfo:
 
     @classmethod
     def from_dict(cls, stored: Any, location: str) -> IndexInfo:
-        """Reads what `to_dict` gave.
-
-        Args:
-            stored: The dictionary.
-            location: The index, for the message.
+        """Reads what `to_dict` gave; the location is for the message.
 
         Raises:
             LusiferError: If it is something else, or of a newer format.
@@ -82,7 +76,6 @@ class Entry:
 
     Attributes:
         id: Its name, unique in the index.
-        text: The text.
         lang: Language code, or the name of its script where the language is not given.
         metadata: Value by column of `IndexInfo.columns`; what is missing is None.
     """
@@ -98,7 +91,6 @@ class Hit:
     """A search result.
 
     Attributes:
-        entry: The text.
         score: Cosine similarity, BM25 score, or the sum of reciprocal ranks, by the kind of search.
         ranks: In hybrid search, its rank from 1 on in each list that has it: ``vector``, ``bm25``.
     """
@@ -118,10 +110,6 @@ class Store(ABC):
 
     Filters are those of `lusifer.search.filters`, as text or parsed. All methods raise LusiferError where a filter is
     wrong or what keeps the index cannot be reached or read. A backend implements the methods with an underscore.
-
-    Attributes:
-        info: What the index records about its model and columns.
-        location: Folder or URL.
     """
 
     info: IndexInfo
@@ -193,31 +181,25 @@ class Store(ABC):
     def search(
         self, vector: np.ndarray, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
     ) -> list[Hit]:
-        """The nearest texts.
+        """The nearest texts, the highest cosine similarity first.
 
         Args:
             vector: (dim,) unit vector.
             k: Texts wanted.
             where: Only texts this filter keeps; it is applied before the search, so k texts come back if there are.
             exact: Compare with every vector, even if there is an approximate index.
-
-        Returns:
-            At most k hits, the highest cosine similarity first.
         """
         condition = self.parsed(where)
         with self._errors():
             return self._nearest(np.asarray(vector, dtype=np.float32), k, condition, exact)
 
     def bm25(self, query: str, *, k: int = 10, where: Filter | str | None = None) -> list[Hit]:
-        """The texts that share the rarest words with a query (Robertson and Zaragoza 2009).
+        """The texts that share the rarest words with a query (Robertson and Zaragoza 2009), best first.
 
         Args:
-            query: The query; see `lusifer.search.lexical.words`.
+            query: The query.
             k: Texts wanted.
             where: Only texts this filter keeps.
-
-        Returns:
-            At most k hits, best first.
         """
         condition, terms = self.parsed(where), words(query)
         with self._errors():
@@ -226,31 +208,13 @@ class Store(ABC):
     def hybrid(
         self, vector: np.ndarray, query: str, *, k: int = 10, where: Filter | str | None = None, exact: bool = False
     ) -> list[Hit]:
-        """Nearest texts and BM25, joined by reciprocal rank fusion (Cormack et al. 2009).
-
-        Args:
-            vector: (dim,) unit vector of the query.
-            query: The query in words.
-            k: Texts wanted.
-            where: Only texts this filter keeps.
-            exact: Compare with every vector.
-        """
+        """Nearest texts and BM25, joined by reciprocal rank fusion; arguments as in `search` and `bm25`."""
         depth = max(5 * k, 50)
-        lists = {
-            "vector": self.search(vector, k=depth, where=where, exact=exact),
-            "bm25": self.bm25(query, k=depth, where=where),
-        }
-        return reciprocal_rank_fusion(lists)[:k]
+        nearest = self.search(vector, k=depth, where=where, exact=exact)
+        return reciprocal_rank_fusion({"vector": nearest, "bm25": self.bm25(query, k=depth, where=where)})[:k]
 
     def delete(self, *, ids: Sequence[str] | None = None, where: Filter | str | None = None) -> int:
-        """Deletes texts by id or by filter.
-
-        Args:
-            ids: Names of texts.
-            where: A filter.
-
-        Returns:
-            How many were deleted.
+        """Deletes texts by id or by filter, and returns how many.
 
         Raises:
             LusiferError: If neither or both are given.
@@ -259,8 +223,7 @@ class Store(ABC):
             raise LusiferError("say what to delete: either ids or a filter")
         if ids is not None and not ids:
             return 0
-        before = self.count()
-        condition = self.parsed(where)
+        before, condition = self.count(), self.parsed(where)
         with self._errors():
             self._delete(ids, condition)
         return before - self.count()
@@ -288,22 +251,20 @@ class Store(ABC):
         """Refuses a document prompt other than the one that the vectors of the index were made with.
 
         Args:
-            prompt: What would stand in front of new texts.
+            prompt: What would stand before new texts.
             explicit: Whether the caller asked for it. If not, an index that records no prompt goes on without one.
 
         Raises:
             LusiferError: If it differs.
         """
-        recorded = self.info.prompt
-        if prompt == (recorded or "") or (recorded is None and not explicit):
-            return
-        raise LusiferError(
-            f"the index {self.location!r} was made with the document prompt {recorded or ''!r}, not {prompt!r}; "
-            f"give --prompt {recorded or ''!r}, or make a new index"
-        )
+        recorded = self.info.prompt or ""
+        if prompt != recorded and (self.info.prompt is not None or explicit):
+            raise LusiferError(
+                f"the index {self.location!r} was made with the document prompt {recorded!r}, not {prompt!r}; "
+                f"give --prompt {recorded!r}, or make a new index"
+            )
 
     def _checked(self, entries: Sequence[Entry], vectors: np.ndarray) -> np.ndarray:
-        """Vectors as float32, if number, length and values are right and every id is there once."""
         rows = np.ascontiguousarray(vectors, dtype=np.float32)
         if rows.shape != (len(entries), self.info.dimension):
             raise LusiferError(
@@ -343,24 +304,15 @@ class Store(ABC):
     @abstractmethod
     def _bm25(self, terms: list[str], k: int, condition: Filter | None) -> list[Hit]: ...
     @abstractmethod
-    def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None:
-        """Deletes by ids, at least one, or by filter."""
+    def _delete(self, ids: Sequence[str] | None, condition: Filter | None) -> None: ...
 
 
 def reciprocal_rank_fusion(lists: dict[str, list[Hit]]) -> list[Hit]:
-    """Joins ranked lists: a text scores the sum of 1 / (60 + rank) (Cormack et al. 2009, section 2).
-
-    Args:
-        lists: Hits by name of the list, best first.
-
-    Returns:
-        Every text once, best first.
-    """
-    entries: dict[str, Entry] = {}
-    ranks: dict[str, dict[str, int]] = {}
+    """Joins ranked lists by name: a text scores the sum of 1 / (60 + rank) (Cormack et al. 2009, section 2)."""
+    joined: dict[str, Hit] = {}
     for name, hits in lists.items():
         for rank, hit in enumerate(hits, start=1):
-            entries[hit.entry.id] = hit.entry
-            ranks.setdefault(hit.entry.id, {})[name] = rank
-    scores = {id: sum(1 / (RRF_CONSTANT + rank) for rank in placed.values()) for id, placed in ranks.items()}
-    return [Hit(entries[id], scores[id], ranks[id]) for id in sorted(scores, key=lambda id: (-scores[id], id))]
+            known = joined.get(hit.entry.id, Hit(hit.entry, 0.0))
+            score = known.score + 1 / (RRF_CONSTANT + rank)
+            joined[hit.entry.id] = Hit(hit.entry, score, {**known.ranks, name: rank})
+    return sorted(joined.values(), key=lambda hit: (-hit.score, hit.entry.id))

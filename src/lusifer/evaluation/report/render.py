@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.report.results import System
 from lusifer.evaluation.report.sections import sections
 from lusifer.publishing import publish_file
-
-FORMS = ("html", "md")
 
 
 def render(systems: Sequence[System], form: str, baseline: str | None = None, *, published: bool = False) -> str:
@@ -21,21 +20,15 @@ def render(systems: Sequence[System], form: str, baseline: str | None = None, *,
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
-        form: One of `FORMS`.
+        form: ``html`` or ``md``.
         baseline: Name of the system to compare with.
         published: Whether to add the paper's tables.
     """
-    return _template(f"report.{form}.j2").render(sections=sections(systems, baseline, published=published))
+    return template(f"report.{form}.j2").render(sections=sections(systems, baseline, published=published))
 
 
 def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, published: bool = False) -> list[Path]:
-    """Writes ``report.html`` and ``report.md``, each whole or not at all.
-
-    Args:
-        systems: What `lusifer.evaluation.report.results.read` gave.
-        out: Folder to write into.
-        baseline: Name of the system to compare with.
-        published: Whether to add the paper's tables.
+    """Writes ``report.html`` and ``report.md``, each whole or not at all; arguments as in `render`.
 
     Raises:
         LusiferError: If the baseline is none of the systems, or the folder cannot be written.
@@ -43,29 +36,23 @@ def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, 
     names = [system.name for system in systems]
     if baseline is not None and baseline not in names:
         raise LusiferError(f"no system {baseline!r} to compare with; there are {', '.join(names)}")
-    paths = []
-    for form in FORMS:
-        text, path = render(systems, form, baseline, published=published), out / f"report.{form}"
+    texts = {out / f"report.{form}": render(systems, form, baseline, published=published) for form in ("html", "md")}
+    for path, text in texts.items():
         try:
             out.mkdir(parents=True, exist_ok=True)
             with publish_file(path) as staging:
                 staging.write_text(text, encoding="utf-8")
         except OSError as error:
             raise LusiferError(f"cannot write {str(path)!r}: {first_line(error)}") from error
-        paths.append(path)
-    return paths
+    return list(texts)
 
 
 @cache
-def _template(name: str) -> Any:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ModuleNotFoundError as error:
-        raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
+def template(name: str) -> Template:
+    """A template of ``lusifer/resources``."""
     # Results are foreign text: the page escapes all of it, Markdown what would end a cell or a line.
     environment = Environment(
         autoescape=".html" in name, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    source = files("lusifer") / "resources" / name
-    return environment.from_string(source.read_text(encoding="utf-8"))
+    return environment.from_string((files("lusifer") / "resources" / name).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Results of an evaluation, read from their folders.
 
-Reads what is there: folders may be partial, empty or of an earlier version (whose files lie in the folder itself, with
-``main_scores`` in place of mteb's rows), single files may be damaged. What cannot be read is kept as a line to show.
+Folders may be partial, empty or of an earlier version (whose files lie in the folder itself, with ``main_scores`` in
+place of mteb's rows), single files may be damaged. What cannot be read is kept as a line to show.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class Score:
     """A main score.
 
     Attributes:
-        task: Task.
-        subset: Its subset.
         kind: Type of the task.
         languages: The subset's languages: one, or those of queries and of documents.
         value: Mean over splits, between -1 and 1.
@@ -55,16 +53,13 @@ class System:
     """The results of one model.
 
     Attributes:
-        name: Its folder's name, made unique.
         model_hash: Hash of the model; empty where it was not recorded.
-        rows: What is scored.
         bias: Language to what `lusifer.evaluation.everyday.language_bias` says.
         tokens: Tokenizer to language to mean tokens of a sentence.
         plan: Task to ``splits`` and ``subsets`` that were asked for; empty where that was not recorded.
         settings: What was recorded of how the model ran, to all values of it.
         revisions: Task to the revision of its data.
         failed: Task to what went wrong; subsets that were scored before are in ``rows``.
-        problems: What could not be read.
     """
 
     name: str
@@ -83,19 +78,12 @@ class System:
         return {(row.task, row.subset) for row in self.rows}
 
     @property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Task to subset to main score, between -1 and 1."""
-        return _by_task(self.rows, lambda row: row.value)
-
-    @property
-    def languages(self) -> dict[str, dict[str, list[str]]]:
-        """Task to subset to its languages."""
-        return _by_task(self.rows, lambda row: list(row.languages))
-
-    @property
-    def types(self) -> dict[str, str]:
-        """Task to its type."""
-        return {row.task: row.kind for row in self.rows}
+    def scored(self) -> dict[str, set[str]]:
+        """Task to its subsets that are scored."""
+        tasks: dict[str, set[str]] = {}
+        for row in self.rows:
+            tasks.setdefault(row.task, set()).add(row.subset)
+        return tasks
 
     def _by_language(self, shared: Shared, kind: str | None = None) -> dict[str, dict[str, list[Score]]]:
         """Language to task to scores in that language alone, languages with the most resources first."""
@@ -106,12 +94,7 @@ class System:
         return {code: languages[code] for code in sorted(languages, key=lambda code: (-RESOURCES.get(code, 0), code))}
 
     def by_language(self, shared: Shared, kind: str | None = None) -> dict[str, float]:
-        """Per cent by language: the mean over tasks of the mean over subsets.
-
-        Args:
-            shared: The cells to count.
-            kind: Only tasks of this type; all when None.
-        """
+        """Per cent by language: the mean over tasks of the mean over subsets, of the shared cells and of one type."""
         return {
             code: 100 * fmean(fmean(score.value for score in scores) for scores in tasks.values())
             for code, tasks in self._by_language(shared, kind).items()
@@ -131,30 +114,13 @@ class System:
                 widths[code] = 100 * 1.96 * math.sqrt(variance) / len(tasks)
         return widths
 
-    def by_pair(self, shared: Shared) -> dict[tuple[str, str], float]:
-        """Per cent by query language and document language."""
-        return _means(self._pairs(shared), lambda score: (score.languages[0], score.languages[1]))
-
-    def by_pair_task(self, shared: Shared) -> dict[str, float]:
-        """Per cent by task: the mean over its pairs of two languages."""
-        return _means(self._pairs(shared), lambda score: score.task)
-
-    def _pairs(self, shared: Shared) -> list[Score]:
-        return [score for score in self.rows if len(score.languages) == 2 and (score.task, score.subset) in shared]
-
-
-def _means(scores: Sequence[Score], key: Callable[[Score], Any]) -> dict[Any, float]:
-    groups: dict[Any, list[float]] = {}
-    for score in scores:
-        groups.setdefault(key(score), []).append(score.value)
-    return {name: 100 * fmean(groups[name]) for name in sorted(groups)}
-
-
-def _by_task(rows: Sequence[Score], value: Callable[[Score], Any]) -> dict[str, dict[str, Any]]:
-    tasks: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, {})[row.subset] = value(row)
-    return tasks
+    def by_pair(self, shared: Shared, key: Callable[[Score], Any]) -> dict[Any, float]:
+        """Per cent by the key of a score, of those in two languages."""
+        groups: dict[Any, list[float]] = {}
+        for score in self.rows:
+            if len(score.languages) == 2 and (score.task, score.subset) in shared:
+                groups.setdefault(key(score), []).append(score.value)
+        return {name: 100 * fmean(groups[name]) for name in sorted(groups)}
 
 
 def read(folders: Sequence[Path]) -> list[System]:
@@ -258,10 +224,9 @@ def _read_settings(system: System, task: str, record: Mapping[str, Any]) -> None
             _set(system, key, record[key])
     for package, number in dict(record.get("versions") or {}).items():
         _set(system, f"version of {package}", number)
-    for key in ("dataset_revision", "fingerprint", "revision"):
-        if record.get(key) is not None:
-            system.revisions[task] = str(record[key])
-            break
+    revisions = [record[key] for key in ("dataset_revision", "fingerprint", "revision") if record.get(key) is not None]
+    if revisions:
+        system.revisions[task] = str(revisions[0])
 
 
 def _over_splits(rows: Sequence[Mapping[str, float]], mean: Callable[[list[float]], float]) -> dict[str, float]:
@@ -278,12 +243,6 @@ def _numbers(system: System, what: str, row: Mapping[str, Any]) -> dict[str, flo
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def few(names: Sequence[str], most: int = 12) -> str:
-    """Names in a line, the rest of a long list as a count.
-
-    Args:
-        names: The names.
-        most: Names to show.
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def few(names: Sequence[str]) -> str:
+    """A dozen names in a line, the rest as a count."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from lusifer.evaluation import benchmarks as suite
 from lusifer.evaluation.report.results import BIAS, RESOURCES, Shared, System, few
 
-INTERVALS = (
+_INTERVALS = (
     "± is half of a 95 % interval by bootstrap over queries, pairs or texts; clustering has no such items, its scores "
     "count as fixed"
 )
@@ -18,7 +19,7 @@ Columns = Mapping[str, Mapping[str, float]]  # Column to row to number.
 
 
 @dataclass(frozen=True)
-class Table:
+class _Table:
     """A table of text; ``means`` is a last row set apart, ``heat`` says that the cells are per cent to shade."""
 
     header: list[str]
@@ -27,7 +28,7 @@ class Table:
     heat: bool = False
 
 
-class Bar(NamedTuple):
+class _Bar(NamedTuple):
     """A bar: number of its column, length and half of its interval in per cent of the line, text beside it."""
 
     column: int
@@ -38,16 +39,19 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: what to know before the figures, and these.
+    """A part of the report.
 
-    Bars, by the title of their row, are for the page; ``columns`` names their columns. ``wordy`` tables hold what the
-    bars show, so the page leaves them out.
+    Attributes:
+        note: What to know before the figures.
+        bars: Bars by the title of their row, for the page alone.
+        columns: Names of the bars' columns.
+        wordy: Whether the tables hold what the bars show, so that the page leaves them out.
     """
 
     title: str
     note: str = ""
-    tables: list[Table] = field(default_factory=list)
-    bars: dict[str, list[Bar]] = field(default_factory=dict)
+    tables: list[_Table] = field(default_factory=list)
+    bars: dict[str, list[_Bar]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     wordy: bool = False
@@ -61,15 +65,14 @@ def sections(systems: Sequence[System], baseline: str | None = None, *, publishe
         baseline: Name of the system to compare with.
         published: Whether to add the paper's tables.
     """
-    shared = shared_cells(systems)
+    shared = _shared_cells(systems)
     columns = {system.name: system.by_language(shared) for system in systems}
     parts = [_summary(systems, columns, shared)]
     if any(columns.values()):
         widths = {system.name: system.half_widths(shared) for system in systems}
         table = _columns_table("language", columns, "mean", widths)
-        parts.append(
-            Section("By language", tables=[table], bars=_bars(columns, widths), columns=list(columns), wordy=True)
-        )
+        bars = _bars(columns, widths)
+        parts.append(Section("By language", tables=[table], bars=bars, columns=list(columns), wordy=True))
     if baseline is not None and columns.get(baseline):
         parts.append(_gains(columns, baseline))
     elif baseline is None and len(columns) > 1:
@@ -77,12 +80,12 @@ def sections(systems: Sequence[System], baseline: str | None = None, *, publishe
     parts += [*_across(systems, shared), *_details(systems, shared), *_bias(systems), *_tokens(systems)]
     if published:
         parts.append(_published())
-    if lines := troubles(systems):
+    if lines := _troubles(systems):
         parts.append(Section("Missing, failed and set differently", lines=lines))
     return parts
 
 
-def shared_cells(systems: Sequence[System]) -> Shared:
+def _shared_cells(systems: Sequence[System]) -> Shared:
     """What every system that has scores has scored: only that is compared."""
     cells = [system.cells() for system in systems if system.rows]
     return set.intersection(*cells) if cells else set()
@@ -109,65 +112,59 @@ def _keys(columns: Columns) -> list[str]:
     return list(dict.fromkeys(key for column in columns.values() for key in column))
 
 
-def _columns_table(first: str, columns: Columns, means: str, widths: Columns | None = None) -> Table:
+def _columns_table(first: str, columns: Columns, means: str, widths: Columns | None = None) -> _Table:
     """Columns side by side, with a last row of their means."""
     rows = [
         [key, *[_text(column.get(key), (widths or {}).get(name, {}).get(key)) for name, column in columns.items()]]
         for key in _keys(columns)
     ]
-    return Table([first, *columns], rows, [means, *[_text(_mean(column.values())) for column in columns.values()]])
+    return _Table([first, *columns], rows, [means, *[_text(_mean(column.values())) for column in columns.values()]])
 
 
-def _bars(columns: Columns, widths: Columns | None = None, full: float = 100) -> dict[str, list[Bar]]:
+def _bars(columns: Columns, widths: Columns | None = None, full: float = 100) -> dict[str, list[_Bar]]:
     """Bars by row title; ``full`` fills the line."""
-    rows: dict[str, list[Bar]] = {key: [] for key in _keys(columns)}
+    rows: dict[str, list[_Bar]] = {key: [] for key in _keys(columns)}
     for number, (name, column) in enumerate(columns.items()):
         for key, value in column.items():
             half = (widths or {}).get(name, {}).get(key)
             reach = None if half is None else 100 * half / full
-            rows[key].append(Bar(number, 100 * max(value, 0) / full, reach, _text(value, half)))
+            rows[key].append(_Bar(number, 100 * max(value, 0) / full, reach, _text(value, half)))
     return rows
 
 
 def _summary(systems: Sequence[System], columns: Columns, shared: Shared) -> Section:
-    pairs = {system.name: system.by_pair_task(shared) for system in systems}
-    means = {"mean over languages": columns, "mean over pairs": pairs}
+    means = {"mean over languages": columns, "mean over pairs": _pair_tasks(systems, shared)}
     shown = {title: part for title, part in means.items() if any(part.values())}
-    rows = [
-        [
-            system.name,
-            *[_text(_mean(part[system.name].values())) or "-" for part in shown.values()],
-            *[str(len(part)) for part in (columns[system.name], system.scores, system.failed)],
-            system.model_hash,
-        ]
-        for system in systems
-    ]
+    rows = []
+    for system in systems:
+        cells = [_text(_mean(part[system.name].values())) or "-" for part in shown.values()]
+        counts = [str(len(part)) for part in (columns[system.name], system.scored, system.failed)]
+        rows.append([system.name, *cells, *counts, system.model_hash])
     note = (
         f"Main scores in per cent, means over tasks, of the {len(shared)} scores (task and language) that all systems "
-        f"have; {INTERVALS}. Languages by resources, most first."
+        f"have; {_INTERVALS}. Languages by resources, most first."
     )
-    return Section(
-        "", note, [Table(["system", *shown, "languages", "tasks with scores", "failed", "model hash"], rows)]
-    )
+    header = ["system", *shown, "languages", "tasks with scores", "failed", "model hash"]
+    return Section("", note, [_Table(header, rows)])
 
 
 def _gains(columns: Columns, baseline: str) -> Section:
     base = columns[baseline]
     others = {name: column for name, column in columns.items() if name != baseline and column}
     codes = _by_resources((code for column in others.values() for code in set(column) & set(base)), least_first=True)
-    rows = [
-        [
-            code,
-            *[f"{column[code] - base[code]:+.1f}" if code in column else "" for column in others.values()],
-            str(RESOURCES.get(code, "")),
-        ]
-        for code in codes
-    ]
-    return Section(f"Gain against {baseline}", tables=[Table(["language", *others, "resource level"], rows)])
+    rows = []
+    for code in codes:
+        gains = [f"{column[code] - base[code]:+.1f}" if code in column else "" for column in others.values()]
+        rows.append([code, *gains, str(RESOURCES.get(code, ""))])
+    return Section(f"Gain against {baseline}", tables=[_Table(["language", *others, "resource level"], rows)])
+
+
+def _pair_tasks(systems: Sequence[System], shared: Shared) -> dict[str, dict[str, float]]:
+    return {system.name: system.by_pair(shared, lambda score: score.task) for system in systems}
 
 
 def _across(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
-    columns = {system.name: system.by_pair_task(shared) for system in systems}
+    columns = _pair_tasks(systems, shared)
     if any(columns.values()):
         note = "Means over the pairs of two languages of a task, then over tasks, as published."
         yield Section("Across languages", note, [_columns_table("task", columns, "mean over tasks")])
@@ -175,17 +172,17 @@ def _across(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
 
 def _details(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
     for system in systems:
-        kinds = {kind: system.by_language(shared, kind) for kind in sorted(set(system.types.values()))}
+        kinds = {kind: system.by_language(shared, kind) for kind in sorted({row.kind for row in system.rows})}
         kinds = {kind: column for kind, column in kinds.items() if column}
         if kinds:
             codes = list(system.by_language(shared))
             rows = [[code, *[_text(column.get(code)) for column in kinds.values()]] for code in codes]
-            table = Table(["language", *kinds], rows, heat=True)
+            table = _Table(["language", *kinds], rows, heat=True)
             yield Section(f"Language and task type: {system.name}", tables=[table])
-        if pairs := system.by_pair(shared):
+        if pairs := system.by_pair(shared, lambda score: score.languages):
             queries, documents = (sorted({key[side] for key in pairs}) for side in (0, 1))
             rows = [[query, *[_text(pairs.get((query, document))) for document in documents]] for query in queries]
-            table = Table(["query \\ document", *documents], rows, heat=True)
+            table = _Table(["query \\ document", *documents], rows, heat=True)
             yield Section(f"Query language and document language: {system.name}", tables=[table])
 
 
@@ -196,17 +193,16 @@ def _bias(systems: Sequence[System]) -> Iterator[Section]:
     codes = _by_resources(code for system in known for code in system.bias)
     rows = [[code, *[cell for system in known for cell in _bias_cells(system.bias.get(code))]] for code in codes]
     titles = [f"{system.name}, {what}" for system in known for what in ("same language", "alone", "mixed", "change")]
-    shares = {
-        system.name: {code: 100 * system.bias[code]["same_language"] for code in _by_resources(system.bias)}
-        for system in known
-    }
+    shares = {}
+    for system in known:
+        shares[system.name] = {code: 100 * system.bias[code]["same_language"] for code in _by_resources(system.bias)}
     note = (
         "Everyday sentences of all languages in one corpus. Bars, same language: the share of same-language ones among "
         "the ten nearest, per cent; 0 is best, since every sentence has its translations to find. How often a sentence "
         "finds its translation, per cent: alone, among English sentences only; mixed, as the nearest of all sentences "
         "in all languages."
     )
-    table = Table(["language", *titles], rows)
+    table = _Table(["language", *titles], rows)
     yield Section("Language bias", note, [table], bars=_bars(shares), columns=list(shares))
 
 
@@ -235,19 +231,21 @@ def _tokens(systems: Sequence[System]) -> Iterator[Section]:
 
 def _published() -> Section:
     paper = suite.published()
-    tables = []
-    for table in (paper["table1"], paper["table2"]):
-        rows = [[name, *[f"{value:.2f}" for value in values]] for name, values in table["rows"].items()]
-        tables.append(Table(["system", *table["columns"]], rows))
+    tables = [
+        _Table(
+            ["system", *table["columns"]], [[name, *map("{:.2f}".format, row)] for name, row in table["rows"].items()]
+        )
+        for table in (paper["table1"], paper["table2"])
+    ]
     return Section("Published, not measured here", str(paper["source"]), tables)
 
 
-def troubles(systems: Sequence[System]) -> list[str]:
+def _troubles(systems: Sequence[System]) -> list[str]:
     """What failed, is missing, cannot be read, or was set differently, a line each."""
     every = {cell for system in systems for cell in system.cells()}
     lines = []
     for system in systems:
-        tasks = system.scores
+        tasks = system.scored
         for task, error in system.failed.items():
             some = f"; the {len(tasks[task])} scores it had before count" if task in tasks else ""
             lines.append(f"{system.name}: {task} failed: {error}{some}")
@@ -255,28 +253,27 @@ def troubles(systems: Sequence[System]) -> list[str]:
         lines += _unscored(system)
         if system.rows:  # A system without any takes nothing away from the others.
             lines += _left_out(system, every - system.cells())
-    if len([system for system in systems if system.rows]) > 1 and not shared_cells(systems):
+    if len([system for system in systems if system.rows]) > 1 and not _shared_cells(systems):
         lines.append("no score is there in all systems: nothing can be compared")
     return lines + _differences([system for system in systems if system.rows])
 
 
 def _unscored(system: System) -> list[str]:
     """What was asked for and is not there, and not among what failed."""
-    tasks = system.scores
+    tasks = system.scored
     absent = [task for task in sorted(system.plan) if task not in tasks and task not in system.failed]
     lines = [f"{system.name}: asked for, not scored: {few(absent)}"] if absent else []
     for task, asked in system.plan.items():
-        if task in tasks and (lacking := sorted(set(asked["subsets"]) - set(tasks[task]))):
+        if task in tasks and (lacking := sorted(set(asked["subsets"]) - tasks[task])):
             lines.append(f"{system.name}: {task}: asked for, not scored: {few(lacking)}")
     return lines
 
 
 def _left_out(system: System, lost: Shared) -> list[str]:
-    lines, tasks = [], system.scores
-    if absent := sorted({task for task, _ in lost} - set(tasks)):
+    lines = []
+    if absent := sorted({task for task, _ in lost} - set(system.scored)):
         lines.append(f"{system.name}: has no score of tasks that another system has; left out for all: {few(absent)}")
-    for task in sorted({task for task, _ in lost} - set(absent)):
-        count = len([cell for cell in lost if cell[0] == task])
+    for task, count in sorted(Counter(task for task, _ in lost if task not in absent).items()):
         lines.append(f"{system.name}: {task}: {count} scores missing that another system has; left out for all")
     return lines
 
