@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import no_load_report
@@ -25,8 +20,7 @@ class LMHead(nn.Module):
     Args:
         weight: (vocab, llm_dim).
         bias: (vocab,) or None.
-        config: The LLM's configuration, read for ``final_logit_softcapping`` (Gemma),
-            ``logits_scaling`` (Granite) and ``logit_scale`` (Cohere).
+        config: Read for ``final_logit_softcapping`` (Gemma), ``logits_scaling`` (Granite), ``logit_scale`` (Cohere).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: PretrainedConfig) -> None:
@@ -34,9 +28,8 @@ class LMHead(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        factors = [float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling")]
+        self.scale = factors[0] / factors[1]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Maps states (tokens, llm_dim) to float32 logits (tokens, vocab)."""
@@ -47,10 +40,13 @@ class LMHead(nn.Module):
 
 
 def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None, **hub: Any) -> LMHead:
-    """Loads the frozen LM head that belongs to an LLM loaded by `load_llm`.
+    """Loads the frozen LM head of an LLM: the embedding matrix if tied, else read through a causal model of no layers.
 
-    A tied head shares the LLM's embedding matrix. An untied one is read through the causal
-    model cut down to no layers, so that nothing but embeddings and head comes from the disk.
+    Args:
+        name: Where the LLM was loaded from.
+        llm: The LLM, without head.
+        revision: Its hub revision.
+        **hub: As for ``from_pretrained``.
 
     Raises:
         LusiferError: If it cannot be read.
@@ -65,8 +61,8 @@ def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None
     kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
     with no_load_report():
         loader = partial(AutoModelForCausalLM.from_pretrained, **SAFE_LOADING)
-        model, found = load_part("llm head", name, loader, **kwargs)
-    if any("embed_tokens" not in key for key in found["missing_keys"]):
+        model, report = load_part("llm head", name, loader, **kwargs)
+    if any("embed_tokens" not in key for key in report["missing_keys"]):
         raise LusiferError(f"the llm {name!r} has no LM head, which stage 1 needs: set align.enabled: false")
     head = model.get_output_embeddings()
     return LMHead(head.weight.detach().to(llm.device), getattr(head, "bias", None), config)
