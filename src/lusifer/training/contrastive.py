@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,25 +88,15 @@ class _Columns:
     guide: Tensor | None  # (columns, rows, guide_dim) unit vectors.
     margin: float
 
-    def against_all(self, rows: slice) -> Tensor:
-        """(slice, (columns - 1) * batch) bool: candidates that are no negatives of these queries."""
-        queries, positives, candidates = self.keys[0], self.keys[1], self.keys[1:].flatten()
-        out = candidates == positives[rows].unsqueeze(1)
-        out |= candidates == queries[rows].unsqueeze(1)
-        # The positive of another row that asks the same.
-        out[:, : len(queries)] |= queries == queries[rows].unsqueeze(1)
+    def against(self, anchor: int, candidates: slice, rows: slice) -> Tensor:
+        """(slice, n) bool: texts of the ``candidates`` columns that are no negatives of these rows of a column."""
+        own, others = self.keys[:, rows].unsqueeze(2), self.keys[candidates].flatten()
+        out = (others == own[0]) | (others == own[1])
+        # What belongs to another row that asks the same.
+        out[:, : self.keys.shape[1]] |= self.keys[anchor] == own[anchor]
         if self.guide is not None:
-            out |= self.guide[0, rows] @ self.guide[1:].flatten(0, 1).T > self._limit()[rows].unsqueeze(1)
-        return out
-
-    def against_queries(self, rows: slice) -> Tensor:
-        """(slice, batch) bool: the mirror image, queries that are no negatives of these positives."""
-        queries, positives = self.keys[0], self.keys[1]
-        out = positives == positives[rows].unsqueeze(1)
-        out |= queries == positives[rows].unsqueeze(1)
-        out |= queries == queries[rows].unsqueeze(1)
-        if self.guide is not None:
-            out |= self.guide[1, rows] @ self.guide[0].T > self._limit()[rows].unsqueeze(1)
+            scores = self.guide[anchor, rows] @ self.guide[candidates].flatten(0, 1).T
+            out |= scores > self._limit()[rows].unsqueeze(1)
         return out
 
     def against_own(self) -> Tensor:
@@ -216,8 +207,7 @@ class ContrastiveLoss(nn.Module):
         groups, kept = groups_within(lengths, self.max_tokens, self.graph_tokens)
         cached = CachedPass(lambda rows: model(**trim(features, rows)).pooler_output, groups, kept, lengths.device)
         vectors = cached.forward(no_sync).float()
-        guide = self._guide_vectors(batch)
-        guide = None if guide is None else _joined(guide)
+        guide = None if (own := self._guide_vectors(batch)) is None else _joined(own)
         every = _joined(vectors.unflatten(0, (columns, -1))).requires_grad_()
         keys = _joined(_keys(features, columns))
         loss = self.of_embeddings(every, keys, guide, in_batch=batch["in_batch_negatives"])
@@ -264,12 +254,13 @@ class ContrastiveLoss(nn.Module):
             return loss
 
     def _in_batch(self, vectors: Tensor, columns: _Columns) -> Tensor:
-        queries, candidates = vectors[0], vectors[1:].flatten(0, 1)
-        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=columns.against_all)
-        if self.symmetric:
-            mirrored = info_nce(vectors[1], queries, temperature=self.temperature, excluded=columns.against_queries)
-            loss = (loss + mirrored) / 2
-        return loss
+        def one_way(anchor: int, candidates: slice) -> Tensor:
+            out = partial(columns.against, anchor, candidates)
+            others = vectors[candidates].flatten(0, 1)
+            return info_nce(vectors[anchor], others, temperature=self.temperature, excluded=out)
+
+        loss = one_way(0, slice(1, None))
+        return (loss + one_way(1, slice(1))) / 2 if self.symmetric else loss
 
     def _own_negatives(self, vectors: Tensor, columns: _Columns) -> Tensor:
         vectors = normalize(vectors, dim=-1)
