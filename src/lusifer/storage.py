@@ -26,11 +26,7 @@ def is_remote(url: str) -> bool:
 
 
 def locate(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path there.
-
-    Raises:
-        LusiferError: If there is no such kind of store, or its library is not installed.
-    """
+    """The fsspec filesystem of a path or URL, and the path there; raises as `storage_errors`."""
     with storage_errors(url):
         return url_to_fs(url if is_remote(url) else str(Path(url).expanduser()))
 
@@ -78,7 +74,7 @@ def version(info: dict[str, Any]) -> str:
 
 
 class Folder:
-    """A folder of whole files, here or in a store: what `put` brings there appears complete or not at all.
+    """A folder of whole files, here or in a store; its methods raise as `storage_errors`.
 
     Args:
         url: Path or URL.
@@ -93,21 +89,13 @@ class Folder:
         self.staging = None if self.remote else Path(self.root) / (scratch or "")
 
     def make(self) -> None:
-        """Creates the folder.
-
-        Raises:
-            LusiferError: If it cannot be created.
-        """
+        """Creates the folder."""
         with storage_errors(self.url, "write"):
             if self.staging is not None:
                 self.staging.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> set[str]:
-        """Names of the files in the folder; none where there is no folder.
-
-        Raises:
-            LusiferError: If the store does not answer.
-        """
+        """Names of the files in the folder; none where there is no folder."""
         self.fs.invalidate_cache()
         with storage_errors(self.url):
             try:
@@ -121,11 +109,7 @@ class Folder:
 
     @contextmanager
     def put(self, name: str) -> Iterator[Path]:
-        """Gives the path of a file to write; when the block ends without an error it becomes ``name``.
-
-        Raises:
-            LusiferError: If it cannot be written; nothing half-written stays.
-        """
+        """Yields the path of a file to write, which becomes ``name`` when the block ends, complete or not at all."""
         with storage_errors(f"{self.url}/{name}", "write"):
             if not self.remote:
                 with publish_file(Path(self.path(name)), scratch=self.staging) as path:
@@ -137,11 +121,7 @@ class Folder:
                 self.fs.put_file(str(Path(folder, name)), self.path(name))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, or None where there is no such file.
-
-        Raises:
-            LusiferError: If it cannot be read or is no JSON object.
-        """
+        """A JSON object, or None where there is no such file; anything else is an error."""
         with storage_errors(f"{self.url}/{name}"):
             try:
                 value = json.loads(self.fs.cat_file(self.path(name)))
@@ -154,11 +134,7 @@ class Folder:
         return value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON object, whole.
-
-        Raises:
-            LusiferError: If it cannot be written.
-        """
+        """Writes a JSON object, complete or not at all."""
         with self.put(name) as path:
             path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

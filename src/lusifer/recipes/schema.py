@@ -124,6 +124,7 @@ class WarmStartRecipe(_Strict):
 class GradientStage(_Strict):
     """What stages 1 and 2, which train by gradient, share."""
 
+    number: ClassVar[int]
     renamed: ClassVar[dict[str, str]] = {"encoder": "train_encoder", "connector": "train_connector"}
 
     enabled: bool = True  # Whether the stage runs.
@@ -158,17 +159,19 @@ class GradientStage(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _some_set_at_every_step(self) -> GradientStage:
+        if self.enabled and not self.data:
+            raise ValueError(f"stage {self.number} needs data: list at least one set (or enabled: false)")
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
-                raise ValueError(
-                    f"no data set is drawn after {moment:g} of the steps: correct start and end of the sets"
-                )
+                gap = f"no data set is drawn after {moment:g} of the steps"
+                raise ValueError(f"{gap}: correct start and end of the sets")
         return self
 
 
 class AlignRecipe(GradientStage):
     """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens."""
 
+    number: ClassVar[int] = 1
     # Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
     mask_probability: float | tuple[float, float] = 0.5
     target_max_seq_length: PositiveInt = 512  # LLM tokens of a target.
@@ -186,9 +189,7 @@ class AlignRecipe(GradientStage):
         return numbers if several else numbers[0]
 
     @pydantic.model_validator(mode="after")
-    def _has_data(self) -> AlignRecipe:
-        if self.enabled and not self.data:
-            raise ValueError("stage 1 needs data: list a set (or enabled: false)")
+    def _consistent(self) -> AlignRecipe:
         for number, item in enumerate(self.data):
             if item.task not in ("reconstruct", "complete"):
                 raise ValueError(f"data.{number}.task must be reconstruct or complete")
@@ -201,6 +202,7 @@ class AlignRecipe(GradientStage):
 class ContrastRecipe(GradientStage):
     """Stage 2: contrastive finetuning with bidirectional attention."""
 
+    number: ClassVar[int] = 2
     symmetric: bool = False  # Whether each positive must also find its query.
     temperature: PositiveFloat = 0.05  # Divisor of the cosines.
     # Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
@@ -215,9 +217,7 @@ class ContrastRecipe(GradientStage):
     matryoshka_dims: list[PositiveInt] = []
 
     @pydantic.model_validator(mode="after")
-    def _has_data(self) -> ContrastRecipe:
-        if self.enabled and not self.data:
-            raise ValueError("stage 2 needs data: list at least one set (or enabled: false)")
+    def _consistent(self) -> ContrastRecipe:
         for number, item in enumerate(self.data):
             if item.task not in (None, "contrast"):
                 raise ValueError(f"data.{number}.task must be contrast, or be left out")
@@ -262,9 +262,8 @@ class Recipe(_Strict):
                 raise ValueError(f"{name}.train_encoder is lora, but model.encoder_lora is not set")
             adapts = name == "contrast" and self.model.llm_lora is not None
             if stage.enabled and stage.train_encoder == "frozen" and not stage.train_connector and not adapts:
-                raise ValueError(
-                    f"{name} has nothing to train: set {name}.train_connector: true or {name}.train_encoder"
-                )
+                hint = f"set {name}.train_connector: true or {name}.train_encoder"
+                raise ValueError(f"{name} has nothing to train: {hint}")
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
             raise ValueError("nothing to do: every stage is switched off")
         return self

@@ -9,16 +9,73 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.transformers import no_load_report
+from lusifer.model.backbones import SAFE_LOADING, load_part
 from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
 from lusifer.training.gradient_cache import Backward, NoSync, gather, groups_within
-from lusifer.training.lm_head import LMHead
+
+
+class LMHead(nn.Module):
+    """The LLM's next-token head: projection, then whatever scaling its family applies to logits.
+
+    Args:
+        weight: (vocab, llm_dim).
+        bias: (vocab,) or None.
+        config: Read for ``final_logit_softcapping`` (Gemma), ``logits_scaling`` (Granite), ``logit_scale`` (Cohere).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        factors = [float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling")]
+        self.scale = factors[0] / factors[1]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps states (tokens, llm_dim) to float32 logits (tokens, vocab)."""
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None, **hub: Any) -> LMHead:
+    """Loads the frozen LM head of an LLM: the embedding matrix if tied, else read through a causal model of no layers.
+
+    Args:
+        name: Where the LLM was loaded from.
+        llm: The LLM, without head.
+        revision: Its hub revision.
+        **hub: As for ``from_pretrained``.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    config = AutoConfig.for_model(**llm.config.to_dict())
+    if config.tie_word_embeddings:
+        embeddings: Any = llm.get_input_embeddings()
+        return LMHead(embeddings.weight.detach(), None, config)
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
+    with no_load_report():
+        loader = partial(AutoModelForCausalLM.from_pretrained, **SAFE_LOADING)
+        model, report = load_part("llm head", name, loader, **kwargs)
+    if any("embed_tokens" not in key for key in report["missing_keys"]):
+        raise LusiferError(f"the llm {name!r} has no LM head, which stage 1 needs: set align.enabled: false")
+    head = model.get_output_embeddings()
+    return LMHead(head.weight.detach().to(llm.device), getattr(head, "bias", None), config)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -55,16 +112,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_cross_entropy(states: Tensor, wanted: Tensor, head: LMHead, chunk: int = 256) -> Tensor:
-    """Summed cross-entropy of tokens, a slice of logits at a time; by liger-kernel on a GPU that has it.
+    """Summed cross-entropy of tokens, a scalar differentiable once, without keeping logits; by liger-kernel on a GPU.
 
     Args:
         states: (tokens, llm_dim).
         wanted: (tokens,) int64.
         head: The LLM's head; it gets no gradient.
         chunk: States per slice.
-
-    Returns:
-        Scalar float32; differentiable once.
     """
     # The head computes in its own precision, whatever autocast would choose for it.
     with torch.autocast(states.device.type, enabled=False):
@@ -102,11 +156,8 @@ class AlignmentLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.lm_head = lm_head
-        self.mask_probability = mask_probability
-        self.max_tokens = max_tokens
-        self.chunk = chunk
-        self.seed = seed
+        self.lm_head, self.mask_probability = lm_head, mask_probability
+        self.max_tokens, self.chunk, self.seed = max_tokens, chunk, seed
         self.register_buffer("mask_embedding", mask_embedding.detach().float(), persistent=False)
 
     def probability(self, progress: float) -> float:
@@ -115,15 +166,12 @@ class AlignmentLoss(nn.Module):
         return begin + (end - begin) * progress
 
     def choose_masked(self, target_mask: Tensor, positions: Tensor, progress: float) -> Tensor:
-        """Chooses the target inputs to mask.
+        """Chooses the target inputs to mask: (rows, target_seq) bool.
 
         Args:
             target_mask: (rows, target_seq), non-zero at real tokens, padded on the right.
             positions: (rows,) int64, each row's position in the mixture.
             progress: Share of the stage done, in [0, 1].
-
-        Returns:
-            (rows, target_seq) bool.
         """
         probability = self.probability(progress)
         chosen = np.zeros(target_mask.shape, dtype=bool)
@@ -160,15 +208,12 @@ class AlignmentLoss(nn.Module):
         return token_cross_entropy(states, wanted, self.lm_head, self.chunk)
 
     def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
-        """The loss of this process's rows alone, in one graph: for evaluation and tests.
+        """The loss of this process's rows alone, in one graph: a scalar in float32.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
             batch: ``source`` and ``target`` as for `states`; ``positions`` (rows,) int64 in the mixture.
             progress: Share of the stage done, in [0, 1].
-
-        Returns:
-            Scalar float32.
         """
         groups = micro_batches(_lengths(batch).cpu(), self.max_tokens)
         losses = [self._group_loss(model, batch, rows, progress) for rows in groups]

@@ -64,7 +64,7 @@ class _InfoNCE(torch.autograd.Function):
 def info_nce(
     queries: Tensor, candidates: Tensor, *, temperature: float, excluded: Callable[[slice], Tensor] | None = None
 ) -> Tensor:
-    """Cross-entropy of each query's own candidate among all candidates, on cosine over temperature.
+    """Mean cross-entropy of each query's own candidate among all, on cosine over temperature; differentiable once.
 
     Args:
         queries: (batch, dim).
@@ -72,9 +72,6 @@ def info_nce(
         temperature: Positive divisor of the cosine.
         excluded: Gives a new (slice, n) bool tensor for a slice of the queries, True where a candidate is no negative;
             a query's own positive always counts.
-
-    Returns:
-        Scalar float32 mean over queries; differentiable once.
     """
     queries, candidates = normalize(queries.float(), dim=-1), normalize(candidates.float(), dim=-1)
     return _InfoNCE.apply(queries, candidates, temperature, excluded)
@@ -144,15 +141,12 @@ class ContrastiveLoss(nn.Module):
         graph_tokens: int = 65536,
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.symmetric = symmetric
+        self.temperature, self.symmetric = temperature, symmetric
         self.matryoshka_dims = list(matryoshka_dims)
         self.guide = None if guide is None else guide.requires_grad_(False).eval()
         self.guide_margin = guide_margin
-        self.distill = distill
-        self.distill_temperature = distill_temperature
-        self.max_tokens = max_tokens
-        self.graph_tokens = graph_tokens
+        self.distill, self.distill_temperature = distill, distill_temperature
+        self.max_tokens, self.graph_tokens = max_tokens, graph_tokens
 
     def train(self, mode: bool = True) -> ContrastiveLoss:
         """Switches the mode of everything but the guide."""
@@ -162,16 +156,13 @@ class ContrastiveLoss(nn.Module):
         return self
 
     def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
-        """The loss of this process's rows alone, in one graph: for evaluation and tests.
+        """The loss of this process's rows alone, in one graph: a scalar in float32.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
             batch: ``input_ids`` and ``attention_mask`` (columns * rows, seq): queries, positives, then column by
                 column the hard negatives; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features.
             progress: Ignored.
-
-        Returns:
-            Scalar float32.
         """
         features, columns = token_features(batch), batch["columns"]
         vectors = self._embed(features, lambda few: model(**few).pooler_output).unflatten(0, (columns, -1))
@@ -224,16 +215,13 @@ class ContrastiveLoss(nn.Module):
     def of_embeddings(
         self, vectors: Tensor, keys: Tensor, guide: Tensor | None = None, *, in_batch: bool = True
     ) -> Tensor:
-        """The loss of a batch that is embedded already.
+        """The loss of a batch that is embedded already: a scalar in float32.
 
         Args:
             vectors: (columns, rows, dim): queries, positives, then the hard negatives.
             keys: (columns, rows) int64, equal for equal texts, see `text_keys`.
             guide: (columns, rows, guide_dim) float32 unit vectors of the guide model.
             in_batch: Whether other rows' texts are negatives.
-
-        Returns:
-            Scalar float32.
 
         Raises:
             LusiferError: If a Matryoshka dimension exceeds the embedding's.
@@ -315,14 +303,11 @@ _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants o
 
 
 def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Keys of rows, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
+    """Keys of rows, (rows,) int64, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
 
     Args:
         input_ids: (rows, seq) int64.
         attention_mask: (rows, seq), non-zero at real tokens.
-
-    Returns:
-        (rows,) int64.
     """
     ids, mask = input_ids.long(), attention_mask.long()
     weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]

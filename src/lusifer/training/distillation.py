@@ -45,16 +45,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def neighbourhood_divergence(vectors: Tensor, guide: Tensor, *, temperature: float) -> Tensor:
-    """How much the softmax over a text's similarities to all others differs from the guide's.
+    """Mean over texts of KL(guide || ours) of the softmaxes over similarities to all others; differentiable once.
 
     Args:
         vectors: (texts, dim).
         guide: (texts, guide_dim), of the same texts; gets no gradient.
         temperature: Positive divisor of the cosines on both sides.
-
-    Returns:
-        Scalar float32, the mean over texts of KL(guide || ours) >= 0; 0 when all cosines differ by a constant.
-        Differentiable once.
     """
     vectors, guide = normalize(vectors.float(), dim=-1), normalize(guide.float(), dim=-1)
     return _Divergence.apply(vectors, guide, temperature)

@@ -87,18 +87,17 @@ class CachedPass:
         """Embeds all rows: (rows, dim), detached; gradients are not reduced over the ranks inside of ``no_sync``."""
         parts = []
         for index, rows in enumerate(self.groups):
-            if index >= self.kept:
-                self.states.append(RandomState(self.device))
-                with torch.no_grad(), no_sync():
-                    parts.append(self.embed(rows))
-                # Autocast of torch before 2.10 or so hands weights it cast without a graph to the pass that needs one.
-                torch.clear_autocast_cache()
+            if index < self.kept:
+                # A distributed wrapper prepares the reduction in the forward pass before the last backward pass.
+                with nullcontext() if index == len(self.groups) - 1 else no_sync():
+                    self.graphs.append(self.embed(rows))
+                parts.append(self.graphs[-1].detach())
                 continue
-            # A distributed wrapper prepares the reduction in the forward pass before the last backward pass.
-            last = index == len(self.groups) - 1
-            with nullcontext() if last else no_sync():
-                self.graphs.append(self.embed(rows))
-            parts.append(self.graphs[-1].detach())
+            self.states.append(RandomState(self.device))
+            with torch.no_grad(), no_sync():
+                parts.append(self.embed(rows))
+            # Autocast of torch before 2.10 or so hands weights it cast without a graph to the pass that needs one.
+            torch.clear_autocast_cache()
         return in_order(parts, self.groups)
 
     def backward(self, gradient: Tensor, backward: Backward, no_sync: NoSync) -> None:
@@ -107,7 +106,7 @@ class CachedPass:
         Args:
             gradient: (rows, dim).
             backward: Back-propagates a scalar.
-            no_sync: As in `forward`; all but the last backward pass run inside.
+            no_sync: As in `forward`.
         """
         recomputed = self.groups[self.kept :]
         if self.graphs:

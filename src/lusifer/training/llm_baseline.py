@@ -54,14 +54,11 @@ def llm_alone(recipe: Recipe) -> SentenceTransformer:
 
 
 def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
-    """Trains the baseline as stage 2 of the recipe trains LUSIFER: same data, steps, batch and loss.
+    """Trains the baseline as stage 2 of the recipe trains LUSIFER, into ``OUTPUT/llm_alone/model``, adapters merged.
 
     Args:
         recipe: The recipe.
         progress: Whether to show a progress bar.
-
-    Returns:
-        ``OUTPUT/llm_alone/model``, adapters merged, which Sentence Transformers opens without us.
 
     Raises:
         LusiferError: If the LLM or the data cannot be read, or training has to stop.

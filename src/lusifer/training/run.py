@@ -50,7 +50,7 @@ def check_inputs(recipe: Recipe) -> None:
     """Opens every backbone's configuration and checks every data set of a recipe, before any work starts.
 
     Raises:
-        LusiferError: If one is missing, broken or of the wrong kind; see `lusifer.data.records`.
+        LusiferError: If one is missing, broken or of the wrong kind.
     """
     chosen, wanted = recipe.model, recipe.contrast.llm_layers
     encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
@@ -74,12 +74,7 @@ _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "r
 
 
 def fingerprint(recipe: Recipe, stage: str) -> str:
-    """SHA-256 in hex of everything that decides a stage's result: the model and every stage up to it.
-
-    Args:
-        recipe: The recipe.
-        stage: ``warm_start``, ``align`` or ``contrast``.
-    """
+    """SHA-256 in hex of all that decides the result of a stage of `STAGES`: the model and every stage up to it."""
     tree = {}
     for name in ("model", *STAGES[: STAGES.index(stage) + 1]):
         section = getattr(recipe, name)
@@ -90,14 +85,11 @@ def fingerprint(recipe: Recipe, stage: str) -> str:
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> Path:
-    """Runs a recipe's stages in order.
+    """Runs a recipe's stages in order; returns the folder of the final model.
 
     Args:
         recipe: The recipe.
         progress: Whether to show progress bars.
-
-    Returns:
-        The folder of the final model.
 
     Raises:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.

@@ -30,9 +30,8 @@ from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
-from lusifer.training.alignment import AlignmentLoss, held_out_metrics
+from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.lm_head import load_lm_head
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
 
@@ -71,15 +70,12 @@ def _llm_tokenizer(recipe: ModelRecipe) -> Any:
 
 
 def run_warm_start(recipe: Recipe, model: SentenceTransformer, progress: bool) -> dict[str, Any]:
-    """Stage 0.
+    """Stage 0: ``explained``, the share of held-out variance that the map explains, and the numbers of ``words``.
 
     Args:
         recipe: The recipe.
         model: The untrained model; its connector is changed in place.
         progress: Whether to show a progress bar.
-
-    Returns:
-        ``explained``, the share of held-out variance that the map explains, and the numbers of ``words``.
     """
     settings, source, inner = recipe.warm_start, recipe.warm_start_data(), lusifer_model(model)
     assert source is not None
@@ -124,17 +120,7 @@ def _seed(recipe: Recipe, name: str) -> int:
 
 
 def run_align(recipe: Recipe, model: SentenceTransformer, folder: Path, progress: bool) -> dict[str, Any]:
-    """Stage 1.
-
-    Args:
-        recipe: The recipe.
-        model: The model of stage 0; trained in place.
-        folder: Where checkpoints go.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        As `contrast`, and ``held_out_before``, metrics of held-out texts before the stage.
-    """
+    """Stage 1; arguments and result as for `contrast`, and ``held_out_before``: the metrics before the stage."""
     stage, inner = recipe.align, lusifer_model(model)
     prepare_stage(recipe, "align", inner)
     loss = AlignmentLoss(
@@ -161,7 +147,7 @@ def run_align(recipe: Recipe, model: SentenceTransformer, folder: Path, progress
 
 
 def run_contrast(recipe: Recipe, model: SentenceTransformer, folder: Path, progress: bool) -> dict[str, Any]:
-    """Stage 2 of a model; arguments and result are those of `run_align` and `contrast`."""
+    """Stage 2; arguments and result as for `contrast`."""
     prepare_stage(recipe, "contrast", lusifer_model(model))
     return contrast(recipe, lusifer_model(model), model.tokenizer, folder, progress)
 

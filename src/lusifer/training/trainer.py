@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -71,11 +73,10 @@ class SaveOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listens for the signal while a block runs, on the main thread; elsewhere does nothing."""
-        try:
-            before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
-        except ValueError:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
         try:
             yield
         finally:
@@ -92,14 +93,10 @@ class AtomicTrainer(OpenTrainer):
     """A trainer of a `LusiferModel` (or a baseline of the same interface) with one of our losses.
 
     Args:
-        *args: As for ``transformers.Trainer``.
+        *args, **kwargs: As for ``transformers.Trainer``.
         stage: Its connector's learning rate and greatest loss.
         step_loss: `ContrastiveLoss` or `AlignmentLoss`.
         evaluator: Returns metrics of held-out rows, for ``eval_steps`` and the best checkpoint.
-        **kwargs: As for ``transformers.Trainer``.
-
-    Attributes:
-        loss_sum: Sum of the losses of all steps, also of those before an interruption.
     """
 
     def __init__(
@@ -113,7 +110,7 @@ class AtomicTrainer(OpenTrainer):
         super().__init__(*args, **kwargs)
         self.step_loss: Any = step_loss.to(self.args.device)
         self.stage, self.evaluator = stage, evaluator
-        self.loss_sum = 0.0
+        self.loss_sum = 0.0  # Of all steps, also of those before an interruption.
         self._batch: dict[str, Any] = {}
         self._since, self._tokens, self._padding, self._logged_at = time.monotonic(), 0.0, 0.0, 0
 
@@ -139,7 +136,7 @@ class AtomicTrainer(OpenTrainer):
         Args:
             model: The model or its distributed wrapper.
             inputs: This rank's batch, as the loss's ``step`` takes it.
-            num_items_in_batch: Not used: the loss averages by itself.
+            num_items_in_batch: Ignored.
 
         Raises:
             LusiferError: If the loss is NaN, infinite or above ``max_loss``.
@@ -174,9 +171,9 @@ class AtomicTrainer(OpenTrainer):
         path = Path(str(self.args.output_dir)).parent / f"bad-batch-{self.args.process_index}.json"
         parameters = dict(self.model.named_parameters())
         not_finite = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-        facts = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
+        state = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**facts, "batch": _to_lists(self._batch)}, indent=None)
+        write_json(path, {**state, "batch": recursively_apply(Tensor.tolist, self._batch)}, indent=None)
         raise LusiferError(
             f"step {self.state.global_step + 1}: {reason}; stopped before the weights changed. The batch is in {path}; "
             "look for broken records there, lower learning_rate or max_grad_norm, then run the same command again"
@@ -200,7 +197,7 @@ class AtomicTrainer(OpenTrainer):
         return metrics
 
     def trained_parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters by name, in full on the CPU of every rank."""
+        """The trainable parameters by name, in full, on every rank's CPU."""
         named = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
         return {n: (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous() for n, p in named}
 
@@ -270,12 +267,6 @@ class AtomicTrainer(OpenTrainer):
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-
-def _to_lists(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return {key: _to_lists(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:

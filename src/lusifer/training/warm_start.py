@@ -45,16 +45,12 @@ class WarmStart(NamedTuple):
     held_out_words: int
 
 
-def _has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(getattr(tokenizer, "is_fast", False))
-
-
 def _token_words(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]], *, special: bool, limit: int
 ) -> tuple[list[int], list[int]] | None:
     """Token ids of a text, and for each token the word it belongs to (-1: none)."""
     options = {"add_special_tokens": special, "truncation": True, "max_length": limit}
-    if _has_offsets(tokenizer):
+    if tokenizer.is_fast:
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
         words, word = [], 0
         for start, end in encoded["offset_mapping"]:
@@ -66,8 +62,7 @@ def _token_words(
             inside = word < len(spans) and start < end and spans[word][0] <= start
             words.append(word if inside else -1)
         return list(encoded["input_ids"]), words
-    ids = list(tokenizer(text, **options)["input_ids"])
-    return _sentencepiece_words(tokenizer, ids, len(spans))
+    return _sentencepiece_words(tokenizer, list(tokenizer(text, **options)["input_ids"]), len(spans))
 
 
 def _sentencepiece_words(
@@ -114,7 +109,7 @@ def aligned_words(
     """
     table = model.llm_embeddings()
     device = model.connector.added_tokens.device
-    pattern = _WORD if _has_offsets(encoder_tokenizer) and _has_offsets(llm_tokenizer) else _SPACED
+    pattern = _WORD if encoder_tokenizer.is_fast and llm_tokenizer.is_fast else _SPACED
     limit = model.config.max_seq_length
     for begin in range(0, len(texts), _BATCH):
         rows = []
