@@ -283,7 +283,7 @@ def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any
         raise LusiferError("held-out metrics compare with another text's soft tokens: give at least two rows")
     other = {name: tensor.roll(1, dims=0) for name, tensor in source.items()}
     none = {**source, "attention_mask": torch.zeros_like(source["attention_mask"])}
-    metrics = {}
+    metrics: dict[str, float] = {}
     was_training = model.training
     model.eval()
     for inputs, masked in (("visible", None), ("hidden", target["attention_mask"].bool())):

@@ -50,7 +50,7 @@ def _token_words(
 ) -> tuple[list[int], list[int]] | None:
     """Token ids of a text, and for each token the word it belongs to (-1: none)."""
     options = {"add_special_tokens": special, "truncation": True, "max_length": limit}
-    if tokenizer.is_fast:
+    if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
         words, word = [], 0
         for start, end in encoded["offset_mapping"]:
@@ -109,7 +109,8 @@ def aligned_words(
     """
     table = model.llm_embeddings()
     device = model.connector.added_tokens.device
-    pattern = _WORD if encoder_tokenizer.is_fast and llm_tokenizer.is_fast else _SPACED
+    offsets = all(getattr(tokenizer, "is_fast", False) for tokenizer in (encoder_tokenizer, llm_tokenizer))
+    pattern = _WORD if offsets else _SPACED
     limit = model.config.max_seq_length
     for begin in range(0, len(texts), _BATCH):
         rows = []
