@@ -242,13 +242,13 @@ class ContrastiveLoss(nn.Module):
             return loss
 
     def _in_batch(self, vectors: Tensor, columns: _Columns) -> Tensor:
-        def one_way(anchor: int, candidates: slice) -> Tensor:
-            out = partial(columns.against, anchor, candidates)
-            others = vectors[candidates].flatten(0, 1)
-            return info_nce(vectors[anchor], others, temperature=self.temperature, excluded=out)
-
-        loss = one_way(0, slice(1, None))
-        return (loss + one_way(1, slice(1))) / 2 if self.symmetric else loss
+        queries, candidates = vectors[0], vectors[1:].flatten(0, 1)
+        out = partial(columns.against, 0, slice(1, None))
+        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=out)
+        if self.symmetric:
+            out = partial(columns.against, 1, slice(1))
+            loss = (loss + info_nce(vectors[1], queries, temperature=self.temperature, excluded=out)) / 2
+        return loss
 
     def _own_negatives(self, vectors: Tensor, columns: _Columns) -> Tensor:
         vectors = normalize(vectors, dim=-1)
