@@ -39,9 +39,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, XLMRobertaConfig
 
 from lusifer import LusiferConfig, LusiferModel
-from lusifer.training.alignment import AlignmentLoss
+from lusifer.training.alignment import AlignmentLoss, LMHead
 from lusifer.training.contrastive import ContrastiveLoss, text_keys
-from lusifer.training.lm_head import LMHead
 
 OUT = Path("runs/bench")
 TURNS, STEPS = 3, 2
@@ -136,7 +135,7 @@ def naive_states(
 def naive_align(model: LusiferModel, loss: AlignmentLoss, data: dict[str, Any]) -> float:
     """One pass over all rows, full logits of all positions."""
     source, target = data["source"], data["target"]
-    hidden = loss.hidden(target["attention_mask"], data["positions"], 0.0)
+    hidden = loss.choose_masked(target["attention_mask"], data["positions"], 0.0)
     mask_embedding: Any = loss.mask_embedding
     inputs = torch.where(hidden.unsqueeze(-1), mask_embedding, model.llm.get_input_embeddings()(target["input_ids"]))
     states, _ = naive_states(model, source["input_ids"], source["attention_mask"], inputs, target["attention_mask"])

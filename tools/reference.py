@@ -6,6 +6,7 @@ python tools/reference.py --check    fails where a page is not what it would wri
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -19,16 +20,16 @@ from pydantic_core import PydanticUndefined
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 _HEAD = "<!-- Made by tools/reference.py: change the docstrings, not this page. -->\n"
 _UNWRAPPED = re.compile(r"\s*\n\s*")
+_FIELD = re.compile(r"((?:^ {4}# .*\n)*)^ {4}(\w+): (?:(?!  # ).)*(?:  # (.*))?$", re.M)
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Field to meaning, from the ``Attributes:`` of a class and of those it is made of."""
+    """Field to meaning, from the comment above or behind each field of a class and of those it is made of."""
     found: dict[str, str] = {}
     for owner in reversed(model.__mro__):
-        text = (owner.__doc__ or "").partition("Attributes:")[2]
-        for names, meaning in re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", text, re.M):
-            for name in names.split(","):
-                found[name.strip()] = _UNWRAPPED.sub(" ", meaning).strip().replace("``", "`")
+        if issubclass(owner, BaseModel) and owner is not BaseModel:
+            for above, name, behind in _FIELD.findall(inspect.getsource(owner)):
+                found[name] = " ".join([*re.findall("# (.*)", above), behind]).strip()
     return found
 
 
@@ -93,11 +94,11 @@ def recipes() -> str:
     for name in names.split():
         model = getattr(module, name)
         said = meanings(model)
-        first = _UNWRAPPED.sub(" ", (model.__doc__ or "").split("Attributes:")[0]).strip()
+        first = _UNWRAPPED.sub(" ", model.__doc__ or "").strip()
         rows = [f"## {name}\n\n{first}\n", "| field | type | default | |", "|---|---|---|---|"]
         for field, info in model.model_fields.items():
-            if field not in said:
-                raise ValueError(f"{name}.{field} has no line under Attributes in its docstring")
+            if not said.get(field):
+                raise ValueError(f"{name}.{field} has no comment that says what it is")
             rows.append(f"| `{field}` | {kind(info.annotation)}{bounds(info)} | {default(info)} | {said[field]} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)

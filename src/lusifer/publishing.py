@@ -1,9 +1,7 @@
 """How a file or a folder appears on a disk here: complete and synced, or not at all.
 
-1. It is written under a hidden name in the folder where it shall stand.
-2. Its content is synced to the disk, and its rights become those of any new file (0666 less the umask), whatever the
-   library that wrote it chose.
-3. A rename puts it in its place, and the folder's own entry is synced.
+It is written under a hidden name, gets the rights of any new file (0666 less the umask) and is synced; a rename puts it
+in its place.
 """
 
 from __future__ import annotations
@@ -28,9 +26,6 @@ def publish_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
         path: Where the file shall stand; its folder exists. An older file is replaced.
         scratch: Folder for the unfinished file, on the same file system; ``path``'s own when None.
 
-    Yields:
-        Path of the unfinished file.
-
     Raises:
         OSError: If the file cannot be written; nothing unfinished stays.
     """
@@ -53,9 +48,6 @@ def publish_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
     Args:
         folder: Where it shall stand; an older folder there is replaced.
         what: What it holds, for the message.
-
-    Yields:
-        Path of the unfinished folder.
 
     Raises:
         LusiferError: If the disk is full or not writable; nothing unfinished stays, an older folder does.

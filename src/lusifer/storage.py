@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import publish_file
 
 # Libraries behind fsspec whose exceptions tell of the store, not of a defect of ours.
 _CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp", "huggingface_hub", "fsspec", "httpx"}
@@ -26,14 +26,9 @@ def is_remote(url: str) -> bool:
 
 
 def locate(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path there.
-
-    Raises:
-        LusiferError: If there is no such kind of store, or its library is not installed.
-    """
+    """The fsspec filesystem of a path or URL, and the path there; raises as `storage_errors`."""
     with storage_errors(url):
-        fs, path = url_to_fs(url if is_remote(url) else str(Path(url).expanduser()))
-        return fs, path
+        return url_to_fs(url if is_remote(url) else str(Path(url).expanduser()))
 
 
 @contextmanager
@@ -60,18 +55,16 @@ def storage_errors(url: str, verb: str = "read") -> Iterator[None]:
 
 
 def _reason(error: Exception, scheme: str) -> str:
-    name = type(error).__name__
     if isinstance(error, ImportError):
         return f"{scheme}:// needs {_SCHEMES.get(scheme, 'a library')}: pip install 'lusifer[remote]'"
-    if "Credential" in name:
+    if "Credential" in type(error).__name__:
         where = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if scheme == "s3" else "your credentials"
         return f"no credentials; set {where}"
-    told = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or name
     if isinstance(error, FileNotFoundError) and scheme:
-        return f"no such bucket or file ({told})"
+        return f"no such bucket or file ({first_line(error)})"
     if isinstance(error, PermissionError) and scheme:
-        return f"not allowed ({told}); check the credentials and the bucket's rights"
-    return str(told)
+        return f"not allowed ({first_line(error)}); check the credentials and the bucket's rights"
+    return first_line(error)
 
 
 def version(info: dict[str, Any]) -> str:
@@ -81,7 +74,7 @@ def version(info: dict[str, Any]) -> str:
 
 
 class Folder:
-    """A folder of whole files, here or in a store: what `put` brings there appears complete or not at all.
+    """A folder of whole files, here or in a store; its methods raise as `storage_errors`.
 
     Args:
         url: Path or URL.
@@ -96,21 +89,13 @@ class Folder:
         self.staging = None if self.remote else Path(self.root) / (scratch or "")
 
     def make(self) -> None:
-        """Creates the folder.
-
-        Raises:
-            LusiferError: If it cannot be created.
-        """
+        """Creates the folder."""
         with storage_errors(self.url, "write"):
             if self.staging is not None:
                 self.staging.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> set[str]:
-        """Names of the files in the folder; none where there is no folder.
-
-        Raises:
-            LusiferError: If the store does not answer.
-        """
+        """Names of the files in the folder; none where there is no folder."""
         self.fs.invalidate_cache()
         with storage_errors(self.url):
             try:
@@ -124,54 +109,32 @@ class Folder:
 
     @contextmanager
     def put(self, name: str) -> Iterator[Path]:
-        """Gives the path of a file to write; when the block ends without an error it becomes ``name``.
-
-        Raises:
-            LusiferError: If it cannot be written; nothing half-written stays.
-        """
+        """Yields the path of a file to write, which becomes ``name`` when the block ends, complete or not at all."""
         with storage_errors(f"{self.url}/{name}", "write"):
-            handle, path = tempfile.mkstemp(dir=self.staging, prefix=f".{name}-")
-            os.close(handle)
-            temporary = Path(path)
-            try:
-                yield temporary
-                self._publish(temporary, name)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def _publish(self, temporary: Path, name: str) -> None:
-        if self.remote:
-            # One put, or a multipart upload completed at its end: a reader sees all of it or nothing.
-            self.fs.put_file(str(temporary), self.path(name))
-            return
-        temporary.chmod(0o644)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # Else a power cut could leave the name without the content.
-        os.replace(temporary, self.path(name))
+            if not self.remote:
+                with publish_file(Path(self.path(name)), scratch=self.staging) as path:
+                    yield path
+                return
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder, name)
+                # One put, or a multipart upload completed at its end: a reader sees all of it or nothing.
+                self.fs.put_file(str(Path(folder, name)), self.path(name))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, or None where there is no such file.
-
-        Raises:
-            LusiferError: If it cannot be read or is no JSON object.
-        """
+        """A JSON object, or None where there is no such file; anything else is an error."""
         with storage_errors(f"{self.url}/{name}"):
             try:
-                found = json.loads(self.fs.cat_file(self.path(name)))
+                value = json.loads(self.fs.cat_file(self.path(name)))
             except FileNotFoundError:
                 return None
             except ValueError as error:
                 raise LusiferError(f"{self.url}/{name} is damaged ({error}); remove the folder") from error
-        if not isinstance(found, dict):
+        if not isinstance(value, dict):
             raise LusiferError(f"{self.url}/{name} is damaged (no JSON object); remove the folder")
-        return found
+        return value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes a JSON object, whole.
-
-        Raises:
-            LusiferError: If it cannot be written.
-        """
+        """Writes a JSON object, complete or not at all."""
         with self.put(name) as path:
             path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

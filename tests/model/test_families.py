@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from lusifer import LusiferError, LusiferModel
-from lusifer.training.lm_head import load_lm_head
+from lusifer.training.alignment import load_lm_head
 from support.backbones import save_word_tokenizer
 from support.tiny import sharpen
 

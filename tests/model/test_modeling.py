@@ -14,9 +14,8 @@ from lusifer.model.backbones import build_llm
 from lusifer.model.packing import pack_left
 from lusifer.model.pooling import pool
 from lusifer.starter.use_encoder import UseConfig
-from lusifer.training.alignment import AlignmentLoss
+from lusifer.training.alignment import AlignmentLoss, LMHead
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.lm_head import LMHead
 from support.backbones import save_word_tokenizer
 from support.batches import align_batch, contrast_batch
 from support.tiny import sharpen

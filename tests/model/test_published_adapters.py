@@ -19,7 +19,7 @@ from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.backbones import load_config, load_llm, load_tokenizer
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
 from lusifer.recipes.schema import Recipe
-from lusifer.training.lm_head import load_lm_head
+from lusifer.training.alignment import load_lm_head
 from lusifer.training.run import check_inputs
 from lusifer.training.stages import build_model
 from support.adapters import make_adapter

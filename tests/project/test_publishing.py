@@ -11,6 +11,7 @@ import pytest
 from lusifer import LusiferError
 from lusifer.errors import first_line
 from lusifer.publishing import publish_file, publish_folder, write_json
+from lusifer.storage import Folder
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -36,6 +37,19 @@ def test_files_have_the_rights_of_new_files_whatever_wrote_them(tmp_path, umask)
     assert [mode(tmp_path / name) for name in ("a", "b/inner/c", "d.json")] == [expected] * 3
     assert mode(tmp_path / "b") == 0o777 & ~umask
     assert json.loads((tmp_path / "d.json").read_text()) == {"é": 1}
+
+
+def test_a_folder_of_files_gives_them_the_same_rights(tmp_path, umask):
+    folder = Folder(str(tmp_path))
+    folder.make()
+    with folder.put("a") as path:
+        path.write_text("a")
+    folder.write_json("b.json", {"b": 1})
+    assert [mode(tmp_path / name) for name in ("a", "b.json")] == [0o666 & ~umask] * 2
+    with pytest.raises(KeyError), folder.put("a") as path:
+        path.write_text("new")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "a" and not list((tmp_path / ".staging").iterdir())
 
 
 def test_an_error_leaves_the_old_and_nothing_unfinished(tmp_path):

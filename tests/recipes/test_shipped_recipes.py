@@ -13,6 +13,7 @@ from lusifer.cli.app import app
 from lusifer.recipes.files import load_recipe
 from lusifer.training.dry_run import dry_run
 
+WINDOW = ["--model.max_seq_length", "128"]  # What the stand-in of the encoder reads.
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -23,7 +24,7 @@ def test_all_are_here():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_dry_on_stand_ins(path, tiny_encoder, tiny_llm):
-    recipe = load_recipe(path, ["--model.encoder", tiny_encoder, "--model.llm", tiny_llm])
+    recipe = load_recipe(path, ["--model.encoder", tiny_encoder, "--model.llm", tiny_llm, *WINDOW])
     for item in [*recipe.align.data, *recipe.contrast.data]:
         assert item.source
     recipe.model.llm_layers = None
@@ -71,7 +72,8 @@ def test_real_sizes_come_from_configurations_alone(tmp_path):
 
 
 def test_a_missing_backbone_is_one_line(tmp_path, tiny_encoder):
-    recipe = load_recipe(RECIPES[0], ["--model.encoder", tiny_encoder, "--model.llm", str(tmp_path / "nothing")])
+    options = ["--model.encoder", tiny_encoder, "--model.llm", str(tmp_path / "nothing"), *WINDOW]
+    recipe = load_recipe(RECIPES[0], options)
     with pytest.raises(LusiferError, match="nothing"):
         dry_run(recipe, "r")
 
@@ -80,7 +82,7 @@ def test_the_command_prints_a_plan_and_loads_no_weights(tiny_encoder, tiny_llm, 
     from typer.testing import CliRunner
 
     path = next(path for path in RECIPES if path.stem == "modern")
-    options = ["--model.encoder", tiny_encoder, "--model.llm", tiny_llm]
+    options = ["--model.encoder", tiny_encoder, "--model.llm", tiny_llm, *WINDOW]
     done = CliRunner().invoke(app, ["train", str(path), "--dry-run", "--ranks", "4", "--json", *options])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)

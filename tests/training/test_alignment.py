@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lusifer import LusiferError
-from lusifer.training.alignment import AlignmentLoss, held_out_metrics, token_cross_entropy
-from lusifer.training.lm_head import LMHead, load_lm_head
+from lusifer.training.alignment import AlignmentLoss, LMHead, held_out_metrics, load_lm_head, token_cross_entropy
 from support.batches import (
     align_batch,
     assert_same,

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lusifer.model.token_batches import micro_batches, padded_tokens, trim
-from lusifer.training.alignment import AlignmentLoss
+from lusifer.training.alignment import AlignmentLoss, LMHead
 from lusifer.training.contrastive import ContrastiveLoss
 from lusifer.training.gradient_cache import RandomState, groups_within
-from lusifer.training.lm_head import LMHead
 from support.batches import align_batch, assert_same, contrast_batch, learning, step_gradients, tokens
 
 LENGTHS = torch.tensor([3, 50, 7, 7, 1, 20, 90])

@@ -45,12 +45,7 @@ class OpenTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes ``checkpoint-STEP`` below ``args.output_dir``; opens ``Trainer._save_checkpoint``.
-
-        Args:
-            model: The model, wrapped or not.
-            trial: Of a hyper-parameter search; None here.
-        """
+        """Writes ``checkpoint-STEP`` below ``args.output_dir``; opens ``Trainer._save_checkpoint``."""
         super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

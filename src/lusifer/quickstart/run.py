@@ -66,7 +66,7 @@ class _Run:
         self.since = now
         write_json(self.path, self.state)
 
-    def score(self, name: str, load: Callable[[], Embed], progress: bool) -> None:
+    def score(self, name: str, load: Callable[[], Any], progress: bool) -> None:
         """Scores a system, unless it is scored already; ``load`` trains what is left to train first."""
         if name in self.state["systems"]:
             logger.info("%s is scored already", name)

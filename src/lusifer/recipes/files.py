@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lusifer.errors import LusiferError
+from lusifer.errors import LusiferError, first_line
 from lusifer.recipes.schema import Recipe
 
 
@@ -27,7 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise LusiferError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
+        raise LusiferError(f"cannot read the recipe {str(path)!r}: {first_line(error)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LusiferError(f"the recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise LusiferError(f"recipe {str(path)!r}: {explain(error, Recipe)}") from None
+        raise LusiferError(f"recipe {str(path)!r}: {_explain(error)}") from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -79,15 +79,14 @@ def _index(items: list[Any], text: str, name: str) -> int:
     return int(text)
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
+def _explain(error: ValidationError) -> str:
     """One line that says what is wrong with the first bad field, where, and how to mend it."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    where = ".".join(location)
+    *path, field = [str(part) for part in first["loc"]] or [""]
+    where = ".".join([*path, field])
     if first["type"] == "extra_forbidden":
-        owner = _section(root, location[:-1])
-        known = sorted(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(location[-1], known, n=1)
+        known = sorted(_section(path).model_fields)
+        near = difflib.get_close_matches(field, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
     if first["type"] == "missing":
@@ -97,12 +96,12 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
 
-def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
-    owner: type[BaseModel] | None = root
+def _section(path: list[str]) -> type[BaseModel]:
+    """The type of a section; an item of a list has the one of the list."""
+    owner: type[BaseModel] = Recipe
     for part in path:
-        if part.isdecimal():  # An item of a list; the class of the items is the owner already.
-            continue
-        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        owner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if not part.isdecimal():
+            annotation = owner.model_fields[part].annotation
+            options = [annotation, *getattr(annotation, "__args__", ())]
+            owner = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return owner

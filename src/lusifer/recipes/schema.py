@@ -1,8 +1,4 @@
-"""A recipe's types: everything one training run needs.
-
-Every field has a default or is required here and nowhere else. Unknown keys are refused with the
-nearest name, and every value is checked before any weight is loaded.
-"""
+"""A recipe's types: every field, its default and its rules. The comment of a field is its line in the reference."""
 
 from __future__ import annotations
 
@@ -30,19 +26,12 @@ class _Strict(BaseModel):
 
 
 class Lora(_Strict):
-    """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's.
+    """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's."""
 
-    Attributes:
-        r: Rank.
-        alpha: Scale: what the adapter adds counts alpha / r.
-        dropout: Share of its inputs dropped in training.
-        target_modules: Names of the linear layers it covers; all of them when left out.
-    """
-
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    target_modules: list[str] | None = None
+    r: PositiveInt = 16  # Rank.
+    alpha: PositiveInt = 32  # Scale: what the adapter adds counts alpha / r.
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)  # Share of its inputs dropped in training.
+    target_modules: list[str] | None = None  # Names of the linear layers it covers; all of them when left out.
 
     def fields(self) -> dict[str, Any]:
         """The adapter as fields of ``peft.LoraConfig``."""
@@ -51,39 +40,28 @@ class Lora(_Strict):
 
 
 class DataRecipe(_Strict):
-    """One data set of a mixture; `lusifer.data.mixture` says how sets are drawn.
+    """One data set of a mixture; `lusifer.data.mixture` says how sets are drawn."""
 
-    Attributes:
-        source: A file, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also packed, or .parquet), a starter name or
-            a hub id.
-        subset, split, revision: Which part of a hub data set.
-        columns: Our column name -> theirs, e.g. ``{query: question}``.
-        task: What stage 1 does with a record; stage 2 always contrasts.
-        weight: How often each record counts: a set is drawn in proportion to weight * rows.
-        cap: At most this many rows: a seeded choice, or the first ones of a streamed set.
-        streaming: Read in order with bounded memory, instead of from a local table.
-        instruction: Task instruction in front of every query; this and the next two are for stage 2.
-        in_batch_negatives: Whether other rows' texts are negatives; off for classification-like sets.
-        hard_negatives: Negatives per row; a row with fewer repeats them, one without any is left out.
-        reverse: Probability that the passage is the source and the query the target (completion).
-        start, end: The set is drawn between these shares of the stage's steps.
-    """
-
+    # A file, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also packed, or .parquet), a starter name or a hub id.
     source: str = Field(min_length=1)
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    subset: str | None = None  # Which part of a hub data set.
+    split: str = "train"  # Which part of a hub data set.
+    revision: str | None = None  # Which part of a hub data set.
+    # Our column name -> theirs, e.g. `{query: question}`.
     columns: dict[Literal["query", "positive", "negative", "text", "cluster", "id"], str] = {}
+    # What stage 1 does with a record; stage 2 always contrasts.
     task: Literal["reconstruct", "complete", "contrast"] | None = None
-    weight: PositiveFloat = 1.0
-    cap: PositiveInt | None = None
-    streaming: bool = False
-    instruction: str | None = None
-    in_batch_negatives: bool = True
+    weight: PositiveFloat = 1.0  # How often each record counts: a set is drawn in proportion to weight * rows.
+    cap: PositiveInt | None = None  # At most this many rows: a seeded choice, or the first ones of a streamed set.
+    streaming: bool = False  # Read in order with bounded memory, instead of from a local table.
+    instruction: str | None = None  # Task instruction in front of every query; this and the next two are for stage 2.
+    in_batch_negatives: bool = True  # Whether other rows' texts are negatives; off for classification-like sets.
+    # Negatives per row; a row with fewer repeats them, one without any is left out.
     hard_negatives: int = Field(default=0, ge=0)
+    # Probability that the passage is the source and the query the target (completion).
     reverse: float = Field(default=0.0, ge=0.0, le=1.0)
-    start: float = Field(default=0.0, ge=0.0, lt=1.0)
-    end: float = Field(default=1.0, gt=0.0, le=1.0)
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)  # The set is drawn between these shares of the stage's steps.
+    end: float = Field(default=1.0, gt=0.0, le=1.0)  # The set is drawn between these shares of the stage's steps.
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DataRecipe:
@@ -99,51 +77,32 @@ class DataRecipe(_Strict):
 
 
 class ModelRecipe(_Strict):
-    """The two backbones and what joins them.
-
-    Attributes:
-        encoder: Multilingual encoder: hub id, folder or starter name (``starter:use-multilingual``).
-        llm: Decoder LLM: the same.
-        encoder_revision, llm_revision: Hub revision; the commit it means now is kept in the checkpoint.
-        llm_base_adapters: LoRA adapters of PEFT that belong to the LLM as published, merged into it as it loads.
-        llm_layers: Use only the LLM's first layers.
-        encoder_dtype, llm_dtype: Data type of the backbone's weights.
-        attn_implementation: ``sdpa``, ``flash_attention_2``, ``eager``; transformers' choice when left out.
-        connector_dim: Width of the connector's hidden layer; the LLM's width when left out.
-        connector_residual: A linear map beside the connector's two layers, which stage 0 fills in.
-        num_added_tokens: Trainable soft tokens behind the text's last one.
-        use_bos: The LLM's BOS token first, if it has one.
-        pooling: How the LLM's states become one vector.
-        head_dim: Width of the embedding behind an MLP head; no head when left out.
-        max_seq_length: Encoder tokens read of a text.
-        encoder_lora: LoRA adapter of the encoder, for ``train_encoder: lora`` in a stage.
-        llm_lora: LoRA adapter of the LLM, which stage 2 trains.
-        quantization: Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits a GPU).
-        prompts: ``query`` and ``document``: what stands in front of the texts when the model is used.
-    """
+    """The two backbones and what joins them."""
 
     renamed: ClassVar[dict[str, str]] = {"connector_shortcut": "connector_residual"}
 
-    encoder: str
-    llm: str
-    encoder_revision: str | None = None
-    llm_revision: str | None = None
+    encoder: str  # Multilingual encoder: hub id, folder or starter name (`starter:use-multilingual`).
+    llm: str  # Decoder LLM: the same.
+    encoder_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.
+    llm_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.
+    # LoRA adapters of PEFT that belong to the LLM as published, merged into it as it loads.
     llm_base_adapters: list[str] = []
-    llm_layers: PositiveInt | None = None
-    encoder_dtype: Dtype = "float32"
-    llm_dtype: Dtype = "float32"
-    attn_implementation: str | None = None
-    connector_dim: PositiveInt | None = None
-    connector_residual: bool = True
-    num_added_tokens: int = Field(default=1, ge=0)
-    use_bos: bool = True
-    pooling: Literal["mean", "last_token", "weighted_mean"] = "mean"
-    head_dim: PositiveInt | None = None
-    max_seq_length: int = Field(default=512, ge=4)
-    encoder_lora: Lora | None = None
-    llm_lora: Lora | None = Lora()
+    llm_layers: PositiveInt | None = None  # Use only the LLM's first layers.
+    encoder_dtype: Dtype = "float32"  # Data type of the backbone's weights.
+    llm_dtype: Dtype = "float32"  # Data type of the backbone's weights.
+    attn_implementation: str | None = None  # `sdpa`, `flash_attention_2`, `eager`; transformers' choice when left out.
+    connector_dim: PositiveInt | None = None  # Width of the connector's hidden layer; the LLM's width when left out.
+    connector_residual: bool = True  # A linear map beside the connector's two layers, which stage 0 fills in.
+    num_added_tokens: int = Field(default=1, ge=0)  # Trainable soft tokens behind the text's last one.
+    use_bos: bool = True  # The LLM's BOS token first, if it has one.
+    pooling: Literal["mean", "last_token", "weighted_mean"] = "mean"  # How the LLM's states become one vector.
+    head_dim: PositiveInt | None = None  # Width of the embedding behind an MLP head; no head when left out.
+    max_seq_length: int = Field(default=512, ge=4)  # Encoder tokens read of a text.
+    encoder_lora: Lora | None = None  # LoRA adapter of the encoder, for `train_encoder: lora` in a stage.
+    llm_lora: Lora | None = Lora()  # LoRA adapter of the LLM, which stage 2 trains.
+    # Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits a GPU).
     quantization: Literal["8bit", "4bit"] | None = None
-    prompts: dict[str, str] = {}
+    prompts: dict[str, str] = {}  # `query` and `document`: what stands in front of the texts when the model is used.
 
     def architecture(self, *left_out: str) -> dict[str, Any]:
         """The fields that `LusiferModel.from_backbones` and `LusiferConfig` take, by their names there."""
@@ -151,100 +110,71 @@ class ModelRecipe(_Strict):
 
 
 class WarmStartRecipe(_Strict):
-    """Stage 0: the closed-form start of the connector.
+    """Stage 0: the closed-form start of the connector."""
 
-    Attributes:
-        enabled: Off starts the connector at random.
-        data: English texts; else the first set to reconstruct of stage 1, else the first of stage 2.
-        texts: How many of them are read.
-        ridge: Strength of the ridge regression.
-        spectrum: Power of the map's singular values: 1 is plain regression, smaller keeps rare directions louder.
-        scale: Loudness of the soft tokens over the LLM's own embeddings.
-    """
-
-    enabled: bool = True
-    data: str | None = None
-    texts: PositiveInt = 3000
-    ridge: PositiveFloat = 1000.0
+    enabled: bool = True  # Off starts the connector at random.
+    data: str | None = None  # English texts; else the first set to reconstruct of stage 1, else the first of stage 2.
+    texts: PositiveInt = 3000  # How many of them are read.
+    ridge: PositiveFloat = 1000.0  # Strength of the ridge regression.
+    # Power of the map's singular values: 1 is plain regression, smaller keeps rare directions louder.
     spectrum: float = Field(default=0.5, ge=0.0, le=1.0)
-    scale: PositiveFloat = 1.0
+    scale: PositiveFloat = 1.0  # Loudness of the soft tokens over the LLM's own embeddings.
 
 
 class GradientStage(_Strict):
-    """What stages 1 and 2, which train by gradient, share.
+    """What stages 1 and 2, which train by gradient, share."""
 
-    Attributes:
-        enabled: Whether the stage runs.
-        data: Its data sets.
-        steps: Optimizer steps.
-        batch_size: Rows of one step, over all ranks.
-        learning_rate: Of adapters and, where it is trained, the encoder.
-        connector_learning_rate: Of connector and head; as the others when left out.
-        warmup_steps: Steps in which the rate rises; then it falls in a line to zero.
-        weight_decay: AdamW's.
-        max_grad_norm: Gradients are clipped to this norm.
-        train_encoder: What of the encoder is trained: nothing, its LoRA adapter, or all of its weights.
-        train_connector: Whether connector and head are trained.
-        max_seq_length: Encoder tokens of a text in this stage; the model's own limit when left out.
-        max_tokens: Padded tokens of one forward pass.
-        graph_tokens: Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
-        precision: What it computes in; adapters, losses and optimizer are float32 in any case.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
-        save_steps: Steps between checkpoints.
-        save_total_limit: How many checkpoints stay.
-        best_metric: Name of the metric that chooses the checkpoint kept beside the last ones.
-        eval_steps: Steps between measurements on rows that are never trained on; none when left out.
-        logging_steps: Steps between lines of the log.
-        report_to: Where the log goes too.
-        max_loss: A loss above it stops the run.
-    """
-
+    number: ClassVar[int]
     renamed: ClassVar[dict[str, str]] = {"encoder": "train_encoder", "connector": "train_connector"}
 
-    enabled: bool = True
-    data: list[DataRecipe] = []
-    steps: PositiveInt = 1000
-    batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 2e-4
-    connector_learning_rate: PositiveFloat | None = None
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: PositiveFloat = 1.0
+    enabled: bool = True  # Whether the stage runs.
+    data: list[DataRecipe] = []  # Its data sets.
+    steps: PositiveInt = 1000  # Optimizer steps.
+    batch_size: PositiveInt = 32  # Rows of one step, over all ranks.
+    learning_rate: PositiveFloat = 2e-4  # Of adapters and, where it is trained, the encoder.
+    connector_learning_rate: PositiveFloat | None = None  # Of connector and head; as the others when left out.
+    warmup_steps: int = Field(default=0, ge=0)  # Steps in which the rate rises; then it falls in a line to zero.
+    weight_decay: float = Field(default=0.0, ge=0.0)  # AdamW's.
+    max_grad_norm: PositiveFloat = 1.0  # Gradients are clipped to this norm.
+    # What of the encoder is trained: nothing, its LoRA adapter, or all of its weights.
     train_encoder: Literal["frozen", "lora", "full"] = "frozen"
-    train_connector: bool = True
+    train_connector: bool = True  # Whether connector and head are trained.
+    # Encoder tokens of a text in this stage; the model's own limit when left out.
     max_seq_length: PositiveInt | None = None
-    max_tokens: PositiveInt = 16384
+    max_tokens: PositiveInt = 16384  # Padded tokens of one forward pass.
+    # Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
     graph_tokens: PositiveInt = 65536
+    # What it computes in; adapters, losses and optimizer are float32 in any case.
     precision: Literal["float32", "bfloat16"] = "float32"
+    # Compute activations again in the backward pass: less memory, a third more time.
     gradient_checkpointing: bool = False
-    save_steps: PositiveInt = 100
-    save_total_limit: PositiveInt = 2
-    best_metric: str | None = None
+    save_steps: PositiveInt = 100  # Steps between checkpoints.
+    save_total_limit: PositiveInt = 2  # How many checkpoints stay.
+    best_metric: str | None = None  # Name of the metric that chooses the checkpoint kept beside the last ones.
+    # Steps between measurements on rows that are never trained on; none when left out.
     eval_steps: PositiveInt | None = None
-    logging_steps: PositiveInt = 10
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    max_loss: PositiveFloat | None = None
+    logging_steps: PositiveInt = 10  # Steps between lines of the log.
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # Where the log goes too.
+    max_loss: PositiveFloat | None = None  # A loss above it stops the run.
 
     @pydantic.model_validator(mode="after")
     def _some_set_at_every_step(self) -> GradientStage:
+        if self.enabled and not self.data:
+            raise ValueError(f"stage {self.number} needs data: list at least one set (or enabled: false)")
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
-                raise ValueError(
-                    f"no data set is drawn after {moment:g} of the steps: correct start and end of the sets"
-                )
+                gap = f"no data set is drawn after {moment:g} of the steps"
+                raise ValueError(f"{gap}: correct start and end of the sets")
         return self
 
 
 class AlignRecipe(GradientStage):
-    """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens.
+    """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens."""
 
-    Attributes:
-        mask_probability: Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
-        target_max_seq_length: LLM tokens of a target.
-    """
-
+    number: ClassVar[int] = 1
+    # Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
     mask_probability: float | tuple[float, float] = 0.5
-    target_max_seq_length: PositiveInt = 512
+    target_max_seq_length: PositiveInt = 512  # LLM tokens of a target.
 
     @pydantic.field_validator("mask_probability", mode="before")
     @classmethod
@@ -259,9 +189,7 @@ class AlignRecipe(GradientStage):
         return numbers if several else numbers[0]
 
     @pydantic.model_validator(mode="after")
-    def _has_data(self) -> AlignRecipe:
-        if self.enabled and not self.data:
-            raise ValueError("stage 1 needs data: list a set (or enabled: false)")
+    def _consistent(self) -> AlignRecipe:
         for number, item in enumerate(self.data):
             if item.task not in ("reconstruct", "complete"):
                 raise ValueError(f"data.{number}.task must be reconstruct or complete")
@@ -272,32 +200,24 @@ class AlignRecipe(GradientStage):
 
 
 class ContrastRecipe(GradientStage):
-    """Stage 2: contrastive finetuning with bidirectional attention.
+    """Stage 2: contrastive finetuning with bidirectional attention."""
 
-    Attributes:
-        symmetric: Whether each positive must also find its query.
-        temperature: Divisor of the cosines.
-        llm_layers: Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
-        guide: Sentence Transformers model that reads the same texts; ``encoder`` is the recipe's own encoder alone.
-        guide_margin: A negative counts only if the guide scores it below the positive minus this margin.
-        distill: Weight of keeping the texts' neighbourhoods as the guide sees them.
-        distill_temperature: Divisor of the cosines compared.
-        matryoshka_dims: Leading dimensions that must be good embeddings by themselves, increasing.
-    """
-
-    symmetric: bool = False
-    temperature: PositiveFloat = 0.05
+    number: ClassVar[int] = 2
+    symmetric: bool = False  # Whether each positive must also find its query.
+    temperature: PositiveFloat = 0.05  # Divisor of the cosines.
+    # Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
     llm_layers: PositiveInt | None = None
+    # Sentence Transformers model that reads the same texts; `encoder` is the recipe's own encoder alone.
     guide: str | None = None
+    # A negative counts only if the guide scores it below the positive minus this margin.
     guide_margin: float | None = Field(default=None, ge=-2.0, le=2.0)
-    distill: NonNegativeFloat = 0.0
-    distill_temperature: PositiveFloat = 0.05
+    distill: NonNegativeFloat = 0.0  # Weight of keeping the texts' neighbourhoods as the guide sees them.
+    distill_temperature: PositiveFloat = 0.05  # Divisor of the cosines compared.
+    # Leading dimensions that must be good embeddings by themselves, increasing.
     matryoshka_dims: list[PositiveInt] = []
 
     @pydantic.model_validator(mode="after")
-    def _has_data(self) -> ContrastRecipe:
-        if self.enabled and not self.data:
-            raise ValueError("stage 2 needs data: list at least one set (or enabled: false)")
+    def _consistent(self) -> ContrastRecipe:
         for number, item in enumerate(self.data):
             if item.task not in (None, "contrast"):
                 raise ValueError(f"data.{number}.task must be contrast, or be left out")
@@ -313,37 +233,23 @@ class ContrastRecipe(GradientStage):
 
 
 class ScaleRecipe(_Strict):
-    """How several processes share the work (`torchrun`).
+    """How several processes share the work (`torchrun`)."""
 
-    Attributes:
-        strategy: ``ddp`` copies the model to every rank; ``fsdp2`` shards it, backbones included.
-        cpu_offload: Keeps the shards in the host's memory while they are not used (fsdp2).
-    """
-
+    # `ddp` copies the model to every rank; `fsdp2` shards it, backbones included.
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    cpu_offload: bool = False
+    cpu_offload: bool = False  # Keeps the shards in the host's memory while they are not used (fsdp2).
 
 
 class Recipe(_Strict):
-    """One training run: model, stages 0 to 2, where it writes.
+    """One training run: model, stages 0 to 2, where it writes."""
 
-    Attributes:
-        output: Folder of the run; stages and the final model go below it.
-        seed: Of everything random.
-        model: The two backbones and what joins them.
-        warm_start: Stage 0.
-        align: Stage 1.
-        contrast: Stage 2.
-        scale: How several processes share the work.
-    """
-
-    output: str
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    model: ModelRecipe
-    warm_start: WarmStartRecipe = WarmStartRecipe()
-    align: AlignRecipe = AlignRecipe(enabled=False)
-    contrast: ContrastRecipe = ContrastRecipe(enabled=False)
-    scale: ScaleRecipe = ScaleRecipe()
+    output: str  # Folder of the run; stages and the final model go below it.
+    seed: int = Field(default=0, ge=0, lt=2**32)  # Of everything random.
+    model: ModelRecipe  # The two backbones and what joins them.
+    warm_start: WarmStartRecipe = WarmStartRecipe()  # Stage 0.
+    align: AlignRecipe = AlignRecipe(enabled=False)  # Stage 1.
+    contrast: ContrastRecipe = ContrastRecipe(enabled=False)  # Stage 2.
+    scale: ScaleRecipe = ScaleRecipe()  # How several processes share the work.
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -356,9 +262,8 @@ class Recipe(_Strict):
                 raise ValueError(f"{name}.train_encoder is lora, but model.encoder_lora is not set")
             adapts = name == "contrast" and self.model.llm_lora is not None
             if stage.enabled and stage.train_encoder == "frozen" and not stage.train_connector and not adapts:
-                raise ValueError(
-                    f"{name} has nothing to train: set {name}.train_connector: true or {name}.train_encoder"
-                )
+                hint = f"set {name}.train_connector: true or {name}.train_encoder"
+                raise ValueError(f"{name} has nothing to train: {hint}")
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
             raise ValueError("nothing to do: every stage is switched off")
         return self

@@ -1,32 +1,81 @@
 """Stage 1: the frozen LLM reads soft tokens and must write the target (LUSIFER, arXiv 2501.00874, section 3.1).
 
-1. The batch is cut into length-sorted groups (`lusifer.training.gradient_cache`); each runs forward and backward
-   on its own, so that one group's activations are alive at a time.
-2. Causal: the state before each target token predicts it, and only target tokens are supervised. The
-   LM head sees those states alone.
-3. Slice by slice of the states, logits become a loss and a gradient with respect to the states at
-   once; they are never kept.
-
-Each input embedding of the target is replaced, with some probability, by a mask embedding, so that
-the LLM has to look at the soft tokens rather than at its own prefix.
+Each length-sorted group of a batch runs forward and backward on its own. The state before each target token predicts
+it; the LM head sees these states alone, slice by slice, so that logits are never kept. Each input embedding of the
+target is replaced, with some probability, by a mask embedding: the LLM must read the soft tokens, not its own prefix.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lusifer.errors import LusiferError
+from lusifer.hooks.transformers import no_load_report
+from lusifer.model.backbones import SAFE_LOADING, load_part
 from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
-from lusifer.training.distributed import gather
-from lusifer.training.gradient_cache import Backward, NoSync, groups_within
-from lusifer.training.lm_head import LMHead
+from lusifer.training.gradient_cache import Backward, NoSync, gather, groups_within
+
+
+class LMHead(nn.Module):
+    """The LLM's next-token head: projection, then whatever scaling its family applies to logits.
+
+    Args:
+        weight: (vocab, llm_dim).
+        bias: (vocab,) or None.
+        config: Read for ``final_logit_softcapping`` (Gemma), ``logits_scaling`` (Granite), ``logit_scale`` (Cohere).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        factors = [float(getattr(config, name, None) or 1.0) for name in ("logit_scale", "logits_scaling")]
+        self.scale = factors[0] / factors[1]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Maps states (tokens, llm_dim) to float32 logits (tokens, vocab)."""
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def load_lm_head(name: str, llm: PreTrainedModel, *, revision: str | None = None, **hub: Any) -> LMHead:
+    """Loads the frozen LM head of an LLM: the embedding matrix if tied, else read through a causal model of no layers.
+
+    Args:
+        name: Where the LLM was loaded from.
+        llm: The LLM, without head.
+        revision: Its hub revision.
+        **hub: As for ``from_pretrained``.
+
+    Raises:
+        LusiferError: If it cannot be read.
+    """
+    config = AutoConfig.for_model(**llm.config.to_dict())
+    if config.tie_word_embeddings:
+        embeddings: Any = llm.get_input_embeddings()
+        return LMHead(embeddings.weight.detach(), None, config)
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    kwargs = {"config": config, "dtype": llm.dtype, "revision": revision or "main", **hub}
+    with no_load_report():
+        loader = partial(AutoModelForCausalLM.from_pretrained, **SAFE_LOADING)
+        model, report = load_part("llm head", name, loader, **kwargs)
+    if any("embed_tokens" not in key for key in report["missing_keys"]):
+        raise LusiferError(f"the llm {name!r} has no LM head, which stage 1 needs: set align.enabled: false")
+    head = model.get_output_embeddings()
+    return LMHead(head.weight.detach().to(llm.device), getattr(head, "bias", None), config)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -63,19 +112,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_cross_entropy(states: Tensor, wanted: Tensor, head: LMHead, chunk: int = 256) -> Tensor:
-    """Summed cross-entropy of tokens, without ever holding more than a slice of their logits.
-
-    On a GPU a fused kernel of liger-kernel computes it if that is installed and the head is a plain
-    projection, capped or not; elsewhere slices of ``chunk`` states.
+    """Summed cross-entropy of tokens, a scalar differentiable once, without keeping logits; by liger-kernel on a GPU.
 
     Args:
         states: (tokens, llm_dim).
         wanted: (tokens,) int64.
         head: The LLM's head; it gets no gradient.
         chunk: States per slice.
-
-    Returns:
-        Scalar float32; differentiable once.
     """
     # The head computes in its own precision, whatever autocast would choose for it.
     with torch.autocast(states.device.type, enabled=False):
@@ -94,14 +137,12 @@ class AlignmentLoss(nn.Module):
     """Mean next-token cross-entropy over the target tokens of the global batch.
 
     Args:
-        lm_head: The LLM's head; it lives here and is never saved with the model.
-        mask_embedding: (llm_dim,), what replaces a masked input of the target (the mean embedding).
-        mask_probability: Probability that a target input is masked, or two, [at the start, at the end], between
-            which it moves linearly; in training mode only.
+        lm_head: The LLM's head; it is never saved with the model.
+        mask_embedding: (llm_dim,), what replaces a masked input of the target.
+        mask_probability: Probability that a target input is masked in training: a number, or (start, end) of a line.
         max_tokens: Most padded tokens (source plus target) in one forward pass.
-        chunk: Supervised positions per slice of the LM head, which bounds the memory of the logits.
-        seed: Seed of the masked positions; they depend on it, on a row's position in the mixture and
-            on nothing else.
+        chunk: States per slice of the LM head.
+        seed: With a row's position in the mixture, it alone decides what is masked.
     """
 
     def __init__(
@@ -115,30 +156,22 @@ class AlignmentLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.lm_head = lm_head
-        self.mask_probability = mask_probability
-        self.max_tokens = max_tokens
-        self.chunk = chunk
-        self.seed = seed
+        self.lm_head, self.mask_probability = lm_head, mask_probability
+        self.max_tokens, self.chunk, self.seed = max_tokens, chunk, seed
         self.register_buffer("mask_embedding", mask_embedding.detach().float(), persistent=False)
 
     def probability(self, progress: float) -> float:
         """Probability that a target input is masked at this share of the stage, in [0, 1]."""
-        if isinstance(self.mask_probability, (int, float)):
-            return float(self.mask_probability)
-        begin, end = self.mask_probability
+        begin, end = np.broadcast_to(self.mask_probability, 2).tolist()
         return begin + (end - begin) * progress
 
     def choose_masked(self, target_mask: Tensor, positions: Tensor, progress: float) -> Tensor:
-        """Chooses the target inputs to mask.
+        """Chooses the target inputs to mask: (rows, target_seq) bool.
 
         Args:
             target_mask: (rows, target_seq), non-zero at real tokens, padded on the right.
             positions: (rows,) int64, each row's position in the mixture.
             progress: Share of the stage done, in [0, 1].
-
-        Returns:
-            (rows, target_seq) bool.
         """
         probability = self.probability(progress)
         chosen = np.zeros(target_mask.shape, dtype=bool)
@@ -148,16 +181,13 @@ class AlignmentLoss(nn.Module):
         return torch.from_numpy(chosen).to(target_mask.device)
 
     def states(self, model: nn.Module, source: Features, target: Features, masked: Tensor | None) -> Tensor:
-        """The states that predict the real target tokens, row by row in order.
+        """The states (supervised, llm_dim) that predict the real target tokens, row by row in order.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
             source: ``input_ids`` and ``attention_mask`` (rows, source_seq) of the encoder's tokenizer.
             target: The same (rows, target_seq) of the LLM's tokenizer, padded on the right.
             masked: (rows, target_seq) bool, True at the target inputs to mask; None for none.
-
-        Returns:
-            (supervised, llm_dim).
         """
         return model(
             source["input_ids"],
@@ -169,27 +199,21 @@ class AlignmentLoss(nn.Module):
         ).last_hidden_state
 
     def _group_loss(self, model: nn.Module, batch: dict[str, Any], rows: Tensor, progress: float) -> Tensor:
-        """Summed cross-entropy of some rows."""
         source, target = (trim(token_features(batch[part]), rows) for part in ("source", "target"))
         masked = None
         if self.training and self.probability(progress) > 0:
-            positions = batch["positions"].cpu()[rows]
-            masked = self.choose_masked(target["attention_mask"], positions, progress)
+            masked = self.choose_masked(target["attention_mask"], batch["positions"].cpu()[rows], progress)
         states = self.states(model, source, target, masked)
         wanted = target["input_ids"][target["attention_mask"].bool()]
         return token_cross_entropy(states, wanted, self.lm_head, self.chunk)
 
     def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
-        """The loss of this process's rows alone, in one graph: for evaluation and tests.
+        """The loss of this process's rows alone, in one graph: a scalar in float32.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
-            batch: ``source`` and ``target``, each ``input_ids`` and ``attention_mask`` (rows, seq), of the
-                encoder's and the LLM's tokenizer, targets padded on the right; ``positions`` (rows,).
+            batch: ``source`` and ``target`` as for `states`; ``positions`` (rows,) int64 in the mixture.
             progress: Share of the stage done, in [0, 1].
-
-        Returns:
-            Scalar float32.
         """
         groups = micro_batches(_lengths(batch).cpu(), self.max_tokens)
         losses = [self._group_loss(model, batch, rows, progress) for rows in groups]
@@ -208,8 +232,7 @@ class AlignmentLoss(nn.Module):
             progress: Share of the stage done, in [0, 1].
 
         Returns:
-            ``loss`` of the global batch; of this rank's rows the number of real ``tokens`` and the share
-            of ``padding`` in what was computed; ``mask_probability``.
+            ``loss`` of the global batch; real ``tokens`` and share of ``padding`` on this rank; ``mask_probability``.
 
         Raises:
             LusiferError: If the ranks' batches differ in their number of rows.
@@ -227,16 +250,13 @@ class AlignmentLoss(nn.Module):
                 loss = self._group_loss(model, batch, rows, progress) * scale
                 backward(loss)
             total += loss.detach()
-        padded = sum(padded_tokens(lengths.cpu(), groups))
-        return {
-            "loss": float(gather(total).mean()),
-            "tokens": float(lengths.sum()),
-            "padding": 1 - float(lengths.sum()) / max(padded, 1),
-            "mask_probability": self.probability(progress),
-        }
+        tokens, padded = float(lengths.sum()), sum(padded_tokens(lengths.cpu(), groups))
+        metrics = {"loss": float(gather(total).mean()), "mask_probability": self.probability(progress)}
+        return {**metrics, "tokens": tokens, "padding": 1 - tokens / max(padded, 1)}
 
 
 def _lengths(batch: dict[str, Any]) -> Tensor:
+    """(rows,) tokens of source and target."""
     return batch["source"]["attention_mask"].sum(dim=1) + batch["target"]["attention_mask"].sum(dim=1)
 
 
@@ -244,10 +264,8 @@ def _lengths(batch: dict[str, Any]) -> Tensor:
 def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
     """How much the LLM reads out of the soft tokens.
 
-    Every target is predicted after its ``own`` soft tokens, after those of ``other`` text (the next
-    row's) and after ``none``: with every source token taken away, what is left of the prefix is BOS and
-    the added tokens, which are the same for all texts. Each is done with target inputs ``visible``, as
-    in ordinary language modelling, and all masked (``hidden``), where only the soft tokens can tell.
+    Every target is predicted after its ``own`` soft tokens, those of ``other`` text (the next row's) and ``none`` (BOS
+    and the added tokens alone), with its inputs ``visible`` and all masked (``hidden``).
 
     Args:
         loss: The loss of the stage.
@@ -255,8 +273,7 @@ def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any
         batch: As for `AlignmentLoss.forward`, of at least two rows.
 
     Returns:
-        ``{inputs}_{soft tokens}_{metric}``, for example ``hidden_own_accuracy``: token ``accuracy`` and
-        mean ``cross_entropy``, in nats.
+        ``{inputs}_{soft tokens}_{metric}``: token ``accuracy`` and mean ``cross_entropy``, in nats.
 
     Raises:
         LusiferError: If the batch has a single row.
@@ -264,18 +281,15 @@ def held_out_metrics(loss: AlignmentLoss, model: nn.Module, batch: dict[str, Any
     source, target = (token_features(batch[part]) for part in ("source", "target"))
     if len(source["input_ids"]) < 2:
         raise LusiferError("held-out metrics compare with another text's soft tokens: give at least two rows")
-    sources = {
-        "own": source,
-        "other": {name: tensor.roll(1, dims=0) for name, tensor in source.items()},
-        "none": {**source, "attention_mask": torch.zeros_like(source["attention_mask"])},
-    }
-    metrics = {}
+    other = {name: tensor.roll(1, dims=0) for name, tensor in source.items()}
+    none = {**source, "attention_mask": torch.zeros_like(source["attention_mask"])}
+    metrics: dict[str, float] = {}
     was_training = model.training
     model.eval()
     for inputs, masked in (("visible", None), ("hidden", target["attention_mask"].bool())):
-        for name, features in sources.items():
+        for name, features in (("own", source), ("other", other), ("none", none)):
             accuracy, entropy = _scores(loss, model, features, target, masked)
-            metrics[f"{inputs}_{name}_accuracy"], metrics[f"{inputs}_{name}_cross_entropy"] = accuracy, entropy
+            metrics |= {f"{inputs}_{name}_accuracy": accuracy, f"{inputs}_{name}_cross_entropy": entropy}
     model.train(was_training)
     return metrics
 
@@ -284,9 +298,8 @@ def _scores(
     loss: AlignmentLoss, model: nn.Module, source: Features, target: Features, masked: Tensor | None
 ) -> tuple[float, float]:
     """Token accuracy and mean cross-entropy of a batch."""
-    lengths = source["attention_mask"].sum(dim=1) + target["attention_mask"].sum(dim=1)
     hits, entropy, count = 0, 0.0, 0
-    for rows in micro_batches(lengths.cpu(), loss.max_tokens):
+    for rows in micro_batches(_lengths({"source": source, "target": target}).cpu(), loss.max_tokens):
         few = trim(target, rows)
         states = loss.states(model, trim(source, rows), few, None if masked is None else few["attention_mask"].bool())
         wanted = few["input_ids"][few["attention_mask"].bool()]

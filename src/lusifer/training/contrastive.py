@@ -1,14 +1,9 @@
 """Stage 2: InfoNCE on cosine over temperature, in float32 (LUSIFER, arXiv 2501.00874, section 3.2).
 
-1. Every text of the batch is embedded in length-sorted passes (`lusifer.training.gradient_cache`).
-2. Every rank gathers the embeddings of all ranks and computes the loss of the global batch, slice by
-   slice of the queries, so that no more than one slice of the score matrix is alive at a time.
-3. It back-propagates the gradient of its own rows, so that W processes equal one.
-
-Candidates that are no negatives are left out: copies of the query or of its positive, and, with a
-guide model and a margin, whatever the guide finds closer to the query than the positive, less the margin
-(GISTEmbed, arXiv 2402.16829). `distill` adds the divergence of `lusifer.training.distillation` from the guide.
-Matryoshka dimensions average the loss over truncated embeddings (arXiv 2205.13147).
+Every rank gathers the embeddings of all ranks, computes the loss of the global batch slice by slice of the score
+matrix, and back-propagates the gradient of its own rows: W processes equal one. Candidates that are no negatives are
+left out: copies of the query or its positive, and, with a guide and a margin, what the guide scores above the positive
+less the margin (GISTEmbed, arXiv 2402.16829). Matryoshka dimensions: arXiv 2205.13147.
 """
 
 from __future__ import annotations
@@ -16,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,24 +19,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lusifer.errors import LusiferError
-from lusifer.model.token_batches import micro_batches, padded_tokens, token_features, trim
+from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
 from lusifer.training.distillation import neighbourhood_divergence
-from lusifer.training.distributed import gather, world
-from lusifer.training.gradient_cache import Backward, CachedPass, NoSync, groups_within
+from lusifer.training.gradient_cache import Backward, CachedPass, NoSync, gather, groups_within, in_order, world
 
 _SLICE = 256  # Queries per slice of the score matrix.
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Mean InfoNCE over unit vectors; gradients are made beside the scores, so that no score is kept or made twice."""
+    """Mean InfoNCE over unit vectors; gradients are made beside the scores, a slice at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, candidates: Tensor, temperature: float, excluded: Callable[[slice], Tensor] | None
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad[:2])
-        total = queries.new_zeros(())
-        query_grad, candidate_grad = (torch.zeros_like(t) if wanted else None for t in (queries, candidates))
+        wanted, total = any(ctx.needs_input_grad[:2]), queries.new_zeros(())
+        query_grad, candidate_grad = torch.zeros_like(queries), torch.zeros_like(candidates)
         for begin in range(0, len(queries), _SLICE):
             rows = slice(begin, min(begin + _SLICE, len(queries)))
             labels = torch.arange(rows.start, rows.stop, device=queries.device)
@@ -52,7 +46,7 @@ class _InfoNCE(torch.autograd.Function):
                 scores.masked_fill_(out, float("-inf"))
             logarithms = torch.log_softmax(scores, dim=1)
             total -= logarithms[own].sum()
-            if query_grad is not None and candidate_grad is not None:
+            if wanted:
                 probabilities = logarithms.exp_()
                 probabilities[own] -= 1
                 probabilities.mul_(1 / (temperature * len(queries)))
@@ -68,23 +62,16 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def info_nce(
-    queries: Tensor,
-    candidates: Tensor,
-    *,
-    temperature: float,
-    excluded: Callable[[slice], Tensor] | None = None,
+    queries: Tensor, candidates: Tensor, *, temperature: float, excluded: Callable[[slice], Tensor] | None = None
 ) -> Tensor:
-    """Cross-entropy of each query's own candidate among all candidates, on cosine over temperature.
+    """Mean cross-entropy of each query's own candidate among all, on cosine over temperature; differentiable once.
 
     Args:
         queries: (batch, dim).
         candidates: (n, dim) with n >= batch; candidate i is the positive of query i.
         temperature: Positive divisor of the cosine.
-        excluded: Gives for a slice of the queries a (slice, n) bool tensor it will not need again,
-            True where a candidate must not count as a negative; a query's own positive always counts.
-
-    Returns:
-        Scalar float32 mean over queries; differentiable once.
+        excluded: Gives a new (slice, n) bool tensor for a slice of the queries, True where a candidate is no negative;
+            a query's own positive always counts.
     """
     queries, candidates = normalize(queries.float(), dim=-1), normalize(candidates.float(), dim=-1)
     return _InfoNCE.apply(queries, candidates, temperature, excluded)
@@ -92,38 +79,21 @@ def info_nce(
 
 @dataclass
 class _Columns:
-    """Which texts of a global batch are no negatives of which, by their keys and by a guide's embeddings.
+    """Which texts of a global batch are no negatives of which, by their keys and by a guide's embeddings."""
 
-    Attributes:
-        keys: (columns, rows) int64, equal for equal texts; queries first, then positives, then negatives.
-        guide: (columns, rows, guide_dim) unit vectors, or None.
-        margin: How much less than the positive's a guide score must at most be.
-    """
-
-    keys: Tensor
-    guide: Tensor | None
+    keys: Tensor  # (columns, rows) int64: queries, positives, then negatives.
+    guide: Tensor | None  # (columns, rows, guide_dim) unit vectors.
     margin: float
 
-    def against_all(self, rows: slice) -> Tensor:
-        """(slice, (columns - 1) * batch) bool: candidates that are no negatives of these queries."""
-        queries, positives, candidates = self.keys[0], self.keys[1], self.keys[1:].flatten()
-        # A copy of this query or of its positive is no negative.
-        out = candidates == positives[rows].unsqueeze(1)
-        out |= candidates == queries[rows].unsqueeze(1)
-        # Nor is the positive of another row that asks the same.
-        out[:, : len(queries)] |= queries == queries[rows].unsqueeze(1)
+    def against(self, anchor: int, candidates: slice, rows: slice) -> Tensor:
+        """(slice, n) bool: texts of the ``candidates`` columns that are no negatives of these rows of a column."""
+        own, others = self.keys[:, rows].unsqueeze(2), self.keys[candidates].flatten()
+        out = (others == own[0]) | (others == own[1])
+        # What belongs to another row that asks the same.
+        out[:, : self.keys.shape[1]] |= self.keys[anchor] == own[anchor]
         if self.guide is not None:
-            out |= self.guide[0, rows] @ self.guide[1:].flatten(0, 1).T > self._limit()[rows].unsqueeze(1)
-        return out
-
-    def against_queries(self, rows: slice) -> Tensor:
-        """(slice, batch) bool: the mirror image, queries that are no negatives of these positives."""
-        queries, positives = self.keys[0], self.keys[1]
-        out = positives == positives[rows].unsqueeze(1)
-        out |= queries == positives[rows].unsqueeze(1)
-        out |= queries == queries[rows].unsqueeze(1)
-        if self.guide is not None:
-            out |= self.guide[1, rows] @ self.guide[0].T > self._limit()[rows].unsqueeze(1)
+            scores = self.guide[anchor, rows] @ self.guide[candidates].flatten(0, 1).T
+            out |= scores > self._limit()[rows].unsqueeze(1)
         return out
 
     def against_own(self) -> Tensor:
@@ -142,20 +112,16 @@ class _Columns:
 class ContrastiveLoss(nn.Module):
     """InfoNCE over queries, positives and hard negatives.
 
-    A batch says by ``in_batch_negatives`` whether other rows' texts are negatives too: off for
-    classification- and clustering-like data, where they often are not; then each query has only its
+    A batch says by ``in_batch_negatives`` whether other rows' texts are negatives too; else each query has only its
     own hard negatives.
 
     Args:
         temperature: tau; the paper uses 0.05.
         symmetric: Whether each positive must also find its query among the batch's queries (in-batch only).
-        matryoshka_dims: Lengths to which embeddings are truncated; the loss is the mean over them.
-            Empty for the whole embedding.
-        guide: A SentenceTransformer or the like, which maps ``batch["guide"]`` to a dict with
-            ``sentence_embedding``; never trained.
-        guide_margin: Candidates the guide scores above ``score of the positive - guide_margin`` are left out;
-            None leaves out none.
-        distill: Weight of the divergence of the embeddings' neighbourhoods from the guide's.
+        matryoshka_dims: The loss is the mean over embeddings truncated to these; empty for the whole embedding.
+        guide: Maps ``batch["guide"]`` to a dict with ``sentence_embedding``; never trained.
+        guide_margin: Candidates the guide scores above ``positive - guide_margin`` are left out; None for none.
+        distill: Weight of `lusifer.training.distillation`'s divergence from the guide.
         distill_temperature: Its temperature.
         max_tokens: Most padded tokens in one forward pass.
         graph_tokens: Most padded tokens whose activations are kept; the rest goes through the gradient cache.
@@ -175,15 +141,12 @@ class ContrastiveLoss(nn.Module):
         graph_tokens: int = 65536,
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.symmetric = symmetric
+        self.temperature, self.symmetric = temperature, symmetric
         self.matryoshka_dims = list(matryoshka_dims)
         self.guide = None if guide is None else guide.requires_grad_(False).eval()
         self.guide_margin = guide_margin
-        self.distill = distill
-        self.distill_temperature = distill_temperature
-        self.max_tokens = max_tokens
-        self.graph_tokens = graph_tokens
+        self.distill, self.distill_temperature = distill, distill_temperature
+        self.max_tokens, self.graph_tokens = max_tokens, graph_tokens
 
     def train(self, mode: bool = True) -> ContrastiveLoss:
         """Switches the mode of everything but the guide."""
@@ -193,25 +156,22 @@ class ContrastiveLoss(nn.Module):
         return self
 
     def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
-        """The loss of this process's rows alone, in one graph: for evaluation and tests.
+        """The loss of this process's rows alone, in one graph: a scalar in float32.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
-            batch: ``input_ids`` and ``attention_mask`` (columns * rows, seq): all queries, all positives,
-                then column by column the hard negatives; ``columns``; ``in_batch_negatives``; with a
-                guide, ``guide``: its features of the same texts.
+            batch: ``input_ids`` and ``attention_mask`` (columns * rows, seq): queries, positives, then column by
+                column the hard negatives; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features.
             progress: Ignored.
-
-        Returns:
-            Scalar float32.
         """
-        features = token_features(batch)
-        groups = micro_batches(features["attention_mask"].sum(dim=1).cpu(), self.max_tokens)
-        parts = [model(**trim(features, rows)).pooler_output for rows in groups]
-        vectors = torch.cat(parts)[torch.argsort(torch.cat(groups)).to(parts[0].device)]
-        columns, guide = batch["columns"], self._guide_vectors(batch)
-        vectors = vectors.unflatten(0, (columns, -1))
+        features, columns = token_features(batch), batch["columns"]
+        vectors = self._embed(features, lambda few: model(**few).pooler_output).unflatten(0, (columns, -1))
+        guide = self._guide_vectors(batch)
         return self.of_embeddings(vectors, _keys(features, columns), guide, in_batch=batch["in_batch_negatives"])
+
+    def _embed(self, features: Features, embed: Callable[[Features], Tensor]) -> Tensor:
+        groups = micro_batches(features["attention_mask"].sum(dim=1).cpu(), self.max_tokens)
+        return in_order([embed(trim(features, rows)) for rows in groups], groups)
 
     def step(
         self, model: nn.Module, batch: dict[str, Any], *, backward: Backward, no_sync: NoSync, progress: float = 0.0
@@ -226,8 +186,7 @@ class ContrastiveLoss(nn.Module):
             progress: Ignored.
 
         Returns:
-            ``loss`` of the global batch; of this rank's texts the number of real ``tokens``, the share
-            of ``padding`` in what was computed, and the share ``recomputed`` of the padded tokens.
+            ``loss`` of the global batch; real ``tokens``, shares of ``padding`` and ``recomputed`` on this rank.
 
         Raises:
             LusiferError: If the ranks' batches are not parts of one batch.
@@ -237,40 +196,32 @@ class ContrastiveLoss(nn.Module):
         lengths = features["attention_mask"].sum(dim=1)
         _check_agreement(batch, lengths.device)
         groups, kept = groups_within(lengths, self.max_tokens, self.graph_tokens)
-        device = features["input_ids"].device
-        cached = CachedPass(lambda rows: model(**trim(features, rows)).pooler_output, groups, kept, device)
+        cached = CachedPass(lambda rows: model(**trim(features, rows)).pooler_output, groups, kept, lengths.device)
         vectors = cached.forward(no_sync).float()
-        guide = self._guide_vectors(batch)
-        guide = None if guide is None else _joined(guide)
+        guide = None if (own := self._guide_vectors(batch)) is None else _joined(own)
         every = _joined(vectors.unflatten(0, (columns, -1))).requires_grad_()
         keys = _joined(_keys(features, columns))
         loss = self.of_embeddings(every, keys, guide, in_batch=batch["in_batch_negatives"])
         (gradient,) = torch.autograd.grad(loss, every)
         rows = len(vectors) // columns
-        # Wrappers average gradients over the ranks; the loss is one mean over all of them.
+        # Wrappers average gradients over the ranks.
         own = gradient[:, rank * rows : (rank + 1) * rows].flatten(0, 1) * size
         cached.backward(own, backward, no_sync)
-        padded, real = padded_tokens(lengths.cpu(), groups), int(lengths.sum())
-        return {
-            "loss": float(loss.detach()),
-            "tokens": float(real),
-            "padding": 1 - real / max(sum(padded), 1),
-            "recomputed": sum(padded[kept:]) / max(sum(padded), 1),
-        }
+        padded, tokens = padded_tokens(lengths.cpu(), groups), float(lengths.sum())
+        total = max(sum(padded), 1)
+        metrics = {"loss": float(loss.detach()), "recomputed": sum(padded[kept:]) / total}
+        return {**metrics, "tokens": tokens, "padding": 1 - tokens / total}
 
     def of_embeddings(
         self, vectors: Tensor, keys: Tensor, guide: Tensor | None = None, *, in_batch: bool = True
     ) -> Tensor:
-        """The loss of a batch that is embedded already.
+        """The loss of a batch that is embedded already: a scalar in float32.
 
         Args:
             vectors: (columns, rows, dim): queries, positives, then the hard negatives.
             keys: (columns, rows) int64, equal for equal texts, see `text_keys`.
             guide: (columns, rows, guide_dim) float32 unit vectors of the guide model.
             in_batch: Whether other rows' texts are negatives.
-
-        Returns:
-            Scalar float32.
 
         Raises:
             LusiferError: If a Matryoshka dimension exceeds the embedding's.
@@ -285,19 +236,18 @@ class ContrastiveLoss(nn.Module):
             loss = torch.stack([one(vectors[..., :dim].float(), columns) for dim in dims]).mean()
             if self.distill and guide is not None:
                 texts, theirs = vectors.flatten(0, 1), guide.flatten(0, 1)
-                parts = [
-                    neighbourhood_divergence(texts[:, :dim], theirs, temperature=self.distill_temperature)
-                    for dim in dims
-                ]
+                tau = self.distill_temperature
+                parts = [neighbourhood_divergence(texts[:, :dim], theirs, temperature=tau) for dim in dims]
                 loss = loss + self.distill * torch.stack(parts).mean()
             return loss
 
     def _in_batch(self, vectors: Tensor, columns: _Columns) -> Tensor:
         queries, candidates = vectors[0], vectors[1:].flatten(0, 1)
-        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=columns.against_all)
+        out = partial(columns.against, 0, slice(1, None))
+        loss = info_nce(queries, candidates, temperature=self.temperature, excluded=out)
         if self.symmetric:
-            mirrored = info_nce(vectors[1], queries, temperature=self.temperature, excluded=columns.against_queries)
-            loss = (loss + mirrored) / 2
+            out = partial(columns.against, 1, slice(1))
+            loss = (loss + info_nce(vectors[1], queries, temperature=self.temperature, excluded=out)) / 2
         return loss
 
     def _own_negatives(self, vectors: Tensor, columns: _Columns) -> Tensor:
@@ -316,17 +266,14 @@ class ContrastiveLoss(nn.Module):
             raise LusiferError("the loss has a guide model, but the batch holds no features for it (`guide`)")
         features: dict[str, Any] = batch["guide"]
         guide: Any = self.guide
-        if "attention_mask" not in features:
-            vectors = guide(dict(features))["sentence_embedding"]
+        if "attention_mask" in features:
+            vectors = self._embed(token_features(features), lambda few: guide(few)["sentence_embedding"])
         else:
-            tokens = token_features(features)
-            groups = micro_batches(tokens["attention_mask"].sum(dim=1).cpu(), self.max_tokens)
-            parts = [guide(trim(tokens, rows))["sentence_embedding"] for rows in groups]
-            vectors = torch.cat(parts)[torch.argsort(torch.cat(groups)).to(parts[0].device)]
+            vectors = guide(dict(features))["sentence_embedding"]
         return normalize(vectors.float(), dim=-1).unflatten(0, (batch["columns"], -1))
 
 
-def _keys(features: dict[str, Tensor], columns: int) -> Tensor:
+def _keys(features: Features, columns: int) -> Tensor:
     return text_keys(features["input_ids"], features["attention_mask"]).unflatten(0, (columns, -1))
 
 
@@ -342,8 +289,8 @@ def _check_agreement(batch: dict[str, Any], device: torch.device) -> None:
         return
     name, columns, flag = str(batch["dataset"]), batch["columns"], batch["in_batch_negatives"]
     digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-    facts = torch.tensor([digest, columns, int(flag), len(batch["input_ids"]), int("guide" in batch)], device=device)
-    every = gather(facts)
+    shape = [digest, columns, int(flag), len(batch["input_ids"]), int("guide" in batch)]
+    every = gather(torch.tensor(shape, device=device))
     if bool((every != every[0]).any()):
         raise LusiferError(
             f"the ranks' batches do not belong together: rank {rank} drew {len(batch['input_ids'])} texts in "
@@ -356,14 +303,11 @@ _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants o
 
 
 def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Keys of rows, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
+    """Keys of rows, (rows,) int64, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
 
     Args:
         input_ids: (rows, seq) int64.
         attention_mask: (rows, seq), non-zero at real tokens.
-
-    Returns:
-        (rows,) int64.
     """
     ids, mask = input_ids.long(), attention_mask.long()
     weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]

@@ -1,8 +1,7 @@
 """Keeping what the encoder knows: the embeddings' neighbourhoods follow those of a guide.
 
-Contrastive training on English rewards whatever tells the batch's texts apart, also directions along which the
-encoder keeps its languages together. A guide that sees the same English texts, by default the recipe's own encoder
-alone, says how near any two of them are; the embedding is asked to agree (similarity distillation,
+Contrastive training on English also uses up directions along which the encoder keeps its languages together. A guide
+that reads the same texts, for example the encoder alone, says how near any two of them are (similarity distillation,
 arXiv 1907.09682, as a divergence of softmaxes).
 """
 
@@ -22,8 +21,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, guide: Tensor, temperature: float) -> Tensor:
-        total = vectors.new_zeros(())
-        gradient = torch.zeros_like(vectors) if ctx.needs_input_grad[0] else None
+        total, gradient = vectors.new_zeros(()), torch.zeros_like(vectors)
         for begin in range(0, len(vectors), _SLICE):
             rows = slice(begin, min(begin + _SLICE, len(vectors)))
             own = (torch.arange(rows.stop - begin), torch.arange(begin, rows.stop))
@@ -33,7 +31,7 @@ class _Divergence(torch.autograd.Function):
             ours, theirs = torch.log_softmax(ours, dim=1), torch.log_softmax(theirs, dim=1)
             wanted = theirs.exp()
             total += (wanted * (theirs - ours)).sum()
-            if gradient is not None:
+            if ctx.needs_input_grad[0]:
                 slope = (ours.exp_() - wanted) / (temperature * len(vectors))
                 gradient[rows].addmm_(slope, vectors)
                 gradient.addmm_(slope.T, vectors[rows])
@@ -47,16 +45,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def neighbourhood_divergence(vectors: Tensor, guide: Tensor, *, temperature: float) -> Tensor:
-    """How much the softmax over a text's similarities to all others differs from the guide's.
+    """Mean over texts of KL(guide || ours) of the softmaxes over similarities to all others; differentiable once.
 
     Args:
         vectors: (texts, dim).
         guide: (texts, guide_dim), of the same texts; gets no gradient.
         temperature: Positive divisor of the cosines on both sides.
-
-    Returns:
-        Scalar float32, the mean over texts of KL(guide || ours) >= 0; 0 when all cosines differ by a constant.
-        Differentiable once.
     """
     vectors, guide = normalize(vectors.float(), dim=-1), normalize(guide.float(), dim=-1)
     return _Divergence.apply(vectors, guide, temperature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -18,25 +19,18 @@ from lusifer.training.stages import contrast
 
 
 class LLMAlone(nn.Module):
-    """An LLM with the interface the contrastive loss expects of a model.
-
-    Args:
-        llm: A decoder of transformers, without LM head.
-    """
+    """A decoder without LM head, with the interface the contrastive loss expects of a model."""
 
     def __init__(self, llm: nn.Module) -> None:
         super().__init__()
         self.llm = llm
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
-        """Embeds texts.
+        """Embeds texts: ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
 
         Args:
             input_ids: (batch, seq) int64, ids of the LLM's tokenizer.
             attention_mask: (batch, seq), non-zero at real tokens.
-
-        Returns:
-            ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
         """
         states = self.llm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=mean_pool(states, attention_mask))
@@ -48,29 +42,23 @@ def llm_alone(recipe: Recipe) -> SentenceTransformer:
     Raises:
         LusiferError: If the LLM cannot be loaded.
     """
-    model = mean_pooled_llm(
-        recipe.model.llm,
-        layers=recipe.contrast.llm_layers or recipe.model.llm_layers,
-        dtype=recipe.model.llm_dtype,
-        max_seq_length=recipe.model.max_seq_length,
-        revision=recipe.model.llm_revision,
-        adapters=recipe.model.llm_base_adapters,
-    )
-    if recipe.model.llm_lora is not None:
+    chosen = recipe.model
+    layers = recipe.contrast.llm_layers or chosen.llm_layers
+    options: dict[str, Any] = {"revision": chosen.llm_revision, "adapters": chosen.llm_base_adapters}
+    limit = chosen.max_seq_length
+    model = mean_pooled_llm(chosen.llm, layers=layers, dtype=chosen.llm_dtype, max_seq_length=limit, **options)
+    if chosen.llm_lora is not None:
         model[0].auto_model.requires_grad_(False)
-        add_lora(model[0].auto_model, recipe.model.llm_lora.fields())
+        add_lora(model[0].auto_model, chosen.llm_lora.fields())
     return model
 
 
 def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
-    """Trains the baseline as stage 2 of the recipe trains LUSIFER: same data, steps, batch and loss.
+    """Trains the baseline as stage 2 of the recipe trains LUSIFER, into ``OUTPUT/llm_alone/model``, adapters merged.
 
     Args:
         recipe: The recipe.
         progress: Whether to show a progress bar.
-
-    Returns:
-        ``OUTPUT/llm_alone/model``, adapters merged, which Sentence Transformers opens without us.
 
     Raises:
         LusiferError: If the LLM or the data cannot be read, or training has to stop.
@@ -81,9 +69,8 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
         recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=alone)})
     model = llm_alone(recipe)
     folder = Path(recipe.output) / "llm_alone"
-    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
     llm = model[0].auto_model
-    contrast(recipe, LLMAlone(llm), model.tokenizer, limit, folder / "checkpoints", progress)
+    contrast(recipe, LLMAlone(llm), model.tokenizer, folder / "checkpoints", progress)
     merge_adapters(llm)
     save_atomically(model.eval(), folder / "model")
     return folder / "model"

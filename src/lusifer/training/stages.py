@@ -1,39 +1,51 @@
-"""The three stages of a recipe, each as a function of the model that the one before left."""
+"""The three stages of a recipe, each as a function of the model that the one before left.
+
+Stages 1 and 2 run on one process or many, and go on from their last checkpoint if there is one.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from lusifer.data.collate import AlignCollator, ContrastCollator, llm_preprocess
 from lusifer.data.mixture import Mixture
 from lusifer.data.records import read_texts
+from lusifer.errors import LusiferError
+from lusifer.hooks.trainer import layer_class_names
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import EncoderAlone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
-from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, GradientStage, ModelRecipe, Recipe
-from lusifer.training.alignment import AlignmentLoss, held_out_metrics
+from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
+from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.gradient_stage import run_gradient_stage
-from lusifer.training.lm_head import load_lm_head
+from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("warm_start", "align", "contrast")
 _HELD_OUT = 32  # Rows that are never trained on.
-# Fields of stage 2 that are arguments of its loss.
+# Fields of stage 2 that are arguments of its loss, and fields of a stage that are training arguments.
 _CONTRASTIVE = {
     "temperature", "symmetric", "matryoshka_dims", "guide_margin", "distill", "distill_temperature", "max_tokens",
     "graph_tokens",
+}  # fmt: skip
+_ARGUMENTS = {
+    "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "logging_steps",
 }  # fmt: skip
 
 
@@ -46,53 +58,52 @@ def build_model(recipe: ModelRecipe) -> SentenceTransformer:
     model = LusiferModel.from_backbones(**recipe.architecture())
     if recipe.encoder_lora is not None:
         model.add_adapter("encoder", recipe.encoder_lora.fields())
-    tokenizer = load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
-    wrapped = to_sentence_transformer(model, tokenizer)
+    wrapped = to_sentence_transformer(
+        model, load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
+    )
     wrapped.prompts.update(recipe.prompts)
     return wrapped
 
 
-def run_warm_start(recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, progress: bool) -> dict[str, Any]:
-    """Stage 0.
+def _llm_tokenizer(recipe: ModelRecipe) -> Any:
+    return load_tokenizer("llm", recipe.llm, revision=recipe.llm_revision)
+
+
+def run_warm_start(recipe: Recipe, model: SentenceTransformer, progress: bool) -> dict[str, Any]:
+    """Stage 0: ``explained``, the share of held-out variance that the map explains, and the numbers of ``words``.
 
     Args:
         recipe: The recipe.
         model: The untrained model; its connector is changed in place.
-        llm_tokenizer: The LLM's tokenizer.
         progress: Whether to show a progress bar.
-
-    Returns:
-        ``explained``, the share of held-out variance that the map explains, and the numbers of ``words``.
     """
-    settings, source = recipe.warm_start, recipe.warm_start_data()
+    settings, source, inner = recipe.warm_start, recipe.warm_start_data(), lusifer_model(model)
     assert source is not None
-    inner = lusifer_model(model)
     texts = read_texts(source, settings.texts)
     options: dict[str, Any] = {"ridge": settings.ridge, "spectrum": settings.spectrum, "progress": progress}
-    start = fit_connector(inner, model.tokenizer, llm_tokenizer, texts, **options)
+    start = fit_connector(inner, model.tokenizer, _llm_tokenizer(recipe.model), texts, **options)
     start_connector(inner, start, scale=settings.scale)
     logger.info("stage 0: %.1f%% of held-out variance explained, %d words", 100 * start.explained, start.words)
     return {"explained": start.explained, "words": start.words, "held_out_words": start.held_out_words}
 
 
 def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
-    """Gives a model the adapters and the depth of a stage, and chooses its trainable parameters.
+    """Gives a model the adapters and the depth of a stage, in place, and chooses its trainable parameters.
 
     Args:
         recipe: The recipe.
         name: ``align`` or ``contrast``.
-        model: The model as the stage before left it; changed in place.
+        model: The model as the stage before left it.
     """
-    lora = recipe.model.llm_lora
+    lora, depth, config = recipe.model.llm_lora, recipe.contrast.llm_layers, model.config
     if name == "contrast":
-        depth = recipe.contrast.llm_layers
-        if depth is not None and depth != model.config.llm_config.num_hidden_layers:
+        if depth is not None and depth != config.llm_config.num_hidden_layers:
             truncate_llm(model.llm, depth)
-            if model.llm.config is not model.config.llm_config:
-                keep_layers(model.config.llm_config, depth)
-        if lora is not None and not model.config.llm_adapter:
+            if model.llm.config is not config.llm_config:
+                keep_layers(config.llm_config, depth)
+        if lora is not None and not config.llm_adapter:
             model.add_adapter("llm", lora.fields())
-    stage = recipe.align if name == "align" else recipe.contrast
+    stage: GradientStage = getattr(recipe, name)
     train_llm = name == "contrast" and lora is not None
     model.set_trainable(encoder=stage.train_encoder, connector=stage.train_connector, llm=train_llm)
 
@@ -108,24 +119,9 @@ def _seed(recipe: Recipe, name: str) -> int:
     return recipe.seed + STAGES.index(name)
 
 
-def run_align(
-    recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
-) -> dict[str, Any]:
-    """Stage 1.
-
-    Args:
-        recipe: The recipe.
-        model: The model of stage 0; trained in place.
-        llm_tokenizer: The LLM's tokenizer.
-        folder: Where checkpoints go.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        What `run_gradient_stage` does, ``held_out_before``, metrics of held-out texts before the stage, and
-        ``metrics``, the function of a model that measures them, or None without held-out rows.
-    """
-    stage: AlignRecipe = recipe.align
-    inner = lusifer_model(model)
+def run_align(recipe: Recipe, model: SentenceTransformer, folder: Path, progress: bool) -> dict[str, Any]:
+    """Stage 1; arguments and result as for `contrast`, and ``held_out_before``: the metrics before the stage."""
+    stage, inner = recipe.align, lusifer_model(model)
     prepare_stage(recipe, "align", inner)
     loss = AlignmentLoss(
         load_lm_head(recipe.model.llm, inner.llm, revision=recipe.model.llm_revision),
@@ -135,7 +131,8 @@ def run_align(
         seed=_seed(recipe, "align"),
     )
     limit = stage.max_seq_length or recipe.model.max_seq_length
-    collator = AlignCollator(model.tokenizer, limit, llm_preprocess(llm_tokenizer, stage.target_max_seq_length))
+    target = llm_preprocess(_llm_tokenizer(recipe.model), stage.target_max_seq_length)
+    collator = AlignCollator(model.tokenizer, limit, target)
     mixture = stage_mixture(recipe, "align")
     examples = [example for several in mixture.held_out_examples() for example in several]
     batch = collator(examples) if len(examples) > 1 else None
@@ -143,38 +140,27 @@ def run_align(
     def measure(wrapped: Any) -> dict[str, float]:
         return held_out_metrics(loss, wrapped, send_to_device(batch, loss.lm_head.weight.device))
 
-    metrics = measure if batch else None
     before = measure(inner) if batch else {}
-    options: dict[str, Any] = {"seed": _seed(recipe, "align"), "scale": recipe.scale, "progress": progress}
-    result = run_gradient_stage(inner, loss, mixture, collator, stage, folder, evaluator=metrics, **options)
-    return {**result, "held_out_before": before, "metrics": metrics}
+    metrics = measure if batch else None
+    result = _train(recipe, "align", inner, loss, mixture, collator, folder, metrics, progress)
+    return {**result, "held_out_before": before}
 
 
-def run_contrast(
-    recipe: Recipe, model: SentenceTransformer, llm_tokenizer: Any, folder: Path, progress: bool
-) -> dict[str, Any]:
-    """Stage 2 of a model; arguments and result are those of `run_align` and `contrast`."""
-    inner = lusifer_model(model)
-    prepare_stage(recipe, "contrast", inner)
-    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
-    return contrast(recipe, inner, model.tokenizer, limit, folder, progress)
+def run_contrast(recipe: Recipe, model: SentenceTransformer, folder: Path, progress: bool) -> dict[str, Any]:
+    """Stage 2; arguments and result as for `contrast`."""
+    prepare_stage(recipe, "contrast", lusifer_model(model))
+    return contrast(recipe, lusifer_model(model), model.tokenizer, folder, progress)
 
 
-def _guide(recipe: Recipe) -> EncoderAlone | SentenceTransformer | None:
+def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceTransformer | None:
     name, chosen = recipe.contrast.guide, recipe.model
     if name == "encoder":
-        limit = recipe.contrast.max_seq_length or chosen.max_seq_length
-        return EncoderAlone.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=limit)
+        return EncoderAlone.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=max_seq_length)
     return load_checkpoint(name) if name else None
 
 
 def contrast(
-    recipe: Recipe,
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    folder: Path,
-    progress: bool,
+    recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool
 ) -> dict[str, Any]:
     """Contrastive training of a model whose forward gives ``pooler_output``, also of a baseline.
 
@@ -182,17 +168,21 @@ def contrast(
         recipe: Its stage 2 says data, steps and loss.
         model: The model; its trainable parameters have been chosen.
         tokenizer: Its tokenizer.
-        max_seq_length: Tokens of a text.
         folder: Where checkpoints go.
         progress: Whether to show a progress bar.
 
     Returns:
-        What `run_gradient_stage` does, and ``metrics``, a function of a model, or None without held-out rows.
+        ``history``, what was logged; ``loss``, the mean over all steps; ``trained``, name to tensor on the CPU;
+        ``metrics``, a function of a model that measures held-out rows, or None without such rows.
+
+    Raises:
+        LusiferError: If the batch does not divide by the number of processes, a checkpoint cannot be read or
+            written, or training has to stop.
     """
-    stage: ContrastRecipe = recipe.contrast
-    guide = _guide(recipe)
-    loss = ContrastiveLoss(guide=guide, **stage.model_dump(include=_CONTRASTIVE))
-    collator = ContrastCollator(tokenizer, max_seq_length, guide.preprocess if guide else None)
+    limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
+    guide = _guide(recipe, limit)
+    loss = ContrastiveLoss(guide=guide, **recipe.contrast.model_dump(include=_CONTRASTIVE))
+    collator = ContrastCollator(tokenizer, limit, guide.preprocess if guide else None)
     mixture = stage_mixture(recipe, "contrast")
     batches = [collator(examples) for examples in mixture.held_out_examples()]
 
@@ -206,6 +196,93 @@ def contrast(
         return {"loss": sum(losses) / len(losses)}
 
     metrics = measure if batches else None
-    options: dict[str, Any] = {"seed": _seed(recipe, "contrast"), "scale": recipe.scale, "progress": progress}
-    result = run_gradient_stage(model, loss, mixture, collator, stage, folder, evaluator=metrics, **options)
-    return {**result, "metrics": metrics}
+    return _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
+
+
+def _train(
+    recipe: Recipe,
+    name: str,
+    model: nn.Module,
+    loss: nn.Module,
+    mixture: Mixture,
+    collator: Any,
+    folder: Path,
+    metrics: Callable[[nn.Module], dict[str, float]] | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Runs a gradient stage, from its last checkpoint if there is one; the result is that of `contrast`."""
+    stage: GradientStage = getattr(recipe, name)
+    eval_steps = stage.eval_steps if metrics else None
+    arguments = _training_arguments(recipe, name, model, folder, eval_steps, progress)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent.parent / "logs" / folder.parent.name)
+    listener = SaveOnSignal()
+    trainer = AtomicTrainer(
+        model, arguments, stage=stage, step_loss=loss, evaluator=metrics, train_dataset=mixture, eval_dataset=[],
+        data_collator=collator, callbacks=[listener],
+    )  # fmt: skip
+    # Both write the losses to standard output, which belongs to --json.
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    set_seed(arguments.seed)
+    if arguments.should_save:
+        for stale in folder.glob(".saving-*"):  # Left by a process that was killed.
+            shutil.rmtree(stale, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last:
+        logger.info("resuming from %s", last)
+    with listener.listening():
+        trainer.train(resume_from_checkpoint=last)
+    if listener.asked:
+        raise LusiferError("stopped by SIGTERM; a checkpoint is saved, and the same command goes on from it")
+    history, trained = trainer.state.log_history, trainer.trained_parameters()
+    return {"loss": trainer.loss_sum / stage.steps, "history": history, "trained": trained, "metrics": metrics}
+
+
+def _training_arguments(
+    recipe: Recipe, name: str, model: nn.Module, folder: Path, eval_steps: int | None, progress: bool
+) -> TrainingArguments:
+    """A stage's settings as transformers knows them."""
+    stage: GradientStage = getattr(recipe, name)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if stage.batch_size % ranks:
+        raise LusiferError(f"batch_size is {stage.batch_size}, which {ranks} processes cannot share evenly")
+    sharded = recipe.scale.strategy == "fsdp2" and ranks > 1
+    fsdp = {"fsdp": "full_shard", "fsdp_config": _fsdp_config(model, recipe.scale.cpu_offload)} if sharded else {}
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size // ranks,
+        lr_scheduler_type="linear",
+        bf16=stage.precision == "bfloat16",
+        gradient_checkpointing=stage.gradient_checkpointing and not sharded,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps,
+        metric_for_best_model=stage.best_metric,
+        greater_is_better=stage.best_metric is not None and "accuracy" in stage.best_metric,
+        report_to=list(stage.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        seed=_seed(recipe, name),
+        data_seed=_seed(recipe, name),
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=not progress,
+        **stage.model_dump(include=_ARGUMENTS),
+        **fsdp,
+    )
+
+
+def _fsdp_config(model: nn.Module, cpu_offload: bool) -> dict[str, Any]:
+    """FSDP2 settings: one shard per layer of encoder and LLM."""
+    parts = [part for name, part in model.named_children() if name in ("encoder", "llm")]
+    present = {type(module).__name__ for module in model.modules()}
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": sorted(set().union(*map(layer_class_names, parts)) & present),
+        "reshard_after_forward": True,
+        "cpu_offload": cpu_offload,
+        "state_dict_type": "FULL_STATE_DICT",
+    }

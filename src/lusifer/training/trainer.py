@@ -1,12 +1,10 @@
-"""One gradient stage: a trainer whose checkpoints are small, whole or not there, and can be gone on from.
+"""One gradient stage: a trainer whose loss runs the passes itself.
 
 1. The mixture is read in order; each rank takes its block of the global batch, so that the batches are the same
-   on any number of ranks, and a resumed run skips what was trained on without reading it.
-2. The loss itself runs forward and backward passes (`lusifer.training.contrastive`, `lusifer.training.alignment`).
-3. A gradient or loss that is NaN or infinite, or a loss above a limit, stops the run before the weights change, with
-   the batch saved for inspection.
-4. A checkpoint holds only trainable parameters, and the optimizer's state by parameter name: any number of ranks,
-   plain or sharded, can go on from it.
+   on any number of ranks.
+2. A gradient or loss that is NaN or infinite, or a loss above a limit, stops the run before the weights change.
+3. A checkpoint is complete or not there. It holds only trainable parameters, and the optimizer's state by parameter
+   name: any number of ranks, plain or sharded, can go on from it.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -39,14 +36,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
 from lusifer.publishing import write_json
+from lusifer.recipes.schema import GradientStage
 
 _TRAINABLE = "learning.safetensors"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
+_FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_SPREAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
 
 
-def memory_mb(device: torch.device) -> float:
+def _memory_mb(device: torch.device) -> float:
     """Peak memory in MB: of the device if it is an accelerator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -75,11 +73,10 @@ class SaveOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listens for the signal while a block runs, on the main thread; elsewhere does nothing."""
-        try:
-            before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
-        except ValueError:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
         try:
             yield
         finally:
@@ -96,31 +93,24 @@ class AtomicTrainer(OpenTrainer):
     """A trainer of a `LusiferModel` (or a baseline of the same interface) with one of our losses.
 
     Args:
+        *args, **kwargs: As for ``transformers.Trainer``.
+        stage: Its connector's learning rate and greatest loss.
         step_loss: `ContrastiveLoss` or `AlignmentLoss`.
-        connector_learning_rate: Learning rate of connector and head; the common one when None.
-        max_loss: A loss above it stops training.
-        evaluator: Returns metrics of held-out rows, for `eval_steps` and the best checkpoint.
-        **kwargs: As for ``transformers.Trainer``.
-
-    Attributes:
-        loss_sum: Sum of the losses of all steps, also of those before an interruption.
+        evaluator: Returns metrics of held-out rows, for ``eval_steps`` and the best checkpoint.
     """
 
     def __init__(
         self,
-        *,
+        *args: Any,
+        stage: GradientStage,
         step_loss: nn.Module,
-        connector_learning_rate: float | None = None,
-        max_loss: float | None = None,
-        evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         self.step_loss: Any = step_loss.to(self.args.device)
-        self.connector_learning_rate = connector_learning_rate
-        self.max_loss = max_loss
-        self.evaluator = evaluator
-        self.loss_sum = 0.0
+        self.stage, self.evaluator = stage, evaluator
+        self.loss_sum = 0.0  # Of all steps, also of those before an interruption.
         self._batch: dict[str, Any] = {}
         self._since, self._tokens, self._padding, self._logged_at = time.monotonic(), 0.0, 0.0, 0
 
@@ -133,23 +123,20 @@ class AtomicTrainer(OpenTrainer):
         if self.optimizer is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             own = [p for n, p in named if "connector." in n or n.startswith("head.") or ".head." in n]
-            chosen = {id(p) for p in own}
-            groups = [{"params": [p for _, p in named if id(p) not in chosen], "lr": self.args.learning_rate}]
-            groups.append({"params": own, "lr": self.connector_learning_rate or self.args.learning_rate})
+            chosen, rate = {id(p) for p in own}, self.args.learning_rate
+            groups = [{"params": [p for _, p in named if id(p) not in chosen], "lr": rate}]
+            groups.append({"params": own, "lr": self.stage.connector_learning_rate or rate})
             groups = [group for group in groups if group["params"]]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One step of the loss, forward and backward, its figures counted.
+        """One step of the loss, forward and backward.
 
         Args:
             model: The model or its distributed wrapper.
             inputs: This rank's batch, as the loss's ``step`` takes it.
-            num_items_in_batch: Not used: the loss averages by itself.
-
-        Returns:
-            The loss, a scalar without graph.
+            num_items_in_batch: Ignored.
 
         Raises:
             LusiferError: If the loss is NaN, infinite or above ``max_loss``.
@@ -165,11 +152,11 @@ class AtomicTrainer(OpenTrainer):
             progress=self.state.global_step / self.state.max_steps,
         )
         loss = metrics["loss"]
-        if not math.isfinite(loss) or (self.max_loss is not None and loss > self.max_loss):
+        if not math.isfinite(loss) or loss > (self.stage.max_loss or math.inf):
             self._stop(f"the loss is {loss:g}")
         self.loss_sum += loss
-        self._tokens += metrics.get("tokens", 0.0)
-        self._padding += metrics.get("padding", 0.0)
+        self._tokens += metrics["tokens"]
+        self._padding += metrics["padding"]
         return torch.tensor(loss, device=self.args.device)
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
@@ -184,9 +171,9 @@ class AtomicTrainer(OpenTrainer):
         path = Path(str(self.args.output_dir)).parent / f"bad-batch-{self.args.process_index}.json"
         parameters = dict(self.model.named_parameters())
         not_finite = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-        facts = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
+        state = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**facts, "batch": _to_lists(self._batch)}, indent=None)
+        write_json(path, {**state, "batch": recursively_apply(Tensor.tolist, self._batch)}, indent=None)
         raise LusiferError(
             f"step {self.state.global_step + 1}: {reason}; stopped before the weights changed. The batch is in {path}; "
             "look for broken records there, lower learning_rate or max_grad_norm, then run the same command again"
@@ -198,7 +185,7 @@ class AtomicTrainer(OpenTrainer):
             now, steps = time.monotonic(), max(1, self.state.global_step - self._logged_at)
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(now - self._since, 1e-9), 1)
             logs["padding"] = round(self._padding / steps, 4)
-            logs["memory_mb"] = round(memory_mb(self.args.device), 1)
+            logs["memory_mb"] = round(_memory_mb(self.args.device), 1)
             self._since, self._tokens, self._padding, self._logged_at = now, 0.0, 0.0, self.state.global_step
         super().log(logs, start_time)
 
@@ -210,9 +197,9 @@ class AtomicTrainer(OpenTrainer):
         return metrics
 
     def trained_parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters by name, in full on the CPU of every rank."""
+        """The trainable parameters by name, in full, on every rank's CPU."""
         named = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
-        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous() for n, p in named}
+        return {n: (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous() for n, p in named}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trainable parameters: every rank gathers, the first one writes."""
@@ -238,7 +225,7 @@ class AtomicTrainer(OpenTrainer):
 
     def save_optimizer(self, folder: str) -> None:
         """Writes the optimizer's state by parameter name, and the scheduler's."""
-        state = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
+        state = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
         if self.args.should_save:
             torch.save(state, os.path.join(folder, _OPTIMIZER))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(folder, _SCHEDULER))
@@ -247,16 +234,12 @@ class AtomicTrainer(OpenTrainer):
         """Reads the optimizer's state, of any number of ranks, and the scheduler's."""
         state = torch.load(os.path.join(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True)
         options = _SPREAD if self.args.world_size > 1 else _FULL
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        dcp.set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         schedule = torch.load(os.path.join(checkpoint, _SCHEDULER), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
     def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint under another name, then renames it.
-
-        Args:
-            model: The model, wrapped or not.
-            trial: Passed on to the Trainer.
+        """Writes a checkpoint under another name, then renames it; arguments as for ``Trainer``.
 
         Raises:
             LusiferError: If it cannot be written.
@@ -281,19 +264,9 @@ class AtomicTrainer(OpenTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = os.path.join(output, folder)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=output,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-
-def _to_lists(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return {key: _to_lists(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -313,10 +286,6 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = state[name].to(parameter.device, parameter.dtype)
-            mesh = getattr(parameter, "device_mesh", None)
-            if mesh is not None:
-                from torch.distributed.tensor import distribute_tensor
-
-                shared: Any = parameter
-                value = distribute_tensor(value, mesh, shared.placements)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             parameter.copy_(value)

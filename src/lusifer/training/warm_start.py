@@ -1,23 +1,21 @@
 """Stage 0: a closed-form start of the connector, our own addition to the paper.
 
-1. Cut English texts into words and find each word's tokens in both tokenizers.
+1. Split English texts into words and find each word's tokens in both tokenizers.
 2. Average the encoder states of a word (in context), and the LLM's input embeddings of the same word.
 3. Solve one ridge regression from the first to the second.
-4. Flatten the map's spectrum, and start the connector with it: plain ridge follows the directions in
-   which English words vary most and shrinks the others, where the encoder keeps its languages together.
-
-It needs no labels, no gradient and no other language: what a word means to the encoder is
-translated into the LLM's own vocabulary, and the encoder's other languages come along.
+4. Flatten the map's spectrum: plain ridge shrinks the directions in which English words vary little, where the encoder
+   keeps its languages together.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -30,16 +28,14 @@ _BATCH = 32  # Texts in one encoder pass.
 _HELD_OUT = 0.1  # Share of the texts.
 
 
-@dataclass(frozen=True)
-class WarmStart:
+class WarmStart(NamedTuple):
     """A fitted linear map from encoder states to LLM input embeddings.
 
     Attributes:
         weight: (llm_dim, encoder_dim) float32.
         bias: (llm_dim,) float32.
         explained: Share of the variance of held-out words' LLM embeddings that the map explains.
-        words: Number of word occurrences fitted.
-        held_out_words: Number of word occurrences held out; they come from texts not fitted.
+        words, held_out_words: Numbers of word occurrences fitted and held out, from different texts.
     """
 
     weight: Tensor
@@ -49,21 +45,12 @@ class WarmStart:
     held_out_words: int
 
 
-def _has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(getattr(tokenizer, "is_fast", False))
-
-
 def _token_words(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    *,
-    special: bool,
-    limit: int,
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]], *, special: bool, limit: int
 ) -> tuple[list[int], list[int]] | None:
     """Token ids of a text, and for each token the word it belongs to (-1: none)."""
     options = {"add_special_tokens": special, "truncation": True, "max_length": limit}
-    if _has_offsets(tokenizer):
+    if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
         words, word = [], 0
         for start, end in encoded["offset_mapping"]:
@@ -75,8 +62,7 @@ def _token_words(
             inside = word < len(spans) and start < end and spans[word][0] <= start
             words.append(word if inside else -1)
         return list(encoded["input_ids"]), words
-    ids = list(tokenizer(text, **options)["input_ids"])
-    return _sentencepiece_words(tokenizer, ids, len(spans))
+    return _sentencepiece_words(tokenizer, list(tokenizer(text, **options)["input_ids"]), len(spans))
 
 
 def _sentencepiece_words(
@@ -109,8 +95,6 @@ def aligned_words(
     encoder_tokenizer: PreTrainedTokenizerBase,
     llm_tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    *,
-    batch_size: int = _BATCH,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields, batch by batch of texts, the two views of every English word.
 
@@ -119,18 +103,18 @@ def aligned_words(
         encoder_tokenizer: The encoder's tokenizer.
         llm_tokenizer: The LLM's tokenizer.
         texts: English texts.
-        batch_size: Texts per encoder batch.
 
     Yields:
         (words, encoder_dim) mean encoder states and (words, llm_dim) mean LLM input embeddings, float32.
     """
     table = model.llm_embeddings()
     device = model.connector.added_tokens.device
-    pattern = _WORD if _has_offsets(encoder_tokenizer) and _has_offsets(llm_tokenizer) else _SPACED
+    offsets = all(getattr(tokenizer, "is_fast", False) for tokenizer in (encoder_tokenizer, llm_tokenizer))
+    pattern = _WORD if offsets else _SPACED
     limit = model.config.max_seq_length
-    for begin in range(0, len(texts), batch_size):
+    for begin in range(0, len(texts), _BATCH):
         rows = []
-        for text in texts[begin : begin + batch_size]:
+        for text in texts[begin : begin + _BATCH]:
             spans = [match.span() for match in pattern.finditer(text)]
             source = _token_words(encoder_tokenizer, text, spans, special=True, limit=limit)
             target = _token_words(llm_tokenizer, text, spans, special=False, limit=limit)
@@ -138,16 +122,13 @@ def aligned_words(
                 rows.append((len(spans), source, target))
         if not rows:
             continue
-        longest = max(len(source[0]) for _, source, _ in rows)
-        ids = torch.full((len(rows), longest), encoder_tokenizer.pad_token_id or 0)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row, (_, source, _) in enumerate(rows):
-            ids[row, : len(source[0])] = torch.tensor(source[0])
-            mask[row, : len(source[0])] = 1
+        unpadded = [torch.tensor(source[0], dtype=torch.long) for _, source, _ in rows]
+        ids = pad_sequence(unpadded, batch_first=True, padding_value=encoder_tokenizer.pad_token_id or 0)
+        mask = pad_sequence([torch.ones_like(row) for row in unpadded], batch_first=True)
         states = model.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
         inputs, outputs = [], []
-        for row, (num_words, source, target) in enumerate(rows):
-            x, has_x = _average(states[row, : len(source[1])], torch.tensor(source[1]), num_words)
+        for row, (num_words, source, target) in zip(states, rows, strict=True):
+            x, has_x = _average(row[: len(source[1])], torch.tensor(source[1]), num_words)
             embedded = table[torch.tensor(target[0], device=table.device)].float().cpu()
             y, has_y = _average(embedded, torch.tensor(target[1]), num_words)
             both = has_x & has_y
@@ -161,24 +142,19 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.xx: Tensor | float = 0.0
-        self.xy: Tensor | float = 0.0
-        self.x: Tensor | float = 0.0
-        self.y: Tensor | float = 0.0
+        self.sums = [torch.zeros((), dtype=torch.float64)] * 4
 
     def add(self, x: Tensor, y: Tensor) -> None:
         # Products of one batch are exact enough in float32; their long sum is not.
-        self.xx = self.xx + (x.T @ x).double()
-        self.xy = self.xy + (x.T @ y).double()
-        self.x = self.x + x.sum(dim=0).double()
-        self.y = self.y + y.sum(dim=0).double()
+        batch = (x.T @ x, x.T @ y, x.sum(dim=0), y.sum(dim=0))
+        self.sums = [total + part.double() for total, part in zip(self.sums, batch, strict=True)]
         self.count += len(x)
 
     def solve(self, ridge: float, spectrum: float) -> tuple[Tensor, Tensor]:
         """Weight (llm_dim, encoder_dim) and bias (llm_dim,), float32."""
-        n, mean_x, mean_y = self.count, torch.as_tensor(self.x) / self.count, torch.as_tensor(self.y) / self.count
-        xx = torch.as_tensor(self.xx) - n * torch.outer(mean_x, mean_x)
-        xy = torch.as_tensor(self.xy) - n * torch.outer(mean_x, mean_y)
+        n, (xx, xy, x, y) = self.count, self.sums
+        mean_x, mean_y = x / n, y / n
+        xx, xy = xx - n * torch.outer(mean_x, mean_x), xy - n * torch.outer(mean_x, mean_y)
         linear = torch.linalg.solve(xx + ridge * torch.eye(len(xx), dtype=xx.dtype), xy)
         if spectrum != 1.0:
             left, values, right = torch.linalg.svd(linear, full_matrices=False)
@@ -199,16 +175,13 @@ def fit_connector(
 ) -> WarmStart:
     """Solves the ridge regression from encoder states to LLM input embeddings.
 
-    Only the normal equations are kept, so that memory does not grow with the number of texts.
-
     Args:
         model: An untrained model; not changed.
         encoder_tokenizer: The encoder's tokenizer.
         llm_tokenizer: The LLM's tokenizer.
         texts: English texts; the last tenth measures the fit and is not fitted.
         ridge: Penalty lambda on the squared weights (the intercept is free).
-        spectrum: Exponent on the map's singular values, before one least-squares factor restores its
-            size: 1 is the ridge map itself, 0 keeps angles as an isometry does.
+        spectrum: Exponent on the map's singular values, before one least-squares factor restores its size.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -228,7 +201,7 @@ def fit_connector(
     pairs = list(aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[fitted:]))
     if not pairs:
         return WarmStart(weight, bias, float("nan"), sums.count, 0)
-    x, y = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    x, y = (torch.cat(side) for side in zip(*pairs, strict=True))
     residual = (y - x @ weight.T - bias).square().sum()
     explained = 1.0 - float(residual / (y - y.mean(dim=0)).square().sum())
     return WarmStart(weight, bias, explained, sums.count, len(x))
@@ -240,9 +213,7 @@ def start_connector(model: LusiferModel, start: WarmStart, *, scale: float = 1.0
     Args:
         model: Its connector is changed in place.
         start: The fitted map.
-        scale: Positive factor on the soft tokens. The LLM normalises its input in every layer, so a louder
-            soft token looks the same to its first layer but weighs more in the residual stream
-            against what the layers add: 1 stays near the LLM's own representation, more near the
-            encoder's, which is the multilingual one (measured in docs/LOG.md).
+        scale: Positive factor on the soft tokens. A louder one looks the same to the LLM's first layer, but weighs more
+            in the residual stream: 1 stays near the LLM's representation, more near the encoder's (docs/LOG.md).
     """
     model.connector.start_linear(scale * start.weight, scale * start.bias)
