@@ -138,7 +138,7 @@ def test_encode_mistakes(call, checkpoint, tiny_encoder, tmp_path):
     (tmp_path / "bad.txt").write_text("one\n\n")
     output = tmp_path / "v.npy"
     assert "none.txt" in mistake(*call("encode", checkpoint, tmp_path / "none.txt", output))
-    assert "row 2" in mistake(*call("encode", checkpoint, tmp_path / "bad.txt", output))
+    assert "line 2" in mistake(*call("encode", checkpoint, tmp_path / "bad.txt", output))
     assert "name it .parquet or .npy" in mistake(*call("encode", checkpoint, good, tmp_path / "v.csv"))
     assert "no such folder" in mistake(*call("encode", checkpoint, good, tmp_path / "none" / "v.npy"))
     assert "no checkpoint at" in mistake(*call("encode", tmp_path / "none", good, output))

@@ -18,6 +18,7 @@ def call(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lusifer", *map(str, arguments)])
+        capsys.readouterr()  # What fixtures printed is not the command's.
         with warnings.catch_warnings():
             try:
                 cli.main()
