@@ -56,7 +56,8 @@ def check_inputs(recipe: Recipe) -> None:
     encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
     llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
     stages = {name: stage for name in ("align", "contrast") if (stage := getattr(recipe, name)).enabled}
-    check_window(chosen.encoder, encoder, max(chosen.max_seq_length, *(s.max_seq_length or 0 for s in stages.values())))
+    lengths = [chosen.max_seq_length, *(stage.max_seq_length or 0 for stage in stages.values())]
+    check_window(chosen.encoder, encoder, max(lengths))
     for adapter in chosen.llm_base_adapters:
         read_base_adapter(adapter)
     depth = chosen.llm_layers or llm.num_hidden_layers
