@@ -190,7 +190,7 @@ def test_wrong_choices_are_one_clear_line(data, arguments, message):
 def test_a_folder_holds_part_of_a_benchmark(data):
     tasks, missing = choose(suite.MAIN, data)
     assert {task.name for task in tasks} == {"KLUE-STS", "FarsTail"} and len(missing) == 121
-    with pytest.raises(LusiferError, match="is no list of tasks"):
+    with pytest.raises(LusiferError, match="is not a list of tasks"):
         choose(None, data / "klue")
 
 
@@ -447,7 +447,7 @@ def test_pairs_of_two_languages_count_for_neither(tmp_path):
     [
         ([1], "entry 0 is no object"),
         ([{}], "entry 0 needs a 'name'"),
-        ({"name": "x"}, "is no list of tasks"),
+        ({"name": "x"}, "is not a list of tasks"),
         ([{"name": "KLUE-STS", "dir": "x", "eval_splits": "test", "subsets": {"default": "ko"}}], "'eval_splits'"),
         ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": []}], "'subsets' that is a dict"),
         ([{"name": "KLUE-STS", "dir": "x", "eval_splits": ["test"], "subsets": {"default": 3}}], "needs a language"),

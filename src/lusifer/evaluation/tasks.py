@@ -100,9 +100,9 @@ def _entries(data: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LusiferError(f"{path} is no list of tasks ({first_line(error)}); {hint}") from None
+        raise LusiferError(f"{path} is not a list of tasks ({first_line(error)}); {hint}") from None
     if not isinstance(entries, list):
-        raise LusiferError(f"{path} is no list of tasks; {hint}")
+        raise LusiferError(f"{path} is not a list of tasks; {hint}")
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise LusiferError(f"{path}: entry {number} is no object; {hint}")
