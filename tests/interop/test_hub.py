@@ -37,7 +37,7 @@ def call(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
 
     def run(*command, token=TOKEN, home=home, **more):
-        left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HOME", "TRANSFORMERS_OFFLINE")
+        left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE")
         environment = {key: value for key, value in os.environ.items() if key not in left_out}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"LUSIFER_CACHE": str(home / "lusifer"), "HF_HUB_DISABLE_TELEMETRY": "1", **more}

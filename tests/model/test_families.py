@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 from lusifer import LusiferError, LusiferModel
+from lusifer.model.packing import run_llm
 from lusifer.training.alignment import load_lm_head
 from support.backbones import save_word_tokenizer
 from support.tiny import sharpen
@@ -93,9 +94,9 @@ def test_encoding_is_bidirectional_and_alignment_causal(folders, llm, attention)
     changed = embeds.clone()
     changed[0, 8] += 1.0
     changed[1, 5] += 1.0
-    both = [model._run_llm(e, mask, is_causal=False) for e in (embeds, changed)]
+    both = [run_llm(model.llm, e, mask, is_causal=False) for e in (embeds, changed)]
     assert (both[0][:, 0] - both[1][:, 0]).abs().amax(dim=1).min() > 1e-3
-    causal = [model._run_llm(e, mask, is_causal=True) for e in (embeds, changed)]
+    causal = [run_llm(model.llm, e, mask, is_causal=True) for e in (embeds, changed)]
     assert torch.equal(causal[0][0, :8], causal[1][0, :8]) or torch.allclose(
         causal[0][0, :8], causal[1][0, :8], **TOLERANCE
     )
@@ -212,7 +213,7 @@ def test_head_and_embeddings_are_the_llms_own(llm, tied, tmp_path):
     torch.testing.assert_close(model.llm_embeddings()[ids], model.llm.get_input_embeddings()(ids), **TOLERANCE)
     # A window of 3 is the LLM's own in causal attention and not ours: look at no further back than it does.
     ids, mask = (ids[:, :3], mask[:, :3])
-    hidden = model._run_llm(model.llm_embeddings()[ids], mask.bool(), is_causal=True)
+    hidden = run_llm(model.llm, model.llm_embeddings()[ids], mask.bool(), is_causal=True)
     head = load_lm_head(str(tmp_path), model.llm)
     torch.testing.assert_close(head(hidden), causal(input_ids=ids).logits, atol=1e-4, rtol=1e-4)  # Values up to 10.
 

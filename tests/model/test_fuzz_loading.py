@@ -188,7 +188,7 @@ def test_weights_that_are_no_numbers_are_refused(checkpoints, kind, value, tmp_p
     tensors = load_file(folder / "model.safetensors")
     tensors["connector.up.weight"][0, 0] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LusiferError, match="connector.up.weight holds values that are no numbers"):
+    with pytest.raises(LusiferError, match="connector.up.weight holds NaN or infinity"):
         lusifer.load(str(folder))
 
 
@@ -340,7 +340,7 @@ PROFILE = {
 @fuzz(150)
 @given(mutations({"STS17.json": RECORD, "run.json": RUN, "languages.json": PROFILE}))
 def test_results_are_shown_or_named(tmp_path, files):
-    from lusifer.evaluation.report.html import write
+    from lusifer.evaluation.report import write
 
     folder = tmp_path / "results"
     shutil.rmtree(folder, ignore_errors=True)

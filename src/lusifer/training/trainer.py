@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -56,6 +57,12 @@ class Bar(ProgressCallback):
     """The progress bar, with the latest figures beside it instead of lines of them."""
 
     _SHOWN = {"loss": "loss", "tokens_per_second": "tok/s", "padding": "padding"}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the bar, also where the environment switches the bars of libraries off, as our command does."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Shows loss, speed and padding."""
