@@ -69,7 +69,7 @@ def mine(
 
     Passages are the positives of all rows and those of `--corpus`. A row's own texts, and their copies up to letter
     case and punctuation, never become its negatives. The hardest come first. Interrupt it whenever you like: the same
-    command goes on where it was.
+    command resumes where it stopped.
 
     Example: `lusifer data mine pairs.jsonl mined.jsonl.gz --model runs/quickstart/model`
     """

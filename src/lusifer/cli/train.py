@@ -42,7 +42,7 @@ def quickstart(
 ) -> None:
     """Fetches the starter, trains on English, scores three systems in 23 languages, writes a report.
 
-    Interrupt it whenever you like: the same command goes on where it was.
+    Interrupt it whenever you like: the same command resumes where it stopped.
 
     Example: `lusifer quickstart`
     """

@@ -1,6 +1,6 @@
 """The quickstart: train on English text, score three systems zero-shot, write a report.
 
-Every step leaves its result in the output folder, so an interrupted run goes on where it was and a
+Every step leaves its result in the output folder, so an interrupted run resumes where it stopped and a
 finished one does nothing.
 """
 
