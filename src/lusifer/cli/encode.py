@@ -64,8 +64,8 @@ def encode(
     """Embeds the texts of files, in any language and any number. They are documents unless `--prompt-name query`
     or another prompt says otherwise.
 
-    A folder receives shards one by one. Interrupt it whenever you like: the same command resumes where it stopped, and the
-    files end up the same, byte for byte. On a finished folder it does nothing.
+    A folder receives shards one by one. Interrupt it whenever you like: the same command resumes where it stopped,
+    and the files end up the same, byte for byte. On a finished folder it does nothing.
 
     Examples:
     - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`

@@ -142,17 +142,17 @@ def language_means(scores: Scores, chosen: list[Task] | None = None) -> dict[str
 
 def overall(means: Mapping[str, Mean]) -> Mean:
     """The mean over languages (or tasks) of their means: the paper's last column."""
-    found = [mean.score for mean in means.values() if mean.score is not None]
-    return Mean(fmean(found) if found else None, len(found), len(means))
+    scored = [mean.score for mean in means.values() if mean.score is not None]
+    return Mean(fmean(scored) if scored else None, len(scored), len(means))
 
 
 def joined(parts: Sequence[Task]) -> list[Task]:
     """Tasks with the subsets of all parts of the same name."""
-    found: dict[str, Task] = {}
+    by_name: dict[str, Task] = {}
     for part in parts:
-        before = found.get(part.name, part)
-        found[part.name] = replace(before, subsets={**before.subsets, **part.subsets})
-    return list(found.values())
+        before = by_name.get(part.name, part)
+        by_name[part.name] = replace(before, subsets={**before.subsets, **part.subsets})
+    return list(by_name.values())
 
 
 def pair_means(scores: Scores, wanted: Sequence[Task]) -> dict[str, Mean]:
@@ -171,9 +171,9 @@ def pair_means(scores: Scores, wanted: Sequence[Task]) -> dict[str, Mean]:
 
 
 def _mean(scores: Scores, wanted: list[tuple[str, list[str]]]) -> Mean:
-    found = [
+    complete = [
         fmean(scores[name][subset] for subset in subsets)
         for name, subsets in wanted
         if all(subset in scores.get(name, {}) for subset in subsets)
     ]
-    return Mean(fmean(found) if found else None, len(found), len(wanted))
+    return Mean(fmean(complete) if complete else None, len(complete), len(wanted))

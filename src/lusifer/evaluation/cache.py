@@ -65,12 +65,12 @@ class EmbeddingCache:
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
         for begin in range(0, len(new), _ROWS):
             part = list(new)[begin : begin + _ROWS]
-            made = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
-            rows = [(key, vector.tobytes()) for key, vector in zip(part, made, strict=True)]
+            computed = np.asarray(self.embed([new[key] for key in part]), dtype=np.float32)
+            rows = [(key, vector.tobytes()) for key, vector in zip(part, computed, strict=True)]
             self.base.execute("BEGIN IMMEDIATE")
             self.base.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
             self.base.execute("COMMIT")
-            vectors.update(zip(part, made, strict=True))
+            vectors.update(zip(part, computed, strict=True))
             self.computed += len(part)
             self.progress()
         return np.stack([vectors[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)

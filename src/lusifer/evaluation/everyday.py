@@ -93,18 +93,18 @@ def language_bias(vectors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     meaning = torch.arange(count).repeat(len(codes))
     similarity = (every @ every.T).fill_diagonal_(-2.0)
     nearest = similarity.topk(10, dim=1).indices
-    found = {}
+    bias = {}
     for number, code in enumerate(codes):
         if code == "en":
             continue
         rows = spoken == number
         english = similarity[rows][:, spoken == codes.index("en")]
-        found[code] = {
+        bias[code] = {
             "same_language": float((spoken[nearest[rows]] == number).float().mean()),
             "alone": float((english.argmax(dim=1) == torch.arange(count)).float().mean()),
             "mixed": float((meaning[nearest[rows, 0]] == meaning[rows]).float().mean()),
         }
-    return found
+    return bias
 
 
 def embedder(model: SentenceTransformer, *, prompt: str | None = None) -> Embed:
