@@ -157,9 +157,10 @@ def test_tests_stand_where_the_source_does():
     assert rooms - {"support", "project"} == packages
 
 
-def test_importing_lusifer_loads_only_what_a_model_needs():
+@pytest.mark.parametrize("code", ["import lusifer", "from lusifer import LusiferModel"])
+def test_importing_loads_only_what_a_model_needs(code):
     heavy = ("mteb", "matplotlib", "datasets", "pyarrow", "sentence_transformers", "pandas", "gguf", "pythonbible")
     heavy += ("fastapi", "uvicorn", "prometheus_client")
-    code = f"import sys, lusifer; print([name for name in {heavy} if name in sys.modules])"
+    code += f"\nimport sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

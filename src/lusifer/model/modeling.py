@@ -29,7 +29,6 @@ from lusifer.model.configuration import LusiferConfig
 from lusifer.model.connector import FeedForwardConnector, connector_shapes
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
-from lusifer.model.sentence_transformer import CONFIG, save_around
 from lusifer.model.token_batches import padding_groups, run_groups
 
 
@@ -170,6 +169,8 @@ class LusiferModel(PreTrainedModel):
         Raises:
             LusiferError: If the adapters were merged for inference, or the encoder's tokenizer cannot be read.
         """
+        from lusifer.model.sentence_transformer import CONFIG, save_around  # Seconds, for those who save.
+
         if is_merged_in_place(self):
             raise LusiferError("this model was merged for inference and cannot be saved: load the checkpoint again")
         folder = Path(save_directory)
