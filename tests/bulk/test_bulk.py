@@ -32,12 +32,6 @@ TEXTS = some_texts(1050)
 
 
 @pytest.fixture
-def model(tiny_st, tmp_path):
-    save_atomically(tiny_st, tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-@pytest.fixture
 def source(tmp_path):
     (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     return str(tmp_path / "in.txt")

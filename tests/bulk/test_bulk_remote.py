@@ -18,17 +18,10 @@ from pyarrow import parquet
 from lusifer import LusiferError
 from lusifer.bulk.job import Settings
 from lusifer.bulk.run import encode
-from lusifer.model.sentence_transformer import save_atomically
 from support.texts import content, some_texts
 
 SETTINGS = Settings(precision="float32", shard_rows=100)
 TEXTS = some_texts(1050)
-
-
-@pytest.fixture
-def model(tiny_st, tmp_path):
-    save_atomically(tiny_st, tmp_path / "model")
-    return str(tmp_path / "model")
 
 
 @pytest.fixture
