@@ -58,13 +58,14 @@ def publish_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
         staging.mkdir()
         yield staging
         _settle(staging)
-        with suppress(FileNotFoundError):
-            os.rename(folder, old)
         try:
+            with suppress(FileNotFoundError):
+                os.rename(folder, old)
             os.rename(staging, folder)
         except BaseException:
-            with suppress(FileNotFoundError):
-                os.rename(old, folder)
+            if not folder.exists():
+                with suppress(FileNotFoundError):
+                    os.rename(old, folder)
             raise
         _sync(folder.parent)
     except OSError as error:

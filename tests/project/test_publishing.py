@@ -105,3 +105,21 @@ def test_content_is_synced_before_the_name_appears_and_the_folder_after(tmp_path
 )
 def test_the_first_line_of_an_error(error, line):
     assert first_line(error) == line
+
+
+def test_an_interruption_between_the_two_renames_keeps_the_old_folder(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    rename, calls = os.rename, []
+
+    def interrupted(source, target):
+        rename(source, target)
+        calls.append(target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), publish_folder(tmp_path / "b") as folder:
+        (folder / "x").write_text("new")
+    assert (tmp_path / "b" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
