@@ -11,7 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Caches of this run alone, before any library reads where they are: what lies in somebody's home neither helps a test
 # nor is touched by it. Processes that a run starts inherit them.
-os.environ.update({"LUSIFER_TEST_CACHES": os.environ.get("LUSIFER_TEST_CACHES") or tempfile.mkdtemp(prefix="lusifer-")})
+OWN_CACHES = not os.environ.get("LUSIFER_TEST_CACHES")  # Else somebody's, who keeps them; or those of a run's worker.
+if OWN_CACHES:
+    os.environ["LUSIFER_TEST_CACHES"] = tempfile.mkdtemp(prefix="lusifer-")
 os.environ.update(
     {
         name: os.path.join(os.environ["LUSIFER_TEST_CACHES"], part)
@@ -97,7 +99,7 @@ LONGEST = ("distributed", "bulk_remote", "bulk_resume", "evaluation", "trainer",
 
 
 def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):
+    if OWN_CACHES:
         shutil.rmtree(os.environ["LUSIFER_TEST_CACHES"], ignore_errors=True)
 
 
