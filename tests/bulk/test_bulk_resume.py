@@ -132,6 +132,22 @@ def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, mon
     assert content(tmp_path / "out") == expected
 
 
+def test_ctrl_c_does_not_reach_a_process_that_still_imports(finished, tmp_path, monkeypatch, capfd):
+    common, settings, expected, _ = finished
+    real = local_engine.Processes._start
+
+    def start(self, device):
+        pipe = real(self, device)
+        os.kill(self._running[pipe].pid, signal.SIGINT)
+        return pipe
+
+    monkeypatch.setattr(local_engine.Processes, "_start", start)
+    encode(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
+    assert content(tmp_path / "out") == expected
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_mistakes_of_a_process_are_told_here(finished, tmp_path):
     common, settings, _, _ = finished
     message = refused(*common, str(tmp_path / "out"), replace(settings, dim=1000), processes=2)

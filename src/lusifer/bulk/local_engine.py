@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -58,9 +59,10 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.job, device), daemon=True)
-        process.start()
-        theirs.close()
-        self._running[ours] = process
+        with _interrupt_blocked():
+            process.start()
+            theirs.close()
+            self._running[ours] = process
         return ours
 
     def prepare(self) -> Prepared:
@@ -109,10 +111,25 @@ class Processes:
         return answer
 
 
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Blocks Ctrl-C, also in a process started meanwhile, whose imports it would end with a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: Connection, job: Job, device: str | None) -> None:
     """What a process does: encodes the shards it is sent until the pipe closes."""
-    # Ctrl-C reaches every process of a terminal; the first one decides.
+    # Ctrl-C reaches every process of a terminal; the first one decides. What came since the start is dropped here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     quiet_libraries(True)
     try:
         encoder = ShardEncoder(job, device)
