@@ -15,11 +15,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _AUTO = "transformers.models.auto.configuration_auto"
-_OURS = "lusifer.model.configuration"
+_OURS = ("lusifer.model.configuration", "lusifer.adapt.configuration")
 
 
 class _Registering(Loader):
-    """Runs a module as its own loader would, then imports our configuration, which registers itself."""
+    """Runs a module as its own loader would, then imports our configurations, which register themselves."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -29,7 +29,12 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(_OURS)
+        _import_ours()
+
+
+def _import_ours() -> None:
+    for name in _OURS:
+        import_module(name)
 
 
 class _Finder(MetaPathFinder):
@@ -50,6 +55,6 @@ class _Finder(MetaPathFinder):
 def register() -> None:
     """Registers LUSIFER with transformers now, if it has been imported, else as soon as it is."""
     if _AUTO in sys.modules:
-        import_module(_OURS)
+        _import_ours()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -31,6 +31,7 @@ ORDER = [
     "data",
     "interop",
     "loading",
+    "adapt",
     "training",
     "evaluation",
     "bulk",
@@ -42,6 +43,9 @@ ORDER = [
 ]
 # Parts that know nothing of one another: the command line joins them.
 STRANGERS = [
+    ("training", "adapt"),
+    ("evaluation", "adapt"),
+    ("bulk", "adapt"),
     ("training", "evaluation"),
     ("training", "bulk"),
     ("evaluation", "training"),

@@ -11,6 +11,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say f
 
 import typer
 
+from lusifer.cli.adapt import adapt
 from lusifer.cli.console import PASS_ON
 from lusifer.cli.data import data_app
 from lusifer.cli.encode import encode
@@ -41,6 +42,7 @@ app.add_typer(index_app, name="index", rich_help_panel="Search")
 app.command(rich_help_panel="Search")(search)
 for command in (encode, evaluate, report, diagnose, serve, card, push, info, merge):
     app.command(rich_help_panel="Using a model")(command)
+app.command(rich_help_panel="Training")(adapt)
 app.command(rich_help_panel="Training")(init)
 app.command(rich_help_panel="Training", context_settings=PASS_ON)(quickstart)
 app.command(rich_help_panel="Training", context_settings=PASS_ON)(train)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.sentence_transformers import transformer_module
@@ -35,14 +35,14 @@ class _Saved(nn.Module):
     def forward(self, input_ids: Any, attention_mask: Any = None, return_dict: Any = None) -> None: ...
 
 
-def to_sentence_transformer(model: LusiferModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
+def to_sentence_transformer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SentenceTransformer:
     """Wraps a model in memory; saving the result gives a folder of built-in module classes only.
 
     Args:
-        model: The model; shared, not copied.
+        model: A model whose output has ``pooler_output`` and whose configuration ``max_seq_length``; not copied.
         tokenizer: The encoder's tokenizer.
     """
-    return _wrap(model, tokenizer, str(model.connector.added_tokens.device))
+    return _wrap(model, tokenizer, str(model.device))
 
 
 def _wrap(model: Any, tokenizer: PreTrainedTokenizerBase, device: str) -> SentenceTransformer:

@@ -1,0 +1,209 @@
+"""What the closed form needs, block by block: the dictionary, the teacher's vectors and the encoder's mean states.
+
+1. Words of the texts and of the encoder's vocabulary are matched (`lusifer.adapt.switching`).
+2. For each block of texts: the teacher's vectors, the mean states of the texts and those of a code-switched copy.
+3. Both kinds of states go into the sums of one regression, and in float16 to the disk, for the MLP.
+
+After every block a resumed run goes on; with a limit in time, no block is begun after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lusifer.adapt.closed_form import ClosedForm, Moments, choose
+from lusifer.adapt.student import Student
+from lusifer.adapt.switching import Dictionary, Pairs, Switcher, foreign_pieces, match_scripts
+from lusifer.adapt.teacher import check_vectors
+from lusifer.adapt.tokens import TokenTexts, count_words, tokenize
+from lusifer.adapt.work import Clock, Work
+
+BLOCK = 1_024
+_PROGRESS = "collected.json"
+_MOMENTS = "moments.safetensors"
+_LEAST_COUNT = 3  # Of an English word that is switched.
+_MOST_WORDS = 20_000
+
+
+class Prepared(NamedTuple):
+    """Tokenised texts: those to learn from and the held-out ones; their roles; the words that are marked in them."""
+
+    train: TokenTexts
+    held_out: TokenTexts
+    vocabulary: list[str]
+
+
+def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], roles: Sequence[str]) -> Prepared:
+    """Tokenises texts as the student reads them.
+
+    Args:
+        student: The student.
+        train: Texts to learn from.
+        held_out: Held-out texts.
+        roles: ``query`` or ``document`` of each text, those to learn from first.
+    """
+    vocabulary = count_words(train, least=_LEAST_COUNT)[:_MOST_WORDS]
+    prompts = [student.prompts[role] for role in roles]
+    parts = [
+        tokenize(student.tokenizer, texts, some, vocabulary, max_length=student.longest)
+        for texts, some in ((train, prompts[: len(train)]), (held_out, prompts[len(train) :]))
+    ]
+    return Prepared(parts[0], parts[1], vocabulary)
+
+
+def dictionary(student: Student, vocabulary: Sequence[str], *, most: int | None) -> Dictionary:
+    """Matches the student's vocabulary with English words.
+
+    Args:
+        student: The student.
+        vocabulary: The English words.
+        most: Pieces of the student's vocabulary that are tried; all when None.
+    """
+    pieces = foreign_pieces(student.tokenizer, vocabulary, most=most)
+    if not pieces:
+        return {}
+    last = student.layers[-1:]
+
+    def states(texts: TokenTexts) -> Tensor:
+        return student.states(texts, torch.arange(len(texts)), layers=last).to(student.device)
+
+    english = tokenize(student.tokenizer, vocabulary, [student.prompts["query"]] * len(vocabulary), [], max_length=32)
+    vectors = {script: states(student.piece_texts(ids)) for script, ids in pieces.items()}
+    return match_scripts(vectors, states(english), pieces)
+
+
+def load_dictionary(work: Work, compute: Callable[[], Dictionary]) -> Dictionary:
+    """The dictionary of a run, computed once."""
+
+    def flat() -> dict[str, Tensor]:
+        pairs = compute()
+        tensors = {f"{script}.{part}": getattr(p, part) for script, p in pairs.items() for part in ("words", "pieces")}
+        return tensors or {"none": torch.zeros(1)}
+
+    tensors = work.tensors("dictionary.safetensors", flat)
+    scripts = sorted({name.rpartition(".")[0] for name in tensors if name != "none"})
+    return {script: Pairs(tensors[f"{script}.words"], tensors[f"{script}.pieces"]) for script in scripts}
+
+
+@dataclass
+class Collected:
+    """What the training of the head and of the encoder starts from.
+
+    Attributes:
+        form: The closed form.
+        targets: (texts, dim) float16 unit vectors of the teacher, on the disk.
+        states: (2 x stored, inputs) float16 mean states, plain and switched in turn, on the disk.
+        texts: Texts collected: the first so many.
+        stored: Texts whose states are stored.
+        held_out: Mean states and unit vectors of the held-out texts, plain, (n, inputs) and (n, dim).
+    """
+
+    form: ClosedForm
+    targets: Any
+    states: Any
+    texts: int
+    stored: int
+    held_out: tuple[Tensor, Tensor]
+
+
+def collect(
+    work: Work,
+    student: Student,
+    texts: Prepared,
+    switcher: Switcher,
+    vectors: Callable[[Tensor], np.ndarray],
+    held_out: Tensor,
+    *,
+    until: Callable[[], float],
+    most_stored: int,
+    seed: int,
+    bar: Callable[[int], object],
+) -> Collected:
+    """Goes through the texts and solves the regression.
+
+    Args:
+        work: Where files go.
+        student: The student.
+        texts: The tokenised texts.
+        switcher: Makes the code-switched copies.
+        vectors: From rows of the texts to the teacher's (n, dim) unit vectors.
+        held_out: (n, dim) the teacher's vectors of the held-out texts.
+        until: Seconds left for blocks.
+        most_stored: Texts whose states are kept on the disk.
+        seed: Of the copies.
+        bar: Called with the number of texts of each block.
+    """
+    inputs, dim, count = student.width * len(student.layers), held_out.shape[1], len(texts.train)
+    stored = min(most_stored, count)
+    targets, states = work.rows("targets.f16", count, dim), work.rows("states.f16", 2 * stored, inputs)
+    moments, complete = Moments(inputs, dim), work.read(_PROGRESS).get("complete", False)
+    done, sums = _resumed(work)
+    if done:
+        moments.sums = sums
+        bar(done)
+    while done < count and not complete and (until() > 0 or done == 0):
+        rows = torch.arange(done, min(done + BLOCK, count))
+        wanted = vectors(rows)
+        check_vectors(wanted, "the teacher")
+        targets[done : done + len(rows)] = wanted
+        generator = torch.Generator(student.device).manual_seed(seed + done)
+        plain = student.states(texts.train, rows)
+        switched = student.states(texts.train, rows, switcher=switcher, generator=generator)
+        goal = torch.from_numpy(wanted)
+        for part in (plain,) if switcher.empty else (plain, switched):
+            moments.add(part, goal)
+        if room := max(0, min(len(rows), stored - done)):
+            pairs = torch.stack([plain[:room], switched[:room]], dim=1).reshape(-1, inputs)
+            states[2 * done : 2 * (done + room)] = pairs.numpy()
+        done += len(rows)
+        targets.flush()
+        states.flush()
+        # One file says both how far the work is and what the sums are: a kill cannot part them.
+        work.save(_MOMENTS, {str(done): moments.sums})
+        bar(len(rows))
+    work.write(_PROGRESS, {"complete": True})
+    known = _held_out_states(work, student, texts.held_out, switcher, seed)
+    form = choose(moments, student.layers, torch.cat(list(known)), torch.cat([held_out] * len(known)))
+    return Collected(form, targets, states, done, min(stored, done), (known[0], held_out))
+
+
+def _resumed(work: Work) -> tuple[int, Tensor]:
+    """Texts that are in the sums on the disk, and these."""
+    if not work.path(_MOMENTS).is_file():
+        return 0, torch.empty(0)
+    ((done, sums),) = work.load(_MOMENTS).items()
+    return int(done), sums
+
+
+def _held_out_states(
+    work: Work, student: Student, texts: TokenTexts, switcher: Switcher, seed: int
+) -> Sequence[Tensor]:
+    """Mean states of held-out texts, plain and switched."""
+    rows = torch.arange(len(texts))
+
+    def compute() -> dict[str, Tensor]:
+        generator = torch.Generator(student.device).manual_seed(seed - 1)
+        result = {"plain": student.states(texts, rows)}
+        if not switcher.empty:
+            result["switched"] = student.states(texts, rows, switcher=switcher, generator=generator)
+        return result
+
+    return list(work.tensors("held_out.safetensors", compute).values())
+
+
+def pieces_within(student: Student, clock: Clock, share: float) -> int | None:
+    """How many pieces of the vocabulary can be encoded in a share of the time, measured; all without a limit."""
+    left = clock.until(share)
+    if left == float("inf"):
+        return None
+    sample = list(range(100, 612))
+    begin = clock.used
+    student.states(student.piece_texts(sample), torch.arange(len(sample)), layers=student.layers[-1:])
+    rate = len(sample) / max(clock.used - begin, 1e-6)
+    return max(5_000, int(0.6 * left * rate))  # The rest is for English words and for matching.

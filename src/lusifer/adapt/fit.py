@@ -1,0 +1,265 @@
+"""Gradient steps towards the teacher: first the MLP beside the closed form, on stored states; then the encoder's upper
+layers together with the head, code-switching on the fly.
+
+A step's texts and its chance follow from the seed and the step's number alone, so that a resumed run takes the same
+steps as one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lusifer.adapt.collect import Collected
+from lusifer.adapt.loss import teacher_loss
+from lusifer.adapt.modeling import LayerHead, mean_states
+from lusifer.adapt.student import Student
+from lusifer.adapt.switching import Switcher
+from lusifer.adapt.tokens import TokenTexts, batches_by_length
+from lusifer.adapt.work import Work
+
+BANK = 4_096
+_HEAD_ROWS = 1_024
+_EVERY = 60.0  # Seconds between checkpoints.
+_POOL = 16  # Batches that are drawn together and sorted by length.
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates of AdamW, the share of its schedule that warms up, and of texts that are switched."""
+
+    encoder: float = 3e-5
+    linear: float = 5e-5
+    mlp: float = 5e-4
+    warm_up: float = 0.03
+    switched: float = 0.5
+
+
+class Loop:
+    """Steps of AdamW with a cosine schedule that ends with the steps or with the time, whatever comes first.
+
+    Args:
+        work: Where checkpoints go.
+        name: File of the checkpoint.
+        groups: Parameters and their peak learning rates.
+        steps: Most steps; None where time alone ends it.
+        seconds: Time; infinite where steps alone end it.
+        warm_up: Share of the schedule.
+        bar: Called after each step with the share of the schedule that it took and the loss.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        name: str,
+        groups: Sequence[tuple[Sequence[nn.Parameter], float, float]],
+        *,
+        steps: int | None,
+        seconds: float,
+        warm_up: float,
+        bar: Callable[[float, float], object],
+    ) -> None:
+        self.work, self.name, self.bar = work, name, bar
+        self.steps, self.seconds, self.warm_up = steps or math.inf, seconds, warm_up
+        self.parameters = [p for parameters, *_ in groups for p in parameters]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(ps), "lr": rate, "peak": rate, "weight_decay": decay} for ps, rate, decay in groups],
+            betas=(0.9, 0.98),
+        )
+        self.step, self._before, self._loss = 0, 0.0, math.nan
+        self._resume()
+        self._began = self._saved = time.monotonic()
+
+    @property
+    def done(self) -> float:
+        """Share of the schedule, 0 to 1."""
+        used = self._before + time.monotonic() - self._began
+        return min(1.0, max(self.step / self.steps, used / self.seconds))
+
+    def run(self, loss_of: Callable[[int], Tensor]) -> float:
+        """Takes steps until the end and returns the last loss; ``loss_of`` gets the step's number."""
+        share = self.done
+        while share < 1:
+            factor = min(1.0, (share + 1e-9) / self.warm_up) * (0.5 * (1 + math.cos(math.pi * share)) * 0.98 + 0.02)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            loss = loss_of(self.step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step, self._loss = self.step + 1, loss.item()
+            before, share = share, self.done
+            self.bar(share - before, self._loss)
+            if time.monotonic() - self._saved > _EVERY:
+                self.save()
+        self.save()
+        return self._loss
+
+    def save(self) -> None:
+        """Writes the checkpoint: parameters, the optimizer's moments, step and time."""
+        used = self._before + time.monotonic() - self._began
+        tensors = {"step": torch.tensor([float(self.step), used, self._loss], dtype=torch.float64)}
+        for number, parameter in enumerate(self.parameters):
+            state = self.optimizer.state.get(parameter) or {}
+            kept = {"value": parameter, **{key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}}
+            tensors |= {f"{number}.{key}": value for key, value in kept.items()}
+        self.work.save(self.name, tensors)
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        if not self.work.path(self.name).is_file():
+            return
+        tensors = self.work.load(self.name)
+        step, self._before, self._loss = tensors.pop("step").tolist()
+        self.step = int(step)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"{number}.value"])
+                if f"{number}.exp_avg" in tensors:
+                    state: dict[str, Any] = {"step": torch.tensor(step)}
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = tensors[f"{number}.{key}"].to(parameter.device)
+                    self.optimizer.state[parameter] = state
+
+
+def _head_groups(head: LayerHead, linear: float, mlp: float) -> list[tuple[list[nn.Parameter], float, float]]:
+    groups = [(list(head.linear.parameters()), linear, 0.0)]
+    if head.up is not None and head.down is not None:
+        groups.append(([*head.up.parameters(), *head.down.parameters()], mlp, 0.01))
+    return groups
+
+
+def _bank(targets: Any, count: int, generator: torch.Generator) -> Tensor:
+    """The teacher's vectors of a run of texts, which are in random order: (n, dim) float32."""
+    size = min(BANK, count)
+    first = int(torch.randint(count - size + 1, (), generator=generator))
+    return torch.from_numpy(np.asarray(targets[first : first + size], dtype=np.float32))
+
+
+def train_head(
+    work: Work,
+    head: LayerHead,
+    data: Collected,
+    columns: Tensor,
+    *,
+    epochs: int,
+    seconds: float,
+    rates: Rates,
+    seed: int,
+    bar: Callable[[float, float], object],
+) -> float:
+    """Trains the head on the stored states, plain and switched, and returns the last loss.
+
+    Args:
+        work: Where checkpoints go.
+        head: The head, started from the closed form.
+        data: Stored states and targets.
+        columns: The inputs of the head among the stored states.
+        epochs: Most passes over the states.
+        seconds: Time for it.
+        rates: Learning rates.
+        seed: Of the order.
+        bar: As for `Loop`.
+    """
+    count = 2 * data.stored
+    per_epoch = max(1, count // _HEAD_ROWS)
+    groups = _head_groups(head, rates.linear, rates.mlp)
+    steps = epochs * per_epoch
+    loop = Loop(work, "head.safetensors", groups, steps=steps, seconds=seconds, warm_up=rates.warm_up, bar=bar)
+    device = head.linear.weight.device
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        # Sorted: the table is on the disk.
+        rows = torch.randint(count, (min(_HEAD_ROWS, count),), generator=generator).sort().values
+        states = torch.from_numpy(data.states[rows.numpy()].astype(np.float32))[:, columns]
+        targets = torch.from_numpy(data.targets[(rows // 2).numpy()].astype(np.float32))
+        bank = _bank(data.targets, data.texts, generator)
+        vectors = normalize(head(states.to(device)), dim=1)
+        return teacher_loss(vectors, targets.to(device), bank.to(device))
+
+    return loop.run(loss_of)
+
+
+def train_encoder(
+    work: Work,
+    student: Student,
+    head: LayerHead,
+    layers: Sequence[int],
+    texts: TokenTexts,
+    data: Collected,
+    switcher: Switcher,
+    *,
+    steps: int | None,
+    seconds: float,
+    tokens: int,
+    rates: Rates,
+    seed: int,
+    bar: Callable[[float, float], object],
+) -> int:
+    """Trains the encoder's upper half together with the head, and returns the number of steps.
+
+    Args:
+        work: Where checkpoints go.
+        student: The student.
+        head: The head.
+        layers: Layers whose mean states the head reads.
+        texts: The tokenised texts; the first ``data.texts`` have targets.
+        data: Their targets.
+        switcher: Switches words.
+        steps: Most steps; None where time alone ends it.
+        seconds: Time for it.
+        tokens: Padded tokens of a batch.
+        rates: Learning rates.
+        seed: Of texts and words.
+        bar: As for `Loop`.
+    """
+    upper = student.trainable_layers(int(student.encoder.config.num_hidden_layers) // 2)
+    groups = [(upper, rates.encoder, 0.0), *_head_groups(head, rates.linear, rates.mlp)]
+    loop = Loop(work, "encoder.safetensors", groups, steps=steps, seconds=seconds, warm_up=rates.warm_up, bar=bar)
+    draw = _Draw(texts.lengths[: data.texts], tokens, seed)
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator(student.device).manual_seed(seed * 1_000_003 + step)
+        rows = draw(step)
+        batch = texts.batch(rows, student.pad, student.device)
+        ids, mask = switcher(*batch, rates.switched, generator)
+        with student.autocast():
+            states = mean_states(student.encoder, ids, mask, list(layers))
+        vectors = normalize(head(states.float()), dim=1)
+        targets = torch.from_numpy(data.targets[rows.numpy()].astype(np.float32)).to(student.device)
+        bank = _bank(data.targets, data.texts, torch.Generator().manual_seed(seed + step)).to(student.device)
+        return teacher_loss(vectors, targets, bank)
+
+    loop.run(loss_of)
+    return loop.step
+
+
+class _Draw:
+    """Batches of texts of like length: a pool of random texts, sorted, cut by tokens, in random order."""
+
+    def __init__(self, lengths: Tensor, tokens: int, seed: int) -> None:
+        self.lengths, self.tokens, self.seed = lengths, tokens, seed
+        self.size = max(1, int(_POOL * tokens / float(lengths.float().mean())))
+        self._pool = -1
+        self._batches: list[Tensor] = []
+
+    def __call__(self, step: int) -> Tensor:
+        """Rows of a step's batch."""
+        pool, place = divmod(step, _POOL)
+        if pool != self._pool:
+            generator = torch.Generator().manual_seed(self.seed * 7_919 + pool)
+            rows = torch.randint(len(self.lengths), (self.size,), generator=generator)
+            batches = [rows[part] for part in batches_by_length(self.lengths[rows], self.tokens)]
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            self._pool, self._batches = pool, [batches[index] for index in order]
+        return self._batches[place % len(self._batches)]

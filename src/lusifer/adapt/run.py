@@ -1,0 +1,282 @@
+"""``lusifer adapt``: from a teacher, or its vectors, to a model that answers in its space in many languages.
+
+1. Checks: the teacher, the texts, the encoder, the folder.
+2. The closed form (`lusifer.adapt.collect`), the MLP beside it and the encoder's upper half (`lusifer.adapt.fit`).
+3. A report, and the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lusifer.adapt.collect import Collected, Prepared, collect, dictionary, load_dictionary, pieces_within, prepare
+from lusifer.adapt.fit import Rates, train_encoder, train_head
+from lusifer.adapt.modeling import LayerHead
+from lusifer.adapt.report import agreement, summary
+from lusifer.adapt.saving import save, sentence_transformer
+from lusifer.adapt.sources import Source, open_source
+from lusifer.adapt.student import Student
+from lusifer.adapt.switching import Switcher
+from lusifer.adapt.work import Clock, Work
+from lusifer.model.text_encoder import TextEncoder, choose_precision
+from lusifer.publishing import write_json
+
+logger = logging.getLogger(__name__)
+
+ENCODER = "starter:multilingual-e5-small"
+_SHARES = {"dictionary": 0.15, "collect": 0.6, "head": 0.92}  # Of the time, when no encoder is trained.
+_LONG = {"dictionary": 0.06, "collect": 0.3, "head": 0.36, "encoder": 0.97}
+_WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it gets too few steps to gain anything.
+_TOKENS = {"cpu": 1_536}  # Padded tokens of a step.
+_TOKENS_ELSEWHERE = 32_768
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may be asked for.
+
+    Attributes:
+        encoder: Hub id, folder or starter name of the multilingual encoder.
+        texts: Files of English text; with ``general`` beside the bundled text.
+        general: Whether the bundled text is used.
+        text_column: Column of the text in files and tables.
+        vector_column: Column of the vectors in a table.
+        minutes: Time for everything; no limit when None, where the counts below end it.
+        most_texts: Texts used at most.
+        head_epochs: Passes over the stored states to train the MLP; 0 leaves it out.
+        encoder_steps: Steps of the encoder; 0 keeps it frozen, None as many as the time allows, none without a limit.
+        plain: Only the last layer and no MLP: the model then loads without lusifer.
+        device: Torch device; the best there is when None.
+        seed: Of order and chance.
+        restart: Throw away unfinished work.
+    """
+
+    encoder: str = ENCODER
+    texts: tuple[str, ...] = ()
+    general: bool = True
+    text_column: str | None = None
+    vector_column: str | None = None
+    minutes: float | None = 10.0
+    most_texts: int = 200_000
+    most_stored: int = 60_000
+    head_epochs: int = 12
+    encoder_steps: int | None = None
+    plain: bool = False
+    device: str | None = None
+    seed: int = 0
+    restart: bool = False
+
+
+def adapt(teacher: str, output: Path, options: Options | None = None, *, progress: bool = True) -> dict[str, Any]:
+    """Trains a model that answers in a teacher's vector space, and returns the report; the model is ``output/model``.
+
+    An interrupted run goes on where it stopped when it is called again.
+
+    Args:
+        teacher: Folder or hub id of a Sentence Transformers model; or a table of texts and vectors, as
+            `lusifer.data.vector_tables.open_vectors` takes it.
+        output: Folder of the result.
+        options: Everything else.
+        progress: Whether to show bars.
+
+    Raises:
+        LusiferError: If teacher, texts or encoder cannot be used, or the folder holds another run.
+    """
+    options = options or Options()
+    torch.manual_seed(options.seed)
+    source = open_source(teacher, options)
+    student = Student(options.encoder, asymmetric=source.asymmetric, device=options.device)
+    if options.plain:
+        student.layers = student.layers[-1:]
+    work = Work(output / "work", _plan(source, options), restart=options.restart)
+    clock = Clock(options.minutes, used=float(work.read("clock.json").get("seconds", 0)))
+    run = _Run(source, student, work, clock, options, progress)
+    try:
+        report = run.all_steps(output)
+    finally:
+        work.write("clock.json", {"seconds": clock.used})
+    write_json(output / "report.json", report)
+    for line in summary(report):
+        logger.info("%s", line)
+    return report
+
+
+def _plan(source: Source, options: Options) -> dict[str, Any]:
+    """What an unfinished run must have in common with this one to be gone on with."""
+    plan = {"teacher_hash": source.hash, "encoder": options.encoder, "texts": source.texts_hash}
+    return {**plan, "plain": options.plain, "seed": options.seed, "layout": 1}
+
+
+class _Run:
+    """The steps of one run, in their order."""
+
+    def __init__(
+        self, source: Source, student: Student, work: Work, clock: Clock, options: Options, progress: bool
+    ) -> None:
+        self.source, self.student, self.work, self.clock = source, student, work, clock
+        self.options, self.progress = options, progress
+        trains = options.encoder_steps != 0 and not options.plain
+        long = trains and (options.minutes or 0) >= _WORTH_IT
+        self.shares = _LONG if long else _SHARES
+        self.encoder_steps = options.encoder_steps or (None if long else 0)
+
+    def all_steps(self, output: Path) -> dict[str, Any]:
+        """From texts to the saved model."""
+        source, student, options = self.source, self.student, self.options
+        texts = prepare(student, source.train, source.held_out, source.roles)
+        device = student.device
+        self._choose_precision()
+        with self._bar("dictionary", 1) as bar:
+            most = partial(pieces_within, student, self.clock, self.shares["dictionary"])
+            matches = load_dictionary(self.work, lambda: dictionary(student, texts.vocabulary, most=most()))
+            bar.update(1)
+        if not matches:
+            logger.warning(
+                "the encoder's vocabulary has no whole words to switch to: learning from plain English alone"
+            )
+        switcher = Switcher(matches, device)
+        data = self._collect(texts, switcher)
+        head, columns = self._start(data)
+        closed = self._agreement(head, data, columns)
+        taken = [f"closed form of layers {list(data.form.layers)}"]
+        if not options.plain and options.head_epochs:
+            self._train_head(head, data, columns)
+            taken.append("MLP")
+        if self.encoder_steps != 0:
+            steps = self._train_encoder(head, texts, data, switcher)
+            taken.append(f"{steps:,} steps of the encoder")
+        student.encoder.requires_grad_(False)
+        return self._finish(output, head, list(data.form.layers), data, closed, taken)
+
+    def _choose_precision(self) -> None:
+        class Shell:
+            device = self.student.device
+            modules = self.student.encoder.modules
+
+        self.student.bfloat16 = choose_precision(Shell()) == "bfloat16"
+
+    def _collect(self, texts: Prepared, switcher: Switcher) -> Collected:
+        with self._bar("closed form", len(texts.train), "text") as bar:
+            return collect(
+                self.work,
+                self.student,
+                texts,
+                switcher,
+                self.source.vectors,
+                self.source.held_out_vectors(),
+                until=lambda: self.clock.until(self.shares["collect"]),
+                most_stored=self.options.most_stored,
+                seed=self.options.seed,
+                bar=bar.update,
+            )
+
+    def _start(self, data: Collected) -> tuple[LayerHead, Tensor]:
+        """The head at the closed form, and the places of its inputs among the stored states."""
+        form, width = data.form, self.student.width
+        hidden = 0 if self.options.plain or not self.options.head_epochs else _hidden(data.texts)
+        head = LayerHead(form.matrix.shape[1], form.matrix.shape[0], hidden)
+        head.start_from({name: getattr(form, name) for name in ("matrix", "bias", "mean", "deviation")})
+        columns = torch.cat([torch.arange(width) + self.student.layers.index(layer) * width for layer in form.layers])
+        return head.to(self.student.device), columns
+
+    @torch.no_grad()
+    def _agreement(self, head: LayerHead, data: Collected, columns: Tensor) -> dict[str, float]:
+        states, targets = data.held_out
+        vectors = torch.nn.functional.normalize(head(states[:, columns].to(self.student.device)), dim=1)
+        return agreement(vectors.cpu().numpy(), targets.numpy())
+
+    def _train_head(self, head: LayerHead, data: Collected, columns: Tensor) -> None:
+        with self._bar("MLP", 1.0) as bar:
+            train_head(
+                self.work,
+                head,
+                data,
+                columns,
+                epochs=self.options.head_epochs,
+                seconds=max(1.0, self.clock.until(self.shares["head"])),
+                rates=Rates(),
+                seed=self.options.seed,
+                bar=partial(_advance, bar),
+            )
+
+    def _train_encoder(self, head: LayerHead, texts: Prepared, data: Collected, switcher: Switcher) -> int:
+        with self._bar("encoder", 1.0) as bar:
+            return train_encoder(
+                self.work,
+                self.student,
+                head,
+                data.form.layers,
+                texts.train,
+                data,
+                switcher,
+                steps=self.encoder_steps,
+                seconds=max(1.0, self.clock.until(self.shares.get("encoder", 0.95))),
+                tokens=_TOKENS.get(self.student.device.type, _TOKENS_ELSEWHERE),
+                rates=Rates(),
+                seed=self.options.seed,
+                bar=partial(_advance, bar),
+            )
+
+    def _finish(
+        self,
+        output: Path,
+        head: LayerHead,
+        layers: list[int],
+        data: Collected,
+        closed: dict[str, float],
+        taken: list[str],
+    ) -> dict[str, Any]:
+        student, source = self.student, self.source
+        model = sentence_transformer(
+            student.encoder, student.tokenizer, head, layers, window=student.window, prompts=student.prompts
+        )
+        encoder = TextEncoder(model)
+
+        def queries(texts: Any) -> np.ndarray:
+            return encoder.encode([student.prompts["query"] + text for text in texts])
+
+        prompts = [student.prompts[role] for role in source.roles[len(source.train) :]]
+        english = encoder.encode([a + b for a, b in zip(prompts, source.held_out, strict=True)])
+        report: dict[str, Any] = {
+            "teacher": source.name,
+            "encoder": self.options.encoder,
+            "english": agreement(english, source.held_out_vectors().numpy()),
+            "closed_form": {**closed, "layers": layers, "penalty": data.form.penalty},
+            **source.everyday(queries),
+            "texts": data.texts,
+            "left_out": source.left_out,
+            "source": source.described,
+            "steps": ", ".join(taken),
+            "precision": "bfloat16" if student.bfloat16 else "float32",
+            "seconds": round(self.clock.used),
+        }
+        origin = {"teacher": source.name, "teacher_hash": source.hash, "dimension": source.dimension}
+        save(model, output / "model", origin, report)
+        return report
+
+    @contextmanager
+    def _bar(self, what: str, total: float, unit: str = "") -> Iterator[Any]:
+        layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}" if not unit else None
+        with tqdm(total=total, desc=what, unit=unit, disable=not self.progress, bar_format=layout) as bar:
+            yield bar
+
+
+def _advance(bar: Any, share: float, loss: float) -> None:
+    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    bar.update(min(share, max(0.0, 1.0 - bar.n)))
+
+
+def _hidden(texts: int) -> int:
+    """Width of the MLP: 2,048, less where there are few texts."""
+    return int(min(2_048, max(64, texts // 16 // 32 * 32)))
