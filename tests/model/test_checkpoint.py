@@ -183,6 +183,18 @@ def test_dtype_is_that_of_the_checkpoint_unless_asked(small):
     assert set(adapters) == {torch.float32}
 
 
+def test_a_checkpoint_keeps_the_data_types_it_was_made_with(small, tmp_path):
+    """Those of the model, not those of its backbones' own files, which are in float32."""
+    kwargs = {"encoder_dtype": "float32", "llm_dtype": "bfloat16", "dtype": torch.float16}
+    mixed = lusifer_model(lusifer.load(str(small), model_kwargs=kwargs))
+    assert (mixed.encoder.dtype, mixed.llm.dtype) == (torch.float32, torch.bfloat16)
+    mixed.save_pretrained(tmp_path / "mixed")
+    again = lusifer_model(lusifer.load(str(tmp_path / "mixed")))
+    assert (again.encoder.dtype, again.llm.dtype) == (torch.float32, torch.bfloat16)
+    assert again.connector.up.weight.dtype == torch.float32
+    assert {p.dtype for name, p in again.named_parameters() if "lora_" in name} == {torch.float32}
+
+
 @pytest.mark.parametrize("part", ["encoder", "llm"])
 def test_missing_backbone_is_named(copy, tmp_path, part):
     config = json.loads((copy / "config.json").read_text())

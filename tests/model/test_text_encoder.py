@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +17,13 @@ from transformers import AttentionInterface
 from lusifer import LusiferError, LusiferModel, load
 from lusifer.model.backbones import load_tokenizer
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically, to_sentence_transformer
-from lusifer.model.text_encoder import FastSentenceTransformer, TextEncoder, choose_precision, set_precision
+from lusifer.model.text_encoder import (
+    FastSentenceTransformer,
+    TextEncoder,
+    choose_dtype,
+    choose_precision,
+    set_precision,
+)
 from lusifer.model.token_batches import exact_batches
 from support.tiny import sharpen
 from support.varlen import flash_reference
@@ -160,6 +170,42 @@ def test_bfloat16_is_near_and_auto_measures(adapted):
     assert (found * exact).sum(axis=1).min() > 0.99
     with pytest.raises(LusiferError, match="no precision 'int4'; there are auto, float32"):
         set_precision(model, "int4")
+
+
+@pytest.mark.parametrize(
+    ("slow", "chosen"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32"), (None, "float32")]
+)
+def test_the_faster_data_type_is_chosen_and_equals_are_not(monkeypatch, slow, chosen):
+    real, clock = torch.nn.functional.linear, [0.0]
+
+    def linear(rows, weight):
+        clock[0] += 2.0 if rows.dtype == slow else 1.0
+        return real(rows, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr("lusifer.model.text_encoder.time.perf_counter", lambda: clock[0])
+    name, reason = choose_dtype(torch.device("cpu"), (8, 4), training=True)
+    assert name == chosen
+    times = {kind: 2000.0 if kind == slow else 1000.0 for kind in (torch.bfloat16, torch.float32)}
+    assert reason == (
+        f"a product of 1024 x 4 x 8 takes {times[torch.bfloat16]} ms in bfloat16, {times[torch.float32]} ms in float32"
+    )
+
+
+@pytest.mark.parametrize(("native", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_trains_in_bfloat16_if_it_has_it(monkeypatch, native, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
+    assert choose_dtype(torch.device("cuda"), (8, 4), training=True).name == chosen
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is told about instructions of x86")
+def test_without_instructions_for_bfloat16_a_cpu_computes_in_float32():
+    code = "import torch; from lusifer.model.text_encoder import choose_dtype as c; "
+    code += "print(c(torch.device('cpu'), (1536, 576), training=True).name)"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=200)
+    assert done.stdout.strip() == "float32"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token"])

@@ -39,6 +39,14 @@ def test_it_runs_dry_on_stand_ins(path, tiny_encoder, tiny_llm):
     assert facts["parameters"]["llm adapter"]["trainable"] > 0
 
 
+def test_recipes_for_any_cpu_leave_the_data_type_to_it():
+    """bfloat16 halves the time of a pass where the CPU has instructions for it, and doubles it elsewhere."""
+    for name in ("quickstart", "quickstart-full-depth", "starter"):
+        recipe = load_recipe(next(path for path in RECIPES if path.stem == name))
+        chosen = (recipe.model.encoder_dtype, recipe.model.llm_dtype, recipe.align.precision, recipe.contrast.precision)
+        assert "auto" in chosen and set(chosen) <= {"auto", "float32"}, name
+
+
 def test_the_paper_recipe_has_the_published_figures():
     recipe = load_recipe(next(path for path in RECIPES if path.stem == "paper-xlmr-mistral"))
     for lora in (recipe.model.encoder_lora, recipe.model.llm_lora):

@@ -24,24 +24,30 @@ main()
 """
 
 
-def run(recipe, output, *, ranks=1, cut=None, overrides=()):
-    program = ["-m", "lusifer"]
-    if cut:
-        script = recipe.parent / "cut.py"
-        script.write_text(CUT)
-        program = [str(script), cut]
+def start(program, *, ranks=1, **variables):
+    """Runs Python with these arguments, on several ranks as torchrun does."""
     launcher = []
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)]
-    command = [sys.executable, *launcher, *program, "train", str(recipe), "-q", "--output", str(output), *overrides]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "LUSIFER_CACHE": str(recipe.parent / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
+        **variables,
     }
+    command = [sys.executable, *launcher, *program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run(recipe, output, *, ranks=1, cut=None, overrides=()):
+    program = ["-m", "lusifer"]
+    if cut:
+        script = recipe.parent / "cut.py"
+        script.write_text(CUT)
+        program = [str(script), cut]
+    program += ["train", str(recipe), "-q", "--output", str(output), *overrides]
+    return start(program, ranks=ranks, LUSIFER_CACHE=str(recipe.parent / "cache"))

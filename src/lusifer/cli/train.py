@@ -108,4 +108,6 @@ def _show_plan(facts: dict[str, Any]) -> None:
             cells = ["\n".join(f"{part} {gb:.2f}" for part, gb in cell.items()) for cell in cells]
         rows.append([key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]])
     print_table(("", *facts["stages"]), rows)
+    if "auto" in facts:
+        typer.echo(f"precision auto is {facts['auto']}")
     typer.echo(facts["launch"])

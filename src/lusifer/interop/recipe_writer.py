@@ -85,7 +85,7 @@ def _model(encoder: str, embedder: LLMEmbedder, small: bool) -> dict[str, Any]:
         "encoder": encoder,
         "llm": embedder.llm,
         "llm_base_adapters": embedder.adapters or None,
-        "llm_dtype": embedder.dtype,
+        "llm_dtype": "auto" if small and embedder.dtype != "float32" else embedder.dtype,
         "max_seq_length": 128 if small else 512,
         "pooling": embedder.pooling,
         "use_bos": None if embedder.use_bos else False,

@@ -91,7 +91,13 @@ class EncoderAlone(nn.Module):
 
     @classmethod
     def from_name(
-        cls, name: str, *, max_seq_length: int | None = None, revision: str | None = None, device: str = "cpu"
+        cls,
+        name: str,
+        *,
+        max_seq_length: int | None = None,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype: str = "auto",
     ) -> EncoderAlone:
         """Loads an encoder with its tokenizer.
 
@@ -100,13 +106,14 @@ class EncoderAlone(nn.Module):
             max_seq_length: Tokens of a text it reads; as many as tokenizer and positions allow when None.
             revision: Hub revision.
             device: Torch device.
+            dtype: Data type of the weights, as transformers names it.
 
         Raises:
             LusiferError: If it cannot be loaded.
         """
         config = load_config("encoder", name, revision=revision)
         tokenizer = load_tokenizer("encoder", name, revision=revision, config=config)
-        encoder = load_encoder(name, config, revision=revision).to(torch.device(device))
+        encoder = load_encoder(name, config, revision=revision, dtype=dtype).to(torch.device(device))
         table = position_table(encoder)
         longest = min(max_seq_length or _NO_LIMIT, tokenizer.model_max_length, table.window if table else _NO_LIMIT)
         return cls(encoder, tokenizer, longest if longest < _NO_LIMIT else None)

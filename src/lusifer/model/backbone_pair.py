@@ -58,7 +58,7 @@ def load_backbones(
     quantization: str | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the encoder and the LLM a configuration names.
+    """Loads the encoder and the LLM a configuration names, and notes their data types in it, for its checkpoint.
 
     Args:
         config: The configuration.
@@ -80,6 +80,8 @@ def load_backbones(
     encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
     own = {"quantization": quantization, "dtype": llm_dtype, "revision": config.llm_revision or "main"}
     llm = load_llm(config.llm, config.llm_config, adapters=config.llm_base_adapters or (), **own, **shared)
+    # Not those of the backbones' own files: whoever loads the checkpoint gets the weights that were trained with.
+    config.encoder_config.dtype, config.llm_config.dtype = encoder.dtype, llm.dtype
     return encoder, llm
 
 

@@ -121,13 +121,15 @@ class LusiferModel(PreTrainedModel):
             pretrained_model_name_or_path: Folder or hub id.
             *args: For transformers' loader.
             **kwargs: As for ``PreTrainedModel.from_pretrained``; ``dtype`` sets both backbones' data types, else those
-                of the configuration; ``quantization`` is as for `from_backbones`.
+                of the configuration; ``encoder_dtype``, ``llm_dtype`` and ``quantization`` are as for `from_backbones`
+                and, like there, for checkpoints on top of backbones.
 
         Raises:
             LusiferError: If the checkpoint cannot be read, or a backbone is missing.
         """
         name = str(pretrained_model_name_or_path)
         config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
+        given = {part: kwargs.pop(f"{part}_dtype", None) for part in ("encoder", "llm")}
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
         if not isinstance(config, LusiferConfig):
             config = LusiferConfig.from_pretrained(name, **hub)
@@ -145,7 +147,8 @@ class LusiferModel(PreTrainedModel):
             return model
         check_header(name, connector_shapes(config), **hub)
         chosen = None if dtype == "auto" else dtype
-        encoder, llm = (chosen or part.dtype or torch.float32 for part in (config.encoder_config, config.llm_config))
+        stored = {"encoder": config.encoder_config.dtype, "llm": config.llm_config.dtype}
+        encoder, llm = (given[part] or chosen or stored[part] or torch.float32 for part in ("encoder", "llm"))
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
         attention = kwargs.get("attn_implementation")
         model = cls(config, *load_backbones(config, encoder, llm, attention, quantization, **shared))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,16 +41,35 @@ _lock = threading.Lock()
 _backends: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
-def choose_precision(model: SentenceTransformer) -> str:
-    """The data type in which this model's matrix products are fastest here, by measuring one; takes some 50 ms.
+class Choice(NamedTuple):
+    """What `choose_dtype` says.
 
-    It is ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast.
+    Attributes:
+        name: ``float32``, ``bfloat16`` or ``float16``.
+        reason: Why, for people.
     """
-    device = model.device
-    sizes = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    width, depth = max(sizes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+
+    name: str
+    reason: str
+
+
+def choose_dtype(device: torch.device, shape: tuple[int, int], *, training: bool = False) -> Choice:
+    """The data type in which matrix products are fastest on a device, by measuring one; takes some 50 ms.
+
+    It is ``float32`` unless bfloat16 (on GPUs without it: float16) is at least 1.3 times as fast. To train, a GPU is
+    not measured: bfloat16 where the GPU has it, and float32 elsewhere, since small gradients vanish in float16.
+
+    Args:
+        device: Where the products will be.
+        shape: Outputs and inputs of the layer to measure with.
+        training: Whether gradients are computed too.
+    """
     poor = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if training and device.type == "cuda":
+        return Choice("float32", "this GPU lacks bfloat16") if poor else Choice("bfloat16", "this GPU has it")
     short = torch.float16 if poor else torch.bfloat16
+    name = str(short).removeprefix("torch.")
+    width, depth = shape
 
     def seconds(dtype: torch.dtype) -> float:
         rows = torch.randn(PASS_TOKENS, depth, dtype=dtype, device=device)
@@ -62,7 +81,17 @@ def choose_precision(model: SentenceTransformer) -> str:
             times.append(time.perf_counter() - begin)
         return min(times[1:])
 
-    return str(short).removeprefix("torch.") if seconds(torch.float32) > _WORTH_IT * seconds(short) else "float32"
+    long, brief = seconds(torch.float32), seconds(short)
+    reason = f"a product of {PASS_TOKENS} x {depth} x {width} takes {1e3 * brief:.1f} ms in {name}, "
+    reason += f"{1e3 * long:.1f} ms in float32"
+    return Choice(name if long > _WORTH_IT * brief else "float32", reason)
+
+
+def choose_precision(model: SentenceTransformer) -> str:
+    """The data type in which this model's largest matrix products are fastest here; see `choose_dtype`."""
+    sizes = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    width, depth = max(sizes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+    return choose_dtype(model.device, (width, depth)).name
 
 
 def set_precision(model: SentenceTransformer, precision: str) -> str:

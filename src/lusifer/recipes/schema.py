@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class _Strict(BaseModel):
@@ -88,8 +88,10 @@ class ModelRecipe(_Strict):
     # LoRA adapters of PEFT that belong to the LLM as published, merged into it as it loads.
     llm_base_adapters: list[str] = []
     llm_layers: PositiveInt | None = None  # Use only the LLM's first layers.
-    encoder_dtype: Dtype = "float32"  # Data type of the backbone's weights.
-    llm_dtype: Dtype = "float32"  # Data type of the backbone's weights.
+    # Data type of the backbone's weights, whatever its files hold; `auto` as for a stage's `precision`.
+    encoder_dtype: Dtype = "float32"
+    # Data type of the backbone's weights, whatever its files hold; `auto` as for a stage's `precision`.
+    llm_dtype: Dtype = "float32"
     attn_implementation: str | None = None  # `sdpa`, `flash_attention_2`, `eager`; transformers' choice when left out.
     connector_dim: PositiveInt | None = None  # Width of the connector's hidden layer; the LLM's width when left out.
     connector_residual: bool = True  # A linear map beside the connector's two layers, which stage 0 fills in.
@@ -144,8 +146,8 @@ class GradientStage(_Strict):
     max_tokens: PositiveInt = 16384  # Padded tokens of one forward pass.
     # Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
     graph_tokens: PositiveInt = 65536
-    # What it computes in; adapters, losses and optimizer are float32 in any case.
-    precision: Literal["float32", "bfloat16"] = "float32"
+    # What it computes in; adapters, losses and optimizer are float32 in any case. `auto`: decided as the run begins.
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     # Compute activations again in the backward pass: less memory, a third more time.
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 100  # Steps between checkpoints.

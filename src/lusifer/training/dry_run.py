@@ -22,6 +22,7 @@ from lusifer.model.backbones import keep_layers, load_config
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.training.precision import foresee
 from lusifer.training.stages import prepare_stage
 
 _PACKED = {"8bit": 1.0, "4bit": 0.55}
@@ -56,11 +57,12 @@ def dry_run(recipe: Recipe, name: str, *, ranks: int = 1) -> dict[str, Any]:
 
     Returns:
         ``parameters`` by part and ``stages`` (steps, rows and most tokens per step, checkpoints, memory in GB per
-        rank and part), and the ``launch`` line.
+        rank and part), the ``launch`` line, and what ``auto`` means on this machine, if the recipe says it.
 
     Raises:
         LusiferError: If a backbone's configuration cannot be read, or the batch does not divide by the ranks.
     """
+    recipe, choice = foresee(recipe)
     model = _model_on_meta(recipe)
     stages: dict[str, Any] = {}
     for stage in ("align", "contrast"):
@@ -69,7 +71,8 @@ def dry_run(recipe: Recipe, name: str, *, ranks: int = 1) -> dict[str, Any]:
                 prepare_stage(recipe, stage, model)
             stages[stage] = _stage_costs(recipe, stage, model, ranks)
     launcher = f"torchrun --nproc-per-node {ranks} -m " if ranks > 1 else ""
-    return {"parameters": parameters_by_part(model), "stages": stages, "launch": f"{launcher}lusifer train {name}"}
+    facts = {"parameters": parameters_by_part(model), "stages": stages, "launch": f"{launcher}lusifer train {name}"}
+    return facts if choice is None else {**facts, "auto": f"{choice.name}: {choice.reason}"}
 
 
 def _stage_costs(recipe: Recipe, name: str, model: LusiferModel, ranks: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
+from lusifer.training.precision import settle
 from lusifer.training.stages import contrast
 
 
@@ -57,12 +58,13 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     """Trains the baseline as stage 2 of the recipe trains LUSIFER, into ``OUTPUT/llm_alone/model``, adapters merged.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe; what it leaves to ``auto`` is as in the run beside it.
         progress: Whether to show a progress bar.
 
     Raises:
         LusiferError: If the LLM or the data cannot be read, or training has to stop.
     """
+    recipe = settle(recipe)
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
         alone = {"guide": None, "guide_margin": None, "distill": 0.0}

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
@@ -27,6 +25,7 @@ from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import Recipe
 from lusifer.storage import without_paths
+from lusifer.training.precision import processes, settle
 from lusifer.training.stages import (
     STAGES,
     build_model,
@@ -39,11 +38,6 @@ from lusifer.training.stages import (
 from lusifer.training.trainer import load_trained
 
 logger = logging.getLogger(__name__)
-
-
-def _processes() -> PartialState:
-    """The processes torchrun started, connected; a single one otherwise."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -95,9 +89,10 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     Raises:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
     """
-    state = _processes()
+    state = processes()
     with state.main_process_first():  # The others find the data read already.
         check_inputs(recipe)
+    recipe = settle(recipe)
     output, model, previous = Path(recipe.output), None, None
     for number, name in enumerate(STAGES):
         if not getattr(recipe, name).enabled:
@@ -111,7 +106,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             set_seed(recipe.seed + number)
             model = _run_stage(recipe, name, model, previous, progress)
         previous = output / name / "model"
-    model = load_checkpoint(str(previous)) if model is None else model
+    model = _model_before(recipe, previous) if model is None else model
     if state.is_main_process:
         tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
         save_atomically(model, output / "model", llm_tokenizer=tokenizer)
@@ -128,7 +123,9 @@ def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
     if previous is None:
         set_seed(recipe.seed)
         return build_model(recipe.model)
-    chosen = {name: getattr(recipe.model, name) for name in ("attn_implementation", "quantization")}
+    # As `build_model` loads it: a run that goes on computes in the same data types as one that never stopped.
+    kept = ("attn_implementation", "quantization", "encoder_dtype", "llm_dtype")
+    chosen = {name: getattr(recipe.model, name) for name in kept}
     return load_checkpoint(str(previous), model_kwargs=chosen)
 
 
@@ -155,7 +152,7 @@ def _run_stage(
 ) -> SentenceTransformer:
     """Runs one stage on the model of the folder before, and writes and returns its own."""
     folder = Path(recipe.output) / name
-    started, state, inputs = time.monotonic(), _processes(), fingerprint(recipe, name)
+    started, state, inputs = time.monotonic(), processes(), fingerprint(recipe, name)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with publish_file(folder / "fingerprint") as staging:

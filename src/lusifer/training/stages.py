@@ -155,7 +155,8 @@ def run_contrast(recipe: Recipe, model: SentenceTransformer, folder: Path, progr
 def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceTransformer | None:
     name, chosen = recipe.contrast.guide, recipe.model
     if name == "encoder":
-        return EncoderAlone.from_name(chosen.encoder, revision=chosen.encoder_revision, max_seq_length=max_seq_length)
+        options: dict[str, Any] = {"revision": chosen.encoder_revision, "dtype": chosen.encoder_dtype}
+        return EncoderAlone.from_name(chosen.encoder, max_seq_length=max_seq_length, **options)
     return load_checkpoint(name) if name else None
 
 

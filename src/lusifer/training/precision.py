@@ -1,0 +1,141 @@
+"""``auto`` in a recipe: decided once a run, by its first process, and kept in ``OUTPUT/precision.json``.
+
+What is kept decides when the run goes on, also on another machine or beside a baseline: the same data types give the
+same losses. Delete the file, with the stages' folders, to decide again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from lusifer.errors import LusiferError, first_line
+from lusifer.model.backbones import load_config
+from lusifer.model.text_encoder import Choice, choose_dtype
+from lusifer.publishing import write_json
+from lusifer.recipes.schema import GradientStage, Recipe
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = {"model": ("encoder_dtype", "llm_dtype"), "align": ("precision",), "contrast": ("precision",)}
+_FILE = "precision.json"
+_WIDTH, _DEPTH = 4096, 1024  # Of the product measured: larger ones take seconds and have the same ratio.
+
+
+def processes() -> PartialState:
+    """The processes torchrun started, connected; a single one otherwise."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe of a run with data types in place of ``auto``, the same on all processes and whenever it goes on.
+
+    Args:
+        recipe: The recipe; it is itself returned if it leaves nothing to decide.
+
+    Raises:
+        LusiferError: If the LLM's configuration or what was kept cannot be read, the choice cannot be kept, or the
+            data types do not go together on this machine.
+    """
+    if not _open(recipe):
+        return _checked(recipe)
+    answer: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            answer = [_decide(recipe)]
+        except LusiferError as error:  # The other processes wait for an answer.
+            answer = [error]
+    choice = broadcast_object_list(answer)[0]
+    if isinstance(choice, LusiferError):
+        raise choice
+    return _checked(_filled(recipe, choice))
+
+
+def foresee(recipe: Recipe) -> tuple[Recipe, Choice | None]:
+    """What `settle` would do in this process, keeping nothing: the recipe, and the choice if there is one to make.
+
+    Raises:
+        LusiferError: If the LLM's configuration or what was kept cannot be read.
+    """
+    if not _open(recipe):
+        return recipe, None
+    choice = _kept(_path(recipe)) or _measured(recipe)
+    return _filled(recipe, choice), choice
+
+
+def _path(recipe: Recipe) -> Path:
+    return Path(recipe.output) / _FILE
+
+
+def _open(recipe: Recipe) -> dict[str, list[str]]:
+    """The fields that say ``auto``, by section."""
+    asked = {}
+    for name, fields in _FIELDS.items():
+        if found := [field for field in fields if getattr(getattr(recipe, name), field) == "auto"]:
+            asked[name] = found
+    return asked
+
+
+def _filled(recipe: Recipe, choice: Choice) -> Recipe:
+    sections = {}
+    stages = [stage for stage in (recipe.align, recipe.contrast) if stage.enabled]
+    for name, fields in _open(recipe).items():
+        values = dict.fromkeys(fields, choice.name)
+        if "encoder_dtype" in values and any(stage.train_encoder == "full" for stage in stages):
+            values["encoder_dtype"] = "float32"  # Weights that learn: updates are smaller than bfloat16 can add up.
+        sections[name] = getattr(recipe, name).model_copy(update=values)
+    return recipe.model_copy(update=sections)
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """Refuses what ends in torch's "mixed dtype" at the first step."""
+    if recipe.model.encoder_dtype == "float16" and not torch.accelerator.is_available():
+        for name in ("align", "contrast"):
+            stage: GradientStage = getattr(recipe, name)
+            if stage.enabled and stage.precision == "bfloat16":
+                what = f"model.encoder_dtype is float16, which a CPU cannot take beside {name}.precision: bfloat16"
+                raise LusiferError(f"{what}; set model.encoder_dtype to float32 or auto")
+    return recipe
+
+
+def _decide(recipe: Recipe) -> Choice:
+    """The choice that this run was begun with, else one that is kept from now on."""
+    path = _path(recipe)
+    if (choice := _kept(path)) is not None:
+        logger.info("precision auto is %s, as when this run began (%s)", choice.name, path)
+        return choice
+    choice = _measured(recipe)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"auto": choice.name, "reason": choice.reason})
+    except OSError as error:
+        raise LusiferError(f"cannot write {str(path)!r}: {first_line(error)}") from error
+    logger.info("precision auto is %s: %s; kept in %s", choice.name, choice.reason, path)
+    return choice
+
+
+def _kept(path: Path) -> Choice | None:
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        choice = Choice(str(stored["auto"]), str(stored["reason"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LusiferError(f"cannot read {str(path)!r}, the precision of this run: {first_line(error)}") from error
+    if choice.name not in ("float32", "bfloat16"):
+        raise LusiferError(f"{str(path)!r} says auto: {choice.name!r}; it must be float32 or bfloat16")
+    return choice
+
+
+def _measured(recipe: Recipe) -> Choice:
+    config: Any = load_config("llm", recipe.model.llm, revision=recipe.model.llm_revision)
+    depth = int(config.hidden_size)
+    width = int(getattr(config, "intermediate_size", None) or 4 * depth)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return choose_dtype(device or torch.device("cpu"), (min(width, _WIDTH), min(depth, _DEPTH)), training=True)

@@ -1,0 +1,249 @@
+"""Data types of a run: the recipe decides, what it leaves to `auto` is decided once, and a run that goes on keeps them."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import lusifer
+import lusifer.training.precision
+import lusifer.training.run
+from lusifer import LusiferError
+from lusifer.model.sentence_transformer import lusifer_model
+from lusifer.model.text_encoder import Choice
+from lusifer.recipes.schema import Recipe
+from lusifer.training.contrastive import ContrastiveLoss
+from lusifer.training.dry_run import dry_run
+from lusifer.training.llm_baseline import train_llm_alone
+from lusifer.training.precision import settle
+from lusifer.training.run import train
+from lusifer.training.stages import _guide
+from support.launch import start
+from support.texts import TEXTS
+
+BFLOAT16, FLOAT32 = Choice("bfloat16", "it is faster here"), Choice("float32", "it is faster there")
+
+
+class Killed(BaseException):
+    """What a test uses in place of a power cut."""
+
+
+@pytest.fixture(scope="module")
+def half_encoder(tiny_encoder, tmp_path_factory):
+    """The tiny encoder, stored in float16."""
+    folder = str(tmp_path_factory.mktemp("half"))
+    AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False).half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    assert json.loads(open(f"{folder}/config.json").read())["dtype"] == "float16"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(half_encoder, tiny_llm, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    (data / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    pairs = [{"query": text, "positive": text.upper()} for text in TEXTS]
+    (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def made(output, encoder="float32", llm="float32", precision="float32", **fields):
+        shared = {"steps": 4, "batch_size": 4, "save_steps": 2, "logging_steps": 1, "precision": precision}
+        shared |= {"learning_rate": 1e-2, "train_encoder": "lora", **fields}
+        return Recipe.model_validate(
+            {
+                "output": str(output),
+                "model": {
+                    "encoder": half_encoder,
+                    "llm": tiny_llm,
+                    "llm_layers": 2,
+                    "encoder_dtype": encoder,
+                    "llm_dtype": llm,
+                    "max_seq_length": 32,
+                    "encoder_lora": {"r": 2},
+                },
+                "warm_start": {"texts": 24},
+                "align": {**shared, "data": [{"source": str(data / "texts.jsonl"), "task": "reconstruct"}]},
+                "contrast": {**shared, "data": [{"source": str(data / "pairs.jsonl")}]},
+            }
+        )
+
+    return made
+
+
+@pytest.fixture
+def chooses(monkeypatch):
+    """Says what a machine would choose."""
+    return lambda choice: monkeypatch.setattr(lusifer.training.precision, "choose_dtype", lambda *_, **__: choice)
+
+
+def cut_in_stage_2(recipe, monkeypatch):
+    """Runs a recipe up to the third step of stage 2, behind its first checkpoint."""
+    real, calls = ContrastiveLoss.step, [0]
+
+    def step(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContrastiveLoss, "step", step)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+
+
+def dtypes(model):
+    """By parameter, whether an adapter is around it or not."""
+    state = lusifer_model(model).state_dict()
+    return {name.replace(".base_layer", ""): str(value.dtype) for name, value in state.items()}
+
+
+def losses(output, stage):
+    return [row["loss"] for row in json.loads((output / stage / "stage.json").read_text())["history"] if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "llm", "precision", "fields"),
+    [
+        ("float32", "float32", "float32", {}),
+        ("float32", "bfloat16", "bfloat16", {}),
+        ("auto", "auto", "auto", {}),
+        ("float32", "float32", "float32", {"train_encoder": "full"}),
+    ],
+)
+def test_a_run_that_goes_on_has_the_data_types_of_one_that_never_stopped(
+    make, tmp_path, monkeypatch, chooses, encoder, llm, precision, fields
+):
+    chooses(BFLOAT16)
+    seen = {}
+    real = lusifer.training.run._run_stage
+
+    def spy(recipe, name, model, *others):
+        seen.setdefault(recipe.output, []).append((name, dtypes(model)))
+        return real(recipe, name, model, *others)
+
+    monkeypatch.setattr(lusifer.training.run, "_run_stage", spy)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(make(whole, encoder, llm, precision, **fields), progress=False)
+    recipe = make(cut, encoder, llm, precision, **fields)
+    cut_in_stage_2(recipe, monkeypatch)
+    train(recipe, progress=False)
+    expected, found = seen[str(whole)], seen[str(cut)]
+    assert [name for name, _ in found] == ["warm_start", "align", "contrast", "contrast"]
+    assert found == [*expected, expected[-1]]
+    wanted = {"auto": "bfloat16"}
+    for part, asked in (("encoder", encoder), ("llm", llm)):
+        backbone = {v for n, v in found[-1][1].items() if n.startswith(part) and "lora_" not in n}
+        assert backbone == {f"torch.{wanted.get(asked, asked)}"}
+    for stage in ("align", "contrast"):
+        assert losses(cut, stage) == losses(whole, stage)
+        one, two = (load_file(folder / stage / "model" / "model.safetensors") for folder in (whole, cut))
+        assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+    # Whoever loads the result gets the weights it was trained with, not those of the encoder's own file.
+    loaded = dtypes(lusifer.load(str(cut / "model"), device="cpu"))
+    assert found[-1][1].items() <= loaded.items()
+
+
+def test_auto_is_decided_once(make, tmp_path, monkeypatch, chooses, caplog):
+    caplog.set_level(logging.INFO, "lusifer")
+    recipe, kept = make(tmp_path / "run", "auto", "auto", "auto"), tmp_path / "run" / "precision.json"
+    chooses(BFLOAT16)
+    cut_in_stage_2(recipe, monkeypatch)
+    assert f"precision auto is bfloat16: it is faster here; kept in {kept}" in caplog.messages
+    assert json.loads(kept.read_text()) == {"auto": "bfloat16", "reason": "it is faster here"}
+    chooses(FLOAT32)  # Another machine.
+    model = lusifer.load(str(train(recipe, progress=False)), device="cpu")
+    assert f"precision auto is bfloat16, as when this run began ({kept})" in caplog.messages
+    assert lusifer_model(model).llm.dtype == torch.bfloat16
+    stored = lusifer_model(model).config.provenance["recipe"]
+    assert stored["model"]["llm_dtype"] == stored["model"]["encoder_dtype"] == "bfloat16"
+    assert stored["align"]["precision"] == stored["contrast"]["precision"] == "bfloat16"
+    # What was decided may as well be written down, there and in another place: it is the same run.
+    train(make(tmp_path / "run", "bfloat16", "bfloat16", "bfloat16"), progress=False)
+    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+        train(make(tmp_path / "run", "float32", "float32", "float32"), progress=False)
+
+
+def test_the_baseline_beside_a_run_computes_as_the_run(make, tmp_path, chooses):
+    recipe = make(tmp_path / "run", "auto", "auto", "auto")
+    chooses(BFLOAT16)
+    assert settle(recipe).model.llm_dtype == "bfloat16"
+    chooses(FLOAT32)
+    state = load_file(train_llm_alone(recipe, progress=False) / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+
+
+def test_nothing_is_decided_that_the_recipe_says(make, tmp_path, chooses):
+    chooses(BFLOAT16)
+    recipe = make(tmp_path / "run", precision="float32")
+    assert settle(recipe) is recipe and not (tmp_path / "run").exists()
+    settled = settle(make(tmp_path / "run", encoder="float32", llm="auto", precision="float32"))
+    assert (settled.model.encoder_dtype, settled.model.llm_dtype) == ("float32", "bfloat16")
+    assert settled.align.precision == settled.contrast.precision == "float32"
+
+
+def test_weights_that_learn_stay_in_float32(make, tmp_path, chooses):
+    chooses(BFLOAT16)
+    settled = settle(make(tmp_path / "run", "auto", "auto", "auto", train_encoder="full"))
+    assert (settled.model.encoder_dtype, settled.model.llm_dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"auto": "float8", "reason": "?"}'])
+def test_a_damaged_choice_is_one_line(make, tmp_path, content):
+    (tmp_path / "precision.json").write_text(content)
+    with pytest.raises(LusiferError, match=r"precision\.json") as caught:
+        train(make(tmp_path, llm="auto"), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_float16_encoder_beside_bfloat16_is_refused_on_a_cpu(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(
+        LusiferError, match=r"encoder_dtype is float16, which a CPU cannot take beside align\.precision"
+    ):
+        train(make(tmp_path, encoder="float16", precision="bfloat16"), progress=False)
+
+
+def test_a_dry_run_says_what_auto_would_be_and_keeps_nothing(make, tmp_path, chooses):
+    facts = {}
+    for choice in (BFLOAT16, FLOAT32):
+        chooses(choice)
+        facts[choice.name] = dry_run(make(tmp_path / "run", "auto", "auto", "auto"), "r")
+    assert facts["bfloat16"]["auto"] == "bfloat16: it is faster here" and not (tmp_path / "run").exists()
+    short, long = (facts[name]["stages"]["align"]["memory_gb"]["activations"] for name in ("bfloat16", "float32"))
+    assert short < long
+    assert "auto" not in dry_run(make(tmp_path / "run"), "r")
+
+
+def test_the_guide_is_the_encoder_as_the_recipe_loads_it(make, tmp_path):
+    recipe = make(tmp_path)
+    recipe.contrast.guide = "encoder"
+    assert _guide(recipe, 32).encoder.dtype == torch.float32
+
+
+RANKS = """
+import os, sys
+import lusifer.training.precision as precision
+from lusifer.model.text_encoder import Choice
+from lusifer.recipes.schema import Recipe
+rank = int(os.environ["RANK"])
+precision.choose_dtype = lambda *_, **__: Choice(["bfloat16", "float32"][rank], f"rank {rank}")
+recipe = Recipe.model_validate_json(open(sys.argv[1]).read())
+print(rank, precision.settle(recipe).model.llm_dtype, flush=True)
+"""
+
+
+def test_the_first_rank_decides_for_all(make, tmp_path):
+    (tmp_path / "recipe.json").write_text(make(tmp_path / "run", llm="auto").model_dump_json(exclude_defaults=True))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = start([str(tmp_path / "ranks.py"), str(tmp_path / "recipe.json")], ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split("\n")) == ["", "0 bfloat16", "1 bfloat16"]
+    assert json.loads((tmp_path / "run" / "precision.json").read_text())["reason"] == "rank 0"
+    (tmp_path / "run" / "precision.json").write_text("[]")
+    done = start([str(tmp_path / "ranks.py"), str(tmp_path / "recipe.json")], ranks=2)
+    assert done.returncode != 0 and "the precision of this run" in done.stderr
