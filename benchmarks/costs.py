@@ -147,7 +147,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="starter:use-multilingual")
+    parser.add_argument("--encoder", default="starter:multilingual-e5-small")
     parser.add_argument("--llm", default="starter:smollm2-135m")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)

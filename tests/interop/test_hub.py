@@ -231,5 +231,5 @@ def test_what_others_could_not_load_stays_here(small, tmp_path, change, message)
 
 
 def test_starter_backbones_may_be_named(small, tmp_path):
-    copy = damaged(small[0], tmp_path, lambda f: edit(f, encoder="starter:use-multilingual"))
-    assert check_shareable(copy)["encoder"] == "starter:use-multilingual"
+    copy = damaged(small[0], tmp_path, lambda f: edit(f, encoder="starter:multilingual-e5-small"))
+    assert check_shareable(copy)["encoder"] == "starter:multilingual-e5-small"

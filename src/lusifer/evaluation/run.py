@@ -135,7 +135,9 @@ def _run_here(
     cache = EmbeddingCache(cache_dir() / "embeddings" / f"{settings['model_hash']}.sqlite", loaded.embed)
     if not (out / PROFILE).is_file():
         try:
-            profile = language_profile(cache, loaded.tokenizers)
+            profile = language_profile(
+                cache, loaded.tokenizers, loaded.prompts.get(loaded.default_prompt_name or "", "")
+            )
         except Exception as error:  # No score depends on it: a model that cannot give it is scored all the same.
             profile = {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
         write_json(out / PROFILE, {**settings, **profile})

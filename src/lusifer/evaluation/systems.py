@@ -16,7 +16,7 @@ from lusifer.evaluation.diagnosis import pieces
 from lusifer.evaluation.everyday import language_bias
 from lusifer.loading import load_for_inference, resolve
 from lusifer.model import fingerprint
-from lusifer.model.backbone_alone import EncoderAlone, mean_pooled_llm
+from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, is_sentence_model, mean_pooled_llm
 from lusifer.model.backbones import load_tokenizer
 from lusifer.model.sentence_transformer import lusifer_model
 
@@ -52,7 +52,8 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
     """Loads whatever can be scored.
 
     Args:
-        model: A Sentence Transformers folder or hub id, ``starter``, ``encoder:NAME`` for a multilingual encoder alone,
+        model: A Sentence Transformers folder or hub id, ``starter``, ``encoder:NAME`` for a multilingual encoder alone
+            (its own pooling and prompts where it is a Sentence Transformers model, else the mean of its states),
             ``llm:NAME`` for an LLM alone with attention in both directions, ``llm-causal:NAME`` for one as it is, or
             ``mteb:NAME`` for a model mteb has a loader for.
         device: Torch device; the best there is when None.
@@ -67,10 +68,14 @@ def load_embedder(model: str, *, device: str | None = None, batch_size: int = 32
         raise LusiferError(f"there is no device {device!r}: {first_line(error)}") from None
     if model.startswith("mteb:"):
         return _from_mteb(model.removeprefix("mteb:"), device)
-    if model.startswith("encoder:"):
-        return _encoder(model.removeprefix("encoder:"), device, batch_size)
-    if model.startswith(("llm:", "llm-causal:")):
-        loaded = mean_pooled_llm(model.partition(":")[2], causal=model.startswith("llm-causal:"), device=device)
+    kind, _, name = model.partition(":")
+    if kind == "encoder" and not is_sentence_model(name):
+        return _encoder(name, device, batch_size)
+    if kind == "encoder":
+        loaded = SentenceEncoder.from_name(name, device=device).model
+        tokenizers = {"encoder": loaded.tokenizer}
+    elif kind in ("llm", "llm-causal"):
+        loaded = mean_pooled_llm(name, causal=kind == "llm-causal", device=device)
         tokenizers = {"llm": loaded.tokenizer}
     else:
         loaded = load_for_inference(model, device=device)
@@ -142,18 +147,19 @@ def llm_tokenizer(name: str) -> Any:
         return None
 
 
-def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, Any]) -> dict[str, Any]:
+def language_profile(embed: Callable[[list[str]], Any], tokenizers: dict[str, Any], prompt: str = "") -> dict[str, Any]:
     """What a model does with languages at large, from the bundled parallel sentences.
 
     Args:
         embed: From texts to (n, dim) float32.
         tokenizers: By what they are of.
+        prompt: Put before every sentence.
 
     Returns:
         ``bias`` as `lusifer.evaluation.everyday.language_bias`; ``tokens`` by tokenizer and language, a mean.
     """
     sentences = load_everyday().sentences
-    vectors = np.asarray(embed([text for texts in sentences.values() for text in texts]), dtype=np.float32)
+    vectors = np.asarray(embed([prompt + text for texts in sentences.values() for text in texts]), dtype=np.float32)
     parts = torch.from_numpy(vectors).chunk(len(sentences))
     return {
         "bias": language_bias(dict(zip(sentences, parts, strict=True))),

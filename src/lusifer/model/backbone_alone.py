@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbone_pair import position_table
 from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files
@@ -71,11 +72,9 @@ def mean_pooled_llm(
 
 
 class EncoderAlone(nn.Module):
-    """A multilingual encoder by itself.
+    """A multilingual encoder by itself: the mean of its states.
 
-    As a model it is its own sentence embedding if it has one (``embeds_sentences``; the pooler that BERT's
-    next-sentence prediction left behind is none), else the mean of its states (`embed`). As a guide of training it is
-    both, side by side (`forward`): each knows something of neighbourhoods that the other does not.
+    BERT's pooler, left behind by next-sentence prediction, is no sentence embedding.
 
     Args:
         encoder: An encoder of transformers.
@@ -125,27 +124,127 @@ class EncoderAlone(nn.Module):
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The guide's embeddings.
+        """Embeds a batch.
 
         Args:
             features: ``input_ids`` and ``attention_mask``, (batch, seq).
 
         Returns:
-            ``sentence_embedding`` (batch, dim) float32; each of its one or two parts has unit length.
+            ``sentence_embedding`` (batch, dim) float32, unit vectors.
         """
-        return {"sentence_embedding": torch.cat(self._parts(features), dim=-1)}
-
-    def _parts(self, features: dict[str, Tensor]) -> list[Tensor]:
         mask = features["attention_mask"]
         with torch.autocast(mask.device.type, enabled=False):
             output = self.encoder(input_ids=features["input_ids"], attention_mask=mask)
-        parts = [mean_pool(output.last_hidden_state, mask)]
-        if getattr(self.encoder, "embeds_sentences", False):
-            parts.append(output.pooler_output.float())
-        return [normalize(part, dim=-1) for part in parts]
+        return {"sentence_embedding": normalize(mean_pool(output.last_hidden_state, mask), dim=-1)}
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embeds texts: (n, dim) float32 unit vectors on the encoder's device."""
         device = next(self.encoder.parameters()).device
-        return self._parts({name: tensor.to(device) for name, tensor in self.preprocess(texts).items()})[-1]
+        features = {name: tensor.to(device) for name, tensor in self.preprocess(texts).items()}
+        return self(features)["sentence_embedding"]
+
+
+class SentenceEncoder(nn.Module):
+    """A multilingual encoder that is a Sentence Transformers model, by itself: its own pooling and default prompt.
+
+    Args:
+        model: The model.
+        max_seq_length: Tokens of a text it reads, prompt included; as many as it does by itself when None.
+    """
+
+    def __init__(self, model: SentenceTransformer, max_seq_length: int | None = None) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.prompt = (model.prompts or {}).get(model.default_prompt_name or "")
+        if max_seq_length is not None:
+            self.model.max_seq_length = min(max_seq_length, model.get_max_seq_length() or max_seq_length)
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        max_seq_length: int | None = None,
+        revision: str | None = None,
+        device: str | None = "cpu",
+        dtype: str = "auto",
+    ) -> SentenceEncoder:
+        """Loads it; arguments and errors as for `encoder_alone`."""
+        config = load_config("encoder", name, revision=revision)
+        load_tokenizer("encoder", name, revision=revision, config=config)  # Refuses one that does not fit.
+        path = resolve_backbone(name)
+        check_files(f"the encoder {name!r}", path, **({"revision": revision} if revision else {}))
+        try:
+            model = SentenceTransformer(path, revision=revision, device=device, model_kwargs={"dtype": dtype, **SAFE})
+        except Exception as error:  # Whatever a library says of files that it cannot make sense of.
+            raise LusiferError(f"cannot load the encoder {name!r}: {first_line(error)}") from error
+        return cls(model, max_seq_length)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text it reads; None where the model does not say."""
+        limit: int | None = self.model.get_max_seq_length()
+        return limit
+
+    def preprocess(self, texts: Sequence[str]) -> dict[str, Any]:
+        """The model's features of texts behind its default prompt, among them ``input_ids`` (texts, seq) int64."""
+        features: dict[str, Any] = self.model.preprocess(list(texts), prompt=self.prompt)
+        return features
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Tensor]:
+        """Embeds a batch.
+
+        Args:
+            features: As `preprocess` makes them.
+
+        Returns:
+            ``sentence_embedding`` (batch, dim) float32, unit vectors.
+        """
+        with torch.autocast(self.model.device.type, enabled=False):
+            output = self.model(dict(features))
+        return {"sentence_embedding": normalize(output["sentence_embedding"].float(), dim=-1)}
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embeds texts: (n, dim) float32 unit vectors on the model's device."""
+        options: Any = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+        vectors: Tensor = self.model.encode(list(texts), **options)
+        return vectors.float()
+
+
+def is_sentence_model(name: str, *, revision: str | None = None) -> bool:
+    """Whether a backbone, by hub id, folder or starter name, is itself a Sentence Transformers model.
+
+    Raises:
+        LusiferError: If it is a starter that is not fetched.
+    """
+    try:
+        found = cached_or_none(resolve_backbone(name), "modules.json", **({"revision": revision} if revision else {}))
+    except (OSError, ValueError):  # Whoever loads it says what is wrong.
+        return False
+    return found is not None
+
+
+def encoder_alone(
+    name: str,
+    *,
+    max_seq_length: int | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> EncoderAlone | SentenceEncoder:
+    """A multilingual encoder by itself, as its makers meant it: with its own pooling and prompt if it has them.
+
+    Args:
+        name: Hub id, local folder or starter name.
+        max_seq_length: Tokens of a text it reads; as many as it can when None.
+        revision: Hub revision.
+        device: Torch device.
+        dtype: Data type of the weights, as transformers names it.
+
+    Raises:
+        LusiferError: If it cannot be loaded.
+    """
+    kind = SentenceEncoder if is_sentence_model(name, revision=revision) else EncoderAlone
+    return kind.from_name(name, max_seq_length=max_seq_length, revision=revision, device=device, dtype=dtype)

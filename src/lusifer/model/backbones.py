@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-import lusifer.starter.use_encoder  # noqa: F401  Registers the starter's encoder with the Auto classes.
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import has_pooler, no_load_report
 from lusifer.model.checkpoint import SAFE, check_files

@@ -18,16 +18,17 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from lusifer.data.everyday_set import load_everyday
 from lusifer.errors import LusiferError
 from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_alone import EncoderAlone
+from lusifer.model.backbone_alone import encoder_alone
+from lusifer.model.backbones import load_config
 from lusifer.publishing import write_json
 from lusifer.quickstart.report import write_report
 from lusifer.recipes.files import load_recipe
 from lusifer.recipes.schema import Recipe
 from lusifer.starter.fetch import fetch
-from lusifer.starter.use_encoder import LANGUAGES
 from lusifer.training.llm_baseline import train_llm_alone
 from lusifer.training.run import STAGES, fingerprint, train
 
@@ -38,6 +39,18 @@ def quickstart_recipe(output: Path, overrides: list[str] | None = None) -> Recip
     """The bundled recipe, writing to ``output``."""
     bundled = files("lusifer") / "resources" / "quickstart.yaml"
     return load_recipe(str(bundled), [*(overrides or []), "--output", str(output)])
+
+
+def seen_languages(encoder: str) -> list[str]:
+    """Languages of the everyday set that an encoder was trained on, by its configuration's ``languages``; all if it
+    names none.
+
+    Raises:
+        LusiferError: If the configuration cannot be read.
+    """
+    every = list(load_everyday().sentences)
+    listed = getattr(load_config("encoder", encoder), "languages", None) or every
+    return [code for code in every if code in listed]
 
 
 def peak_rss_mb() -> float:
@@ -95,7 +108,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
     output.mkdir(parents=True, exist_ok=True)
     run = _Run(output, fingerprint(recipe, STAGES[-1]))
     fetch()
-    run.score("encoder", lambda: EncoderAlone.from_name(recipe.model.encoder).embed, progress)
+    run.score("encoder", lambda: encoder_alone(recipe.model.encoder).embed, progress)
     run.score("lusifer", lambda: embedder(load_checkpoint(str(train(recipe, progress=progress)))), progress)
     run.score("llm", lambda: embedder(SentenceTransformer(str(train_llm_alone(recipe, progress=progress)))), progress)
     stages = {}
@@ -106,7 +119,7 @@ def quickstart(output: Path, *, overrides: list[str] | None = None, progress: bo
             stages[name] = {key: value for key, value in facts.items() if key != "history"}
     results = {
         "systems": {name: run.state["systems"][name] for name in ("encoder", "llm", "lusifer")},
-        "seen_languages": list(LANGUAGES),
+        "seen_languages": seen_languages(recipe.model.encoder),
         "seconds": run.state["seconds"],
         "peak_rss_mb": run.state["peak_rss_mb"],
         "stages": stages,

@@ -81,7 +81,7 @@ class ModelRecipe(_Strict):
 
     renamed: ClassVar[dict[str, str]] = {"connector_shortcut": "connector_residual"}
 
-    encoder: str  # Multilingual encoder: hub id, folder or starter name (`starter:use-multilingual`).
+    encoder: str  # Multilingual encoder: hub id, folder or starter name (`starter:multilingual-e5-small`).
     llm: str  # Decoder LLM: the same.
     encoder_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.
     llm_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.

