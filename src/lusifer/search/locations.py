@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lusifer.data.vectors.qdrant import SCHEME, connect
 from lusifer.search.lance import LanceStore
-from lusifer.search.qdrant import SCHEME, QdrantStore, connect
+from lusifer.search.qdrant import QdrantStore
 from lusifer.search.store import IndexInfo, Store
 
 

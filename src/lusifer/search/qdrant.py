@@ -7,45 +7,26 @@ alone decides; the server, which knows all texts, multiplies the inverse documen
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from lusifer.data.vectors.qdrant import qdrant_library
 from lusifer.errors import LusiferError, first_line
 from lusifer.search.filters import Compare, Filter, Not, OneOf, Several
 from lusifer.search.lexical import words
 from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
-SCHEME = "qdrant+"
 _NAMESPACE = uuid.UUID("8d0a1c1e-6d5c-4f0e-9f5e-2f4f1c6f7a10")
 _SIGNS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 # BM25's usual constants. The mean length is fixed: it would change with every text added.
 _K1, _B, _MEAN_WORDS = 1.2, 0.75, 64
 _UPLOAD = 256
-
-
-def connect(location: str) -> tuple[Any, str]:
-    """A client and the name of a collection.
-
-    Args:
-        location: ``qdrant+http://host:6333/collection`` or https; a key in ``$QDRANT_API_KEY`` is sent along.
-
-    Raises:
-        LusiferError: If the location is not one, or the client is not installed.
-    """
-    parts = urlsplit(location.removeprefix(SCHEME))
-    collection = parts.path.strip("/")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not collection or "/" in collection:
-        raise LusiferError(f"{location!r} is not an index; write it like qdrant+http://localhost:6333/texts")
-    url, key = f"{parts.scheme}://{parts.netloc}", os.environ.get("QDRANT_API_KEY")
-    return _qdrant().QdrantClient(url=url, api_key=key, timeout=60, check_compatibility=False), collection
 
 
 class QdrantStore(Store):
@@ -54,7 +35,7 @@ class QdrantStore(Store):
     def __init__(self, client: Any, collection: str, info: IndexInfo) -> None:
         self.client, self.collection, self.info = client, collection, info
         self.location = collection
-        self._models = _qdrant().models
+        self._models = qdrant_library().models
 
     @classmethod
     def create(cls, client: Any, collection: str, info: IndexInfo) -> QdrantStore:
@@ -63,7 +44,7 @@ class QdrantStore(Store):
         Raises:
             LusiferError: If it exists, or the server cannot be reached.
         """
-        models = _qdrant().models
+        models = qdrant_library().models
         with _one_line(collection):
             if client.collection_exists(collection):
                 raise LusiferError(f"there is a collection {collection!r} already; choose another name")
@@ -206,14 +187,6 @@ class QdrantStore(Store):
         if isinstance(value, bool):
             return models.FieldCondition(key=_path(column), match=models.MatchValue(value=value))
         return models.FieldCondition(key=_path(column), range=models.Range(gte=value, lte=value))
-
-
-def _qdrant() -> Any:
-    try:
-        import qdrant_client
-    except ImportError as error:
-        raise LusiferError("an index on a Qdrant server needs its client: pip install qdrant-client") from error
-    return qdrant_client
 
 
 def _path(column: str) -> str:
