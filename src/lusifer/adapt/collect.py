@@ -21,7 +21,7 @@ from lusifer.adapt.closed_form import ClosedForm, Moments, choose
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Dictionary, Pairs, Switcher, foreign_pieces, match_scripts
 from lusifer.adapt.teacher import check_vectors
-from lusifer.adapt.tokens import TokenTexts, count_words, tokenize
+from lusifer.adapt.tokens import Tokenizing, TokenTexts, count_words, tokenize
 from lusifer.adapt.work import Clock, Work
 
 BLOCK = 1_024
@@ -32,15 +32,15 @@ _MOST_WORDS = 20_000
 
 
 class Prepared(NamedTuple):
-    """Tokenised texts: those to learn from and the held-out ones; their roles; the words that are marked in them."""
+    """Texts to learn from, held-out ones, and the words that are marked in them."""
 
-    train: TokenTexts
+    train: Tokenizing
     held_out: TokenTexts
     vocabulary: list[str]
 
 
 def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], roles: Sequence[str]) -> Prepared:
-    """Tokenises texts as the student reads them.
+    """Texts as the student reads them.
 
     Args:
         student: The student.
@@ -50,11 +50,9 @@ def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], rol
     """
     vocabulary = count_words(train, least=_LEAST_COUNT)[:_MOST_WORDS]
     prompts = [student.prompts[role] for role in roles]
-    parts = [
-        tokenize(student.tokenizer, texts, some, vocabulary, max_length=student.longest)
-        for texts, some in ((train, prompts[: len(train)]), (held_out, prompts[len(train) :]))
-    ]
-    return Prepared(parts[0], parts[1], vocabulary)
+    options: Any = {"max_length": student.longest}
+    held = tokenize(student.tokenizer, held_out, prompts[len(train) :], vocabulary, **options)
+    return Prepared(Tokenizing(student.tokenizer, train, prompts, vocabulary, student.longest), held, vocabulary)
 
 
 def dictionary(student: Student, vocabulary: Sequence[str], *, most: int | None) -> Dictionary:
@@ -146,6 +144,7 @@ def collect(
     done, sums = _resumed(work)
     if done:
         moments.sums = sums
+        texts.train.next(done)
         bar(done)
     while done < count and not complete and (until() > 0 or done == 0):
         rows = torch.arange(done, min(done + BLOCK, count))
@@ -153,8 +152,10 @@ def collect(
         check_vectors(wanted, "the teacher")
         targets[done : done + len(rows)] = wanted
         generator = torch.Generator(student.device).manual_seed(seed + done)
-        plain = student.states(texts.train, rows)
-        switched = student.states(texts.train, rows, switcher=switcher, generator=generator)
+        block = texts.train.next(len(rows))
+        places = torch.arange(len(rows))
+        plain = student.states(block, places)
+        switched = student.states(block, places, switcher=switcher, generator=generator)
         goal = torch.from_numpy(wanted)
         for part in (plain,) if switcher.empty else (plain, switched):
             moments.add(part, goal)

@@ -29,7 +29,7 @@ from lusifer.adapt.sources import Source, open_source
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Switcher
 from lusifer.adapt.work import Clock, Work
-from lusifer.model.text_encoder import TextEncoder, choose_precision
+from lusifer.model.text_encoder import TextEncoder, choose_dtype
 from lusifer.publishing import write_json
 
 logger = logging.getLogger(__name__)
@@ -160,11 +160,10 @@ class _Run:
         return self._finish(output, head, list(data.form.layers), data, closed, taken)
 
     def _choose_precision(self) -> None:
-        class Shell:
-            device = self.student.device
-            modules = self.student.encoder.modules
-
-        self.student.bfloat16 = choose_precision(Shell()) == "bfloat16"
+        student = self.student
+        student.bfloat16 = (
+            choose_dtype(student.device, (4 * student.width, student.width), training=True).name == "bfloat16"
+        )
 
     def _collect(self, texts: Prepared, switcher: Switcher) -> Collected:
         with self._bar("closed form", len(texts.train), "text") as bar:
@@ -217,7 +216,7 @@ class _Run:
                 self.student,
                 head,
                 data.form.layers,
-                texts.train,
+                texts.train.all(),
                 data,
                 switcher,
                 steps=self.encoder_steps,

@@ -22,7 +22,7 @@ from lusifer.starter.fetch import PREFIX
 
 if TYPE_CHECKING:
     from lusifer.adapt.run import Options
-    from lusifer.data.vectors import VectorTable
+    from lusifer.data.vectors.rows import VectorTable
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +174,11 @@ class TableSource:
         self.train, self.held_out = hold_out([texts[row] for row in order])
         self._vectors = vectors[[places[text] for text in self.train]]
         self._held_out = torch.from_numpy(vectors[[places[text] for text in self.held_out]].astype(np.float32))
-        self.name, self.dimension, self.described = location, table.dimension, f"{table.describe}"
-        self.hash = table.model_hash or hashlib.sha256(self._vectors.tobytes()).hexdigest()[:16]
+        self.name = table.origin.model if table.origin else location
+        self.dimension, self.described = table.dimension, table.describe
+        self.hash = (
+            table.origin.model_hash if table.origin else hashlib.sha256(self._vectors.tobytes()).hexdigest()[:16]
+        )
         self.texts_hash = _hash(self.train)
         self.roles = ["query"] * (len(self.train) + len(self.held_out))
 

@@ -88,17 +88,62 @@ def tokenize(
 
 def _mark(text: str, row: Any, shift: int, numbers: dict[str, int]) -> np.ndarray:
     marks = np.zeros(len(row.ids), np.int32)
-    offsets = row.offsets
+    starts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for place, (start, end) in enumerate(row.offsets):
+        if end > start:
+            starts.setdefault(start, place)
+            ends[end] = place
     for start, end, word in words_of(text):
-        if not (number := numbers.get(word)):
+        number, last = numbers.get(word), ends.get(end + shift)
+        if number is None or last is None:
             continue
-        first, last = row.char_to_token(start + shift), row.char_to_token(end + shift - 1)
-        # Only words whose tokens hold nothing else: replacing them must leave the rest as it is.
-        whole = first is not None and last is not None and offsets[last][1] == end + shift
-        if whole and offsets[first][0] in (start + shift - 1, start + shift):
+        # A word's first token may begin at the space before it. Only words whose tokens hold nothing else are marked:
+        # replacing them must leave the rest as it is.
+        first = starts.get(start + shift, starts.get(start + shift - 1))
+        if first is not None and first <= last:
             marks[first : last + 1] = -number
             marks[first] = number
     return marks
+
+
+class Tokenizing:
+    """Texts that are tokenised as far as they are needed.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The texts.
+        prompts: What stands in front of each.
+        vocabulary: Words that are marked; see `tokenize`.
+        max_length: Most tokens of a text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, texts: Sequence[str], prompts: Sequence[str], vocabulary: Sequence[str], max_length: int
+    ) -> None:
+        self.texts, self.prompts, self.vocabulary = texts, prompts, vocabulary
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._parts: list[TokenTexts] = []
+        self._done = 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def next(self, count: int) -> TokenTexts:
+        """Tokenises the next texts."""
+        part = slice(self._done, self._done + count)
+        options: Any = {"max_length": self._max_length}
+        new = tokenize(self._tokenizer, self.texts[part], self.prompts[part], self.vocabulary, **options)
+        self._parts.append(new)
+        self._done += len(new)
+        return new
+
+    def all(self) -> TokenTexts:
+        """The texts tokenised so far, as one table."""
+        lengths = torch.cat([part.lengths for part in self._parts])
+        ids, words = (torch.cat([getattr(part, name) for part in self._parts]) for name in ("ids", "words"))
+        self._parts = [TokenTexts(ids, words, lengths, torch.cumsum(lengths, 0) - lengths)]
+        return self._parts[0]
 
 
 def batches_by_length(lengths: Tensor, budget: int) -> Iterator[Tensor]:

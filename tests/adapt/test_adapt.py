@@ -1,0 +1,245 @@
+"""The whole command on tiny models: it learns, resumes to the byte, loads anywhere, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+import lusifer
+from lusifer.adapt import adapt, collect, fit
+from lusifer.adapt.modeling import AdaptedEncoder
+from lusifer.errors import LusiferError
+from lusifer.model.fingerprint import weights_hash
+from lusifer.model.text_encoder import TextEncoder
+from support.teachers import save_teacher, sentences
+
+
+def run(teacher, folder, options):
+    return adapt(teacher, folder, options, progress=False)
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def adapted(teacher, options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    return folder, run(teacher, folder, options)
+
+
+def test_the_student_comes_near_the_teacher(adapted, teacher):
+    folder, report = adapted
+    model, original = lusifer.load(str(folder / "model")), SentenceTransformer(teacher, device="cpu")
+    unseen = sentences(60, seed=5)
+    ours, theirs = model.encode_query(unseen), original.encode(unseen)
+    # A random encoder of 32 dimensions knows little of a random teacher: chance is a cosine of the mean vector.
+    mean = theirs.mean(0) / np.linalg.norm(theirs.mean(0))
+    assert (ours * theirs).sum(1).mean() > (theirs @ mean).mean()
+    assert report["english"]["cosine"] >= report["closed_form"]["cosine"] - 0.02
+    assert report["texts"] == 630
+    assert json.loads((folder / "report.json").read_text()) == report
+    origin = json.loads((folder / "model" / "adapted.json").read_text())
+    assert origin == {"teacher": teacher, "teacher_hash": weights_hash(original), "dimension": 32}
+
+
+def test_the_model_is_an_ordinary_one(adapted):
+    folder, _ = adapted
+    path = str(folder / "model")
+    model = SentenceTransformer(path, device="cpu")  # Without trust_remote_code.
+    assert isinstance(model[0].auto_model, AdaptedEncoder)
+    types = [module["type"] for module in json.loads((folder / "model" / "modules.json").read_text())]
+    assert all(name.startswith("sentence_transformers.") for name in types)
+    vectors = model.encode(["the cat sat", "a small house"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    model.save_pretrained(str(folder / "again"))
+    np.testing.assert_array_equal(
+        SentenceTransformer(str(folder / "again"), device="cpu").encode(["the cat"])[0], model.encode(["the cat"])[0]
+    )
+
+
+def test_embeddings_do_not_depend_on_batch_mates_or_padding(adapted):
+    folder, _ = adapted
+    model = lusifer.load(str(folder / "model"))
+    texts = sentences(12, seed=3) + ["the", "the dog and the cat " * 8]
+    alone = np.concatenate([TextEncoder(model).encode([text]) for text in texts])
+    # Float32 sums of other lengths: a few units in the last place.
+    np.testing.assert_allclose(TextEncoder(model).encode(texts), alone, atol=2e-6)
+    np.testing.assert_allclose(model.encode(texts, batch_size=5, prompt=""), alone, atol=2e-6)
+
+
+def test_an_interrupted_run_ends_like_any_other(adapted, teacher, options, tmp_path, monkeypatch):
+    folder, _ = adapted
+    monkeypatch.setattr(fit, "_EVERY", -1)  # A checkpoint after each step.
+
+    class Killed(Exception):
+        pass
+
+    def killing(where, name, after):
+        real, count = getattr(where, name), [0]
+
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] == after:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for where, name, after in [(fit, "teacher_loss", 3), (fit, "mean_states", 4), (fit, "teacher_loss", 5)]:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(where, name, killing(where, name, after))
+            run(teacher, tmp_path, options)
+    run(teacher, tmp_path, options)
+    assert weights(tmp_path) == weights(folder)
+
+
+def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "BLOCK", 200)
+    few = replace(options, head_epochs=0, encoder_steps=0)
+    run(teacher, tmp_path / "whole", few)
+    real, seen = collect.check_vectors, []
+
+    def check(vectors, what):
+        seen.append(len(vectors))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        real(vectors, what)
+
+    monkeypatch.setattr(collect, "check_vectors", check)
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, tmp_path / "parts", few)
+    run(teacher, tmp_path / "parts", few)
+    assert seen == [200, 200, 200, 200, 30]  # The third block again, none of the first two.
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_the_time_ends_a_run(teacher, options, tmp_path):
+    report = run(teacher, tmp_path, replace(options, minutes=0.05, head_epochs=10_000, encoder_steps=None))
+    assert report["seconds"] < 30
+    assert "MLP" in report["steps"]
+
+
+def test_a_plain_model_loads_without_lusifer(teacher, options, tmp_path):
+    run(teacher, tmp_path, replace(options, plain=True))
+    code = (
+        "import sys, json; from sentence_transformers import SentenceTransformer\n"
+        "m = SentenceTransformer(sys.argv[1], device='cpu')\n"
+        "kinds = [type(x).__name__ for x in m]\n"
+        "print(json.dumps([m.encode(['the cat sat']).tolist(), kinds, 'lusifer' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, check=True)
+    vectors, kinds, ours = json.loads(done.stdout.splitlines()[-1])
+    assert kinds == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert not ours
+    np.testing.assert_allclose(lusifer.load(str(tmp_path / "model")).encode(["the cat sat"]), vectors, atol=1e-6)
+
+
+def test_a_table_of_texts_and_vectors_teaches_too(teacher, options, tmp_path):
+    few = replace(options, head_epochs=0, encoder_steps=0)
+    texts = [json.loads(line)["text"] for line in Path(options.texts[0]).read_text().splitlines()]
+    vectors = SentenceTransformer(teacher, device="cpu").encode(texts)
+    np.save(tmp_path / "vectors.npy", 3 * vectors)  # Their length says nothing.
+    location = f"{tmp_path / 'vectors.npy'}+{options.texts[0]}"
+    report = run(location, tmp_path / "table", few)
+    whole = run(teacher, tmp_path / "model", few)
+    assert report["english"]["cosine"] == pytest.approx(whole["english"]["cosine"], abs=0.05)
+    assert "everyday" not in report
+
+
+def test_rows_that_are_not_english_are_left_out(teacher, options, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    lines = Path(options.texts[0]).read_text()
+    foreign = "".join(json.dumps({"text": f"кошка сидит на ковре {number}"}) + "\n" for number in range(30))
+    path.write_text(lines + foreign)
+    report = run(teacher, tmp_path / "out", replace(options, texts=(str(path),), head_epochs=0, encoder_steps=0))
+    assert (report["texts"], report["left_out"]) == (630, 30)
+
+
+def test_queries_and_documents_of_a_teacher_with_prompts(options, tmp_path):
+    teacher = save_teacher(tmp_path, width=128, prompts={"query": "the dog ", "document": "the river "})
+    run(teacher, tmp_path / "out", replace(options, head_epochs=0, encoder_steps=0))
+    model, original = lusifer.load(str(tmp_path / "out" / "model")), SentenceTransformer(teacher, device="cpu")
+    assert model.prompts["query"] != model.prompts["document"]
+    unseen = sentences(80, seed=5)
+    theirs = {role: getattr(original, f"encode_{role}")(unseen) for role in ("query", "document")}
+    ours = {role: getattr(model, f"encode_{role}")(unseen) for role in ("query", "document")}
+    assert ours["query"].shape == (80, 128)
+    for role, other in (("query", "document"), ("document", "query")):
+        own = (ours[role] * theirs[role]).sum(1).mean()
+        assert own > (ours[role] * theirs[other]).sum(1).mean()
+
+
+def test_prefixes_of_a_matryoshka_teacher_hold(adapted, teacher):
+    folder, _ = adapted
+    model, original = (SentenceTransformer(str(p), device="cpu", truncate_dim=16) for p in (folder / "model", teacher))
+    unseen = sentences(60, seed=5)
+    ours, theirs = (m.encode(unseen, normalize_embeddings=True) for m in (model, original))
+    assert (ours * theirs).sum(1).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": ("nowhere.jsonl",)}, "nowhere.jsonl"),
+        ({"encoder": "nowhere/encoder"}, "nowhere/encoder"),
+    ],
+)
+def test_what_is_missing_is_named(teacher, options, tmp_path, change, message):
+    with pytest.raises(LusiferError, match=message):
+        run(teacher, tmp_path, replace(options, **change))
+
+
+def test_another_teacher_is_refused_in_a_folder_of_unfinished_work(adapted, options, tmp_path):
+    folder, _ = adapted
+    shutil.copytree(folder / "work", tmp_path / "out" / "work")
+    other = save_teacher(tmp_path, width=48)
+    with pytest.raises(LusiferError, match="another teacher; .*--restart"):
+        run(other, tmp_path / "out", options)
+    run(other, tmp_path / "out", replace(options, restart=True, head_epochs=0, encoder_steps=0))
+
+
+def test_too_few_texts_are_refused(teacher, options, tmp_path):
+    path = tmp_path / "few.txt"
+    path.write_text("\n".join(sentences(20)))
+    with pytest.raises(LusiferError, match="18 English texts .* 32 dimensions"):
+        run(teacher, tmp_path, replace(options, texts=(str(path),)))
+
+
+def test_no_english_is_refused(teacher, options, tmp_path):
+    path = tmp_path / "russian.txt"
+    path.write_text("\n".join(f"кошка сидит на ковре {number}" for number in range(50)))
+    with pytest.raises(LusiferError, match="none of the 50 texts .* looks English"):
+        run(teacher, tmp_path, replace(options, texts=(str(path),)))
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN, infinite or zero"), (0.0, "the same|zero")])
+def test_a_broken_teacher_is_refused(options, tmp_path, value, message):
+    teacher = save_teacher(tmp_path)
+    path = tmp_path / "model" / "model.safetensors"
+    state = load_file(path)
+    save_file({name: torch.full_like(tensor, value) for name, tensor in state.items()}, path, {"format": "pt"})
+    with pytest.raises(LusiferError, match=message):
+        run(teacher, tmp_path / "out", options)
+
+
+def test_texts_beyond_the_teachers_window_are_counted(options, tmp_path, caplog):
+    teacher = save_teacher(tmp_path, window=8)
+    run(teacher, tmp_path / "out", replace(options, head_epochs=0, encoder_steps=0))
+    assert "longer than the teacher's 8 tokens" in caplog.text
+
+
+def test_a_folder_that_is_no_model_and_no_table(options, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LusiferError):
+        run(str(tmp_path / "empty"), tmp_path / "out", options)
