@@ -270,7 +270,7 @@ def test_the_quickstart_end_to_end(call, overrides, tmp_path, monkeypatch):
         monkeypatch.setattr(quickstart, name, never)
     (output / "report.md").unlink()
     code, out, _ = call("quickstart", "--output", output, "-q", *overrides)
-    assert code == 0 and "lusifer " in out and "translation retrieval, mean over 14 languages" in out
+    assert code == 0 and "lusifer " in out and "translation retrieval, mean over 22 languages" in out
     again = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
     assert (output / "report.md").is_file()

@@ -12,13 +12,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from lusifer import LusiferError
 from lusifer.data.everyday_set import load_everyday
 from lusifer.evaluation import benchmarks as suite
 from lusifer.evaluation.cache import EmbeddingCache
-from lusifer.evaluation.systems import Embedder, load_embedder
+from lusifer.evaluation.everyday import embedder, score
+from lusifer.evaluation.systems import Embedder, language_profile, load_embedder
 from lusifer.model.sentence_transformer import save_atomically
+from support.backbones import save_sentence_encoder
 
 mteb = pytest.importorskip("mteb")
 evaluation = pytest.importorskip("lusifer.evaluation.run")
@@ -478,6 +481,21 @@ def test_long_texts_are_cut_to_what_an_encoder_reads(tiny_encoder):
     assert loaded.max_seq_length == 128 and loaded.embed(["the cat " * 500]).shape == (1, 32)
     with pytest.raises(LusiferError, match="no device 'nonsense'"):
         load_embedder(f"encoder:{tiny_encoder}", device="nonsense")
+
+
+def test_an_encoder_that_is_a_model_of_sentences_keeps_its_pooling_and_prompts(tiny_encoder, tmp_path, call):
+    folder = save_sentence_encoder(tiny_encoder, tmp_path)
+    loaded, model = load_embedder(f"encoder:{folder}", device="cpu"), SentenceTransformer(folder, device="cpu")
+    assert loaded.prompts == {"query": "the query: ", "document": "a passage: "}
+    assert loaded.default_prompt_name == "query" and list(loaded.tokenizers) == ["encoder"]
+    found = loaded.embed(["a passage: the cat"])
+    np.testing.assert_allclose(found, model.encode(["the cat"], prompt_name="document"), atol=1e-6)
+    seen = []
+    language_profile(lambda texts: seen.extend(texts) or np.ones((len(texts), 2), "f4"), {}, "the query: ")
+    assert seen and all(text.startswith("the query: ") for text in seen)
+    code, out, _ = call("evaluate", f"encoder:{folder}", "--langs", "en,fr", "--json", "-q")
+    expected = score(embedder(model), languages=["en", "fr"], progress=False)
+    assert code == 0 and json.loads(out) == expected
 
 
 @pytest.mark.parametrize("prompts", [{"query": "q: ", "document": "d: "}, {"query": "q: ", "passage": "p: "}, {}])

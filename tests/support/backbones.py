@@ -1,7 +1,9 @@
-"""Tokenizers beside tiny backbones, which no model may lack."""
+"""Tokenizers beside tiny backbones, which no model may lack, and encoders that are models of sentences."""
 
 from __future__ import annotations
 
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,3 +17,15 @@ def save_word_tokenizer(folder, size=100):
     PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
+
+
+def save_sentence_encoder(encoder, folder):
+    """An encoder as a Sentence Transformers model: its first state, behind a default prompt. Returns the folder."""
+    word = Transformer(encoder)
+    model = SentenceTransformer(
+        modules=[word, Pooling(word.get_embedding_dimension(), pooling_mode="cls"), Normalize()],
+        prompts={"query": "the query: ", "document": "a passage: "},
+        default_prompt_name="query",
+    )
+    model.save_pretrained(str(folder), create_model_card=False)
+    return str(folder)

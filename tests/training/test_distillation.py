@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.nn.functional import kl_div, normalize
 from transformers import AutoModel, AutoTokenizer
 
 import lusifer.training.distillation
 from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.training.distillation import neighbourhood_divergence
+from support.backbones import save_sentence_encoder
 
 
 def naive(vectors, guide, temperature):
@@ -67,15 +66,7 @@ def test_the_guide_is_the_mean_of_real_token_states(tiny_encoder):
 
 @pytest.fixture
 def sentence_encoder(tiny_encoder, tmp_path):
-    """The tiny encoder as a Sentence Transformers model: its first state, behind a default prompt."""
-    word = Transformer(tiny_encoder)
-    model = SentenceTransformer(
-        modules=[word, Pooling(word.get_embedding_dimension(), pooling_mode="cls"), Normalize()],
-        prompts={"query": "the query: ", "document": "a passage: "},
-        default_prompt_name="query",
-    )
-    model.save_pretrained(str(tmp_path), create_model_card=False)
-    return str(tmp_path)
+    return save_sentence_encoder(tiny_encoder, tmp_path)
 
 
 def test_an_encoder_that_is_a_model_of_sentences_has_its_own_pooling_and_prompt(sentence_encoder, tiny_encoder):

@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Give an English-centric LLM embedder every language its multilingual encoder knows.\n\n"
-    "Start with `lusifer quickstart`: it fetches two small backbones, trains on English and scores "
+    "Start with `lusifer quickstart`: it fetches small backbones, trains on English and scores "
     "23 languages it never trained on.",
 )
 app.add_typer(convert_app, name="convert", rich_help_panel="Using a model")

@@ -19,7 +19,7 @@ def fetch(
 ) -> None:
     """Fetches the starter backbones once; everything works offline afterwards.
 
-    They go to `$LUSIFER_CACHE` (else `~/.cache/lusifer`): about 130 MB to download, 410 MB on disk.
+    They go to `$LUSIFER_CACHE` (else `~/.cache/lusifer`): about 270 MB to download, 590 MB on disk.
 
     Example: `lusifer fetch`
     """

@@ -39,6 +39,7 @@ def markdown(results: dict[str, Any]) -> str:
                 rows.append([f"**{cell}**" for cell in (f"mean, {label}", *means)])
         tables[title] = rows
     values = {"stages": {}, **results, "systems": list(systems.values()), "tables": tables}
+    values["unseen"] = bool(groups["not seen †"])
     return template("quickstart.md.j2").render(values)
 
 
