@@ -71,6 +71,8 @@ def dictionary(student: Student, vocabulary: Sequence[str], *, most: int | None)
     def states(texts: TokenTexts) -> Tensor:
         return student.states(texts, torch.arange(len(texts)), layers=last).to(student.device)
 
+    # Matching wants both sides; half as many English words, the most frequent, cover nearly all of the texts.
+    vocabulary = vocabulary[: len(vocabulary) if most is None else max(3_000, most // 2)]
     english = tokenize(student.tokenizer, vocabulary, [student.prompts["query"]] * len(vocabulary), [], max_length=32)
     vectors = {script: states(student.piece_texts(ids)) for script, ids in pieces.items()}
     return match_scripts(vectors, states(english), pieces)
@@ -203,8 +205,8 @@ def pieces_within(student: Student, clock: Clock, share: float) -> int | None:
     left = clock.until(share)
     if left == float("inf"):
         return None
-    sample = list(range(100, 612))
+    sample = list(range(min(512, len(student.tokenizer))))
     begin = clock.used
     student.states(student.piece_texts(sample), torch.arange(len(sample)), layers=student.layers[-1:])
     rate = len(sample) / max(clock.used - begin, 1e-6)
-    return max(5_000, int(0.6 * left * rate))  # The rest is for English words and for matching.
+    return max(5_000, int(0.5 * left * rate))  # The rest is for English words and for matching.

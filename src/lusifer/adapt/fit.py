@@ -36,7 +36,7 @@ _POOL = 16  # Batches that are drawn together and sorted by length.
 class Rates:
     """Peak learning rates of AdamW, the share of its schedule that warms up, and of texts that are switched."""
 
-    encoder: float = 3e-5
+    encoder: float = 4e-5
     linear: float = 5e-5
     mlp: float = 5e-4
     warm_up: float = 0.03

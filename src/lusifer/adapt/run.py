@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 ENCODER = "starter:multilingual-e5-small"
 _SHARES = {"dictionary": 0.15, "collect": 0.6, "head": 0.92}  # Of the time, when no encoder is trained.
-_LONG = {"dictionary": 0.06, "collect": 0.3, "head": 0.36, "encoder": 0.97}
+_LONG = {"dictionary": 0.08, "collect": 0.28, "head": 0.33, "encoder": 0.97}
 _WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it gets too few steps to gain anything.
-_TOKENS = {"cpu": 1_536}  # Padded tokens of a step.
+_TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
 _TOKENS_ELSEWHERE = 32_768
 
 
@@ -95,12 +96,13 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
     """
     options = options or Options()
     torch.manual_seed(options.seed)
+    began = time.monotonic()
     source = open_source(teacher, options)
     student = Student(options.encoder, asymmetric=source.asymmetric, device=options.device)
     if options.plain:
         student.layers = student.layers[-1:]
     work = Work(output / "work", _plan(source, options), restart=options.restart)
-    clock = Clock(options.minutes, used=float(work.read("clock.json").get("seconds", 0)))
+    clock = Clock(options.minutes, used=float(work.read("clock.json").get("seconds", 0)) + time.monotonic() - began)
     run = _Run(source, student, work, clock, options, progress)
     try:
         report = run.all_steps(output)
