@@ -219,6 +219,13 @@ def test_large_llms_get_settings_for_gpus(plain, tiny_encoder):
     assert tree["model"]["encoder_lora"]["r"] == 16 and tree["align"]["train_encoder"] == "lora"
 
 
+@pytest.mark.parametrize(("stored", "written"), [("float32", "float32"), ("bfloat16", "auto"), ("float16", "auto")])
+def test_small_llms_compute_in_what_is_fast_on_the_machine(plain, tiny_encoder, stored, written):
+    found = inspect_embedder(str(plain))
+    found.dtype = stored
+    assert yaml.safe_load(compose(tiny_encoder, found))["model"]["llm_dtype"] == written
+
+
 def test_a_recipe_is_not_replaced_unasked(plain, tiny_encoder, tmp_path):
     out = tmp_path / "mine.yaml"
     out.write_text("precious")

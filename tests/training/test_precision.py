@@ -1,9 +1,10 @@
-"""Data types of a run: the recipe decides, what it leaves to `auto` is decided once, and a run that goes on keeps them."""
+"""Data types of a run: the recipe decides, `auto` is decided once, and a run that goes on keeps them."""
 
 from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def half_encoder(tiny_encoder, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("half"))
     AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False).half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
-    assert json.loads(open(f"{folder}/config.json").read())["dtype"] == "float16"
+    assert json.loads((Path(folder) / "config.json").read_text())["dtype"] == "float16"
     return folder
 
 
