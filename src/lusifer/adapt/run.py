@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lusifer.adapt.collect import Collected, Prepared, collect, dictionary, load_dictionary, pieces_within, prepare
+from lusifer.adapt.collect import (
+    Collected,
+    Deadlines,
+    Prepared,
+    collect,
+    dictionary,
+    load_dictionary,
+    pieces_within,
+    prepare,
+)
 from lusifer.adapt.fit import Rates, train_encoder, train_head
 from lusifer.adapt.modeling import LayerHead
 from lusifer.adapt.report import agreement, summary
@@ -36,8 +45,8 @@ from lusifer.publishing import write_json
 logger = logging.getLogger(__name__)
 
 ENCODER = "starter:multilingual-e5-small"
-_SHARES = {"dictionary": 0.15, "collect": 0.6, "head": 0.92}  # Of the time, when no encoder is trained.
-_LONG = {"dictionary": 0.08, "collect": 0.28, "head": 0.33, "encoder": 0.97}
+_SHARES = {"dictionary": 0.15, "states": 0.62, "vectors": 0.0, "head": 0.92}  # Of the time, when no encoder is trained.
+_LONG = {"dictionary": 0.06, "states": 0.22, "vectors": 0.32, "head": 0.36, "encoder": 0.97}
 _WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it gets too few steps to gain anything.
 _TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
 _TOKENS_ELSEWHERE = 32_768
@@ -176,7 +185,9 @@ class _Run:
                 switcher,
                 self.source.vectors,
                 self.source.held_out_vectors(),
-                until=lambda: self.clock.until(self.shares["collect"]),
+                deadlines=Deadlines(
+                    partial(self.clock.until, self.shares["states"]), partial(self.clock.until, self.shares["vectors"])
+                ),
                 most_stored=self.options.most_stored,
                 seed=self.options.seed,
                 bar=bar.update,

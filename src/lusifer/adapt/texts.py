@@ -17,7 +17,7 @@ from lusifer.errors import LusiferError
 logger = logging.getLogger(__name__)
 
 SHORT = 45  # Words up to which a text is taken as it is.
-_PASSAGE = 300  # Words of a passage that are read.
+_PASSAGE = 60  # Words of a passage that are read: a query is short, and long texts take most of the time.
 _HELD_OUT = 500
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[A-Z\"“‘'])")
 _LETTERS = re.compile(r"[^\W\d_]")

@@ -1,7 +1,7 @@
 """Changes of weights in 4 bits: what training added to a public model, small enough for a package.
 
-A matrix is stored in blocks of 32 values of a row: a float16 scale and a code of four bits each, as in the Q4_0 format of
-GGUF. Everything else is stored as it is, in float16.
+A matrix is stored in blocks of 32 values of a row: a float16 scale and a code of four bits each, as in GGUF's Q4_0.
+Everything else is stored as it is, in float16.
 """
 
 from __future__ import annotations

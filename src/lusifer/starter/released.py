@@ -50,8 +50,8 @@ def assemble(source: Path | None = None) -> Path:
         return folder
     with publish_folder(folder, "released model") as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHANGES))
-        for name in _TOKENIZER:
-            shutil.copyfile(base / name, staging / name)
+        for file in _TOKENIZER:
+            shutil.copyfile(base / file, staging / file)
         _add_changes(base / WEIGHTS, source / CHANGES, staging / WEIGHTS)
     return folder
 
