@@ -24,6 +24,19 @@ Index = Annotated[
 Where = Annotated[
     str | None, typer.Option(help="Filter: \"lang = 'te' AND year >= 2000\"; also OR, NOT, IN (...), brackets.")
 ]
+Found = Annotated[
+    str,
+    typer.Argument(
+        metavar="INDEX",
+        help="A folder, or qdrant+http://HOST:6333/COLLECTION; also made by something else: a folder of LanceDB, "
+        "Qdrant or Chroma (FOLDER#NAME for one of several), Parquet, or vectors.npy+texts.jsonl.",
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text, where something else made the index; found when left out.")
+]
+VectorColumn = Annotated[str | None, typer.Option(help="Column of the vector there; found when left out.")]
 PromptName = Annotated[str | None, typer.Option(help="Name of the model's prompt to use.")]
 
 
@@ -156,8 +169,52 @@ def build(index: Index, quiet: Quiet = False) -> None:
         typer.echo(f"approximate index over {store.count():,} texts -> {index}")
 
 
+@index_app.command("verify")
+def verify(
+    index: Found,
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id or `starter`.", show_default=False)],
+    sample: Annotated[int, typer.Option(min=1, max=100_000, help="Most texts to compare.")] = 256,
+    text_column: TextColumn = None,
+    vector_column: VectorColumn = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+    ] = None,
+    prompt_name: PromptName = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether a model may query an index that another model made. Exit code 0: it may; 1: it may not.
+
+    Texts of the index are embedded with the model. It may if nine in ten find their own stored vector.
+
+    Examples:
+    - `lusifer index verify news --model adapted`
+    - `lusifer index verify chroma-folder --model sentence-transformers/all-MiniLM-L6-v2 --json`
+    """
+    quiet_libraries(True)
+    from lusifer.data.prompts import prompt_for
+    from lusifer.search.agreement import measure
+    from lusifer.search.locations import open_any
+
+    store = open_any(index, text=text_column, vector=vector_column)
+    encoder = _load(model, device)
+    asked = prompt is not None or prompt_name is not None
+    before = prompt_for(encoder.model, "document", prompt=prompt, prompt_name=prompt_name) if asked else None
+    agreement = measure(store, encoder, sample=sample, prompt=before)
+    sentence = agreement.sentence(model, index)
+    if as_json:
+        emit({"index": index, "model": model, **agreement.to_dict(), "sentence": sentence})
+    else:
+        typer.echo(f"cosine: mean {agreement.mean_cosine:.3f}, 5th percentile {agreement.low_cosine:.3f}")
+        ranks = f"rank: mean {agreement.mean_rank:.1f}, median {agreement.median_rank:.0f}"
+        typer.echo(f"own vector nearest: {agreement.found:.1%} of {agreement.texts} texts; {ranks}")
+        typer.echo(sentence)
+    if not agreement.may_query:
+        raise typer.Exit(1)
+
+
 def search(
-    index: Index,
+    index: Found,
     query: Annotated[str | None, typer.Argument(help="In any language.", show_default=False)] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="Texts wanted.")] = 10,
     where: Where = None,
@@ -169,6 +226,8 @@ def search(
     prompt_name: PromptName = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
     model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
+    text_column: TextColumn = None,
+    vector_column: VectorColumn = None,
     device: Device = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a search page on this machine instead.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.")] = 8000,
@@ -181,21 +240,28 @@ def search(
     - `lusifer search news "駅はどこですか" --where "lang IN ('en', 'fr')" --k 5`
     - `lusifer search news "Zeppelin NT 07" --hybrid`
     - `lusifer search news --ui`
+    - `lusifer search chroma-folder "où est la gare ?" --model adapted`
     """
     quiet_libraries(True)
     if ui == (query is not None):
         raise LusiferError('give either a query or --ui: lusifer search INDEX "query"')
     from lusifer.data.prompts import explicit_prompt, prompt_for
-    from lusifer.model.fingerprint import weights_hash
-    from lusifer.search.locations import open_store
+    from lusifer.search.agreement import admit
+    from lusifer.search.locations import open_any
     from lusifer.search.page import find
 
     asked = explicit_prompt(prompt, instruction)
-    store = open_store(index)
+    store = open_any(index, text=text_column, vector=vector_column)
     condition = store.parsed(where)
-    name = model or store.info.model
+    if hybrid and not store.has_words:
+        raise LusiferError(f"{index!r} was not made by lusifer and has no index of words; leave --hybrid out")
+    if not (name := model or store.info.model):
+        raise LusiferError(
+            f"{index!r} does not say which model made its vectors; give --model, see `lusifer index verify`"
+        )
     encoder = _load(name, device)
-    store.check_model(name, weights_hash(encoder.model), encoder.dimension)
+    if measured := admit(store, encoder, name):
+        typer.echo(measured, err=True)
     before = prompt_for(encoder.model, "query", prompt=asked, prompt_name=prompt_name)
     if ui:
         _serve(store, encoder, before, port)

@@ -49,9 +49,7 @@ def serve(
     ] = 5.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
-    ui: Annotated[
-        str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index, made by MODEL.")
-    ] = None,
+    ui: Annotated[str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Serves embeddings over HTTP as OpenAI's API does; any OpenAI client works.
@@ -80,9 +78,9 @@ def serve(
         )
     store = None
     if ui is not None:
-        from lusifer.search.locations import open_store
+        from lusifer.search.locations import open_any
 
-        store = open_store(ui)
+        store = open_any(ui)
     listening = listen(host, port)
     where = _address(host, listening.getsockname()[1])
     if not keys and not _is_local(host):
@@ -145,9 +143,10 @@ def _loader(
         chosen = set_precision(loaded, precision)
         encoder = TextEncoder(loaded)
         if store is not None:
-            from lusifer.model.fingerprint import weights_hash
+            from lusifer.search.agreement import admit
 
-            store.check_model(model, weights_hash(loaded), encoder.dimension)
+            if (measured := admit(store, encoder, model)) and not quiet:
+                typer.echo(measured, err=True)
         if not quiet:
             typer.echo(f"ready: {encoder.dimension} dimensions, {chosen}, {loaded.device}", err=True)
         return encoder

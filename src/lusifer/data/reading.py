@@ -17,7 +17,7 @@ from lusifer.data.sources import InputFile, unit_of
 from lusifer.data.text_files import MAX_RECORD, Lines, not_utf8, records_of, refuse_repeated
 from lusifer.errors import LusiferError, first_line
 from lusifer.recipes.schema import DataRecipe
-from lusifer.storage import open_file, storage_errors
+from lusifer.storage import is_remote, open_file, storage_errors
 
 BLOCK_ROWS = 4096
 
@@ -144,7 +144,10 @@ def _parquet_blocks(
 ) -> Iterator[Block]:
     done = 0
     try:
-        table = parquet.ParquetFile(raw)
+        # From a disk a little at a time, or a whole row group, often a million rows, would stand in memory; over a
+        # network Arrow fetches it at once.
+        little: dict[str, Any] = {} if is_remote(file.url) else {"pre_buffer": False, "buffer_size": 1 << 20}
+        table = parquet.ParquetFile(raw, **little)
         header = table.schema_arrow.names
         refuse_repeated(file.url, header)
         wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]

@@ -18,6 +18,7 @@ from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
+from lusifer.search.agreement import unit
 from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
@@ -130,7 +131,8 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
             changed = [entry for entry in same if known[entry.id][0] != entry]
             new = [entry for entry in part if entry.id not in known or known[entry.id][0].text != entry.text]
             if new or changed:
-                vectors = encoder.encode([prompt + entry.text for entry in new])
+                # A model may end without a layer that makes its vectors unit vectors.
+                vectors = unit(encoder.encode([prompt + entry.text for entry in new]))
                 store.upsert(
                     [*new, *changed], np.concatenate([vectors, *(known[entry.id][1][None] for entry in changed)])
                 )

@@ -1,11 +1,14 @@
-"""Opens an index by its name: a folder, or a collection of a Qdrant server."""
+"""Opens an index by its name: a folder, a collection of a Qdrant server, or a table that something else made."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from lusifer.data.vector_tables import is_vectors, open_vectors
 from lusifer.data.vectors.qdrant import SCHEME, connect
+from lusifer.errors import LusiferError
+from lusifer.search.foreign import TableStore
 from lusifer.search.lance import LanceStore
 from lusifer.search.qdrant import QdrantStore
 from lusifer.search.store import IndexInfo, Store
@@ -19,6 +22,32 @@ def open_store(location: str) -> Store:
     """
     backend, where = _backend(location)
     return backend.open(*where)
+
+
+def open_any(location: str, *, text: str | None = None, vector: str | None = None) -> Store:
+    """Opens an index of ours, or a table of texts and vectors that something else made, to be read only.
+
+    Args:
+        location: As for `open_store` or `lusifer.data.vector_tables.open_vectors`.
+        text: Column of the text in a table; found when None.
+        vector: Column of the vector in a table; found when None.
+
+    Raises:
+        LusiferError: If there is none, it cannot be read, or its server cannot be reached.
+    """
+    if _is_ours(location):
+        if text is not None or vector is not None:
+            raise LusiferError(f"{location!r} was made by lusifer; leave --text-column and --vector-column out")
+        return open_store(location)
+    return TableStore(open_vectors(location, text=text, vector=vector))
+
+
+def _is_ours(location: str) -> bool:
+    """Whether `open_store` is to open it, be it to say that there is nothing."""
+    if location.startswith(SCHEME):
+        return QdrantStore.is_ours(*connect(location))
+    path = Path(location)
+    return LanceStore.exists(path) or not (path.exists() or is_vectors(location) or "#" in location)
 
 
 def create_store(location: str, info: IndexInfo) -> Store:

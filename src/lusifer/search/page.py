@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lusifer.data.prompts import prompt_for
 from lusifer.errors import LusiferError
+from lusifer.search.agreement import unit
 from lusifer.search.corpus_map import CorpusMap
 from lusifer.search.filters import OneOf
 from lusifer.search.indexing import Encoder
@@ -51,7 +52,7 @@ def find(
     """
     if not query.strip():
         raise LusiferError("the query is empty")
-    vector = encoder.encode([prompt_for(encoder.model, "query", prompt=prompt) + query])[0]
+    vector = unit(encoder.encode([prompt_for(encoder.model, "query", prompt=prompt) + query]))[0]
     if hybrid:
         return store.hybrid(vector, query, k=k, where=where, exact=exact)
     return store.search(vector, k=k, where=where, exact=exact)
@@ -64,7 +65,7 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
     times. ``GET /map`` has ``status``, ``count``, ``languages``, ``model`` and, once computed, the points.
 
     Args:
-        store: The index; `Store.check_model` has been called.
+        store: The index; `lusifer.search.agreement.admit` has been called.
         encoder: Its model; one query at a time goes through it.
         prompt: Put before every query; the model's own query prompt when None.
 
@@ -112,7 +113,7 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
         """The corpus in two dimensions; ask again while it is computed."""
         try:
             languages = store.languages()
-            totals = {"count": sum(languages.values()), "languages": languages, "model": store.info.model}
+            totals = {"count": sum(languages.values()), "languages": languages, "model": store.info.model or "unknown"}
             return {**totals, **corpus_map.get()}
         except LusiferError as error:
             raise HTTPException(400, str(error)) from error

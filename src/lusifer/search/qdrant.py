@@ -66,6 +66,14 @@ class QdrantStore(Store):
         with _one_line(collection):
             return bool(client.collection_exists(collection))
 
+    @staticmethod
+    def is_ours(client: Any, collection: str) -> bool:
+        """Whether `create` made the collection; also where there is none, which `open` says."""
+        with _one_line(collection):
+            if not client.collection_exists(collection):
+                return True
+            return "lusifer" in (client.get_collection(collection).config.metadata or {})
+
     @classmethod
     def open(cls, client: Any, collection: str) -> QdrantStore:
         """Opens a collection that `create` made.

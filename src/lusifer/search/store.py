@@ -114,6 +114,7 @@ class Store(ABC):
 
     info: IndexInfo
     location: str
+    has_words = True  # Whether `bm25` and `hybrid` work.
 
     def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         """Adds texts, or replaces those of the same id.

@@ -121,9 +121,16 @@ class VectorTable(ABC):
             count: Texts wanted.
             seed: The same seed gives the same rows, but for a Qdrant server, which draws by itself.
         """
-        found = self._sample(count, np.random.default_rng(seed))
-        first = list({text: row for row, text in reversed(list(enumerate(found.texts)))}.values())
-        return [found.texts[row] for row in first], found.vectors[first]
+        rows = self.sample_rows(count, seed)
+        return rows.texts, rows.vectors
+
+    def sample_rows(self, count: int, seed: int = 0) -> Rows:
+        """As `sample`, with the ids of the rows."""
+        found, first = self._sample(count, np.random.default_rng(seed)), dict[str, int]()
+        for row, text in enumerate(found.texts):
+            first.setdefault(text, row)
+        rows = list(first.values())
+        return Rows([found.ids[row] for row in rows], list(first), found.vectors[rows])
 
     def nearest(self, vector: np.ndarray, k: int, *, exact: bool = False) -> list[Match]:
         """The rows of the highest cosine similarity, highest first.

@@ -16,6 +16,7 @@ from lusifer.data.vectors.qdrant import choose_part, origin_of
 from lusifer.data.vectors.rows import Match, RawRows, Rows, VectorTable, nearest_of, reading
 from lusifer.errors import LusiferError
 
+_TAKE = 4096  # Rows of LanceDB read at once.
 _LOOK = 64  # Rows of Chroma that show where the text stands.
 
 
@@ -75,21 +76,21 @@ class LanceTable(VectorTable):
         if pa.types.is_fixed_size_list(kind):
             return int(kind.list_size)
         with self._errors():
-            for batch in self._table.search().select([self._vector]).to_batches(1024):
-                if len(there := batch[self._vector].drop_null()):
-                    return len(there[0].as_py())
+            there = self._table.search().where(f"`{self._vector}` IS NOT NULL").limit(1).select([self._vector])
+            if len(found := there.to_arrow()):
+                return len(found[self._vector][0].as_py())
         raise LusiferError(f"{self.describe} has no vector in {self._vector!r}")
 
     def _read(self, size: int) -> Iterator[RawRows]:
-        with self._errors():
-            batches = iter(self._table.search().select(self._columns).to_batches(size))
-        while True:
+        # By their places: a query without a limit collects its whole answer before it gives the first batch.
+        for begin in range(0, self.rows, _TAKE):
             with self._errors():
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                rows = self._rows(batch)
-            yield rows
+                places = list(range(begin, min(begin + _TAKE, self.rows)))
+                found = self._table.take_offsets(places).select(self._columns).to_arrow()
+            for first in range(0, len(found), size):
+                with self._errors():
+                    rows = self._rows(found.slice(first, size))
+                yield rows
 
     def _rows(self, found: pa.RecordBatch | pa.Table) -> RawRows:
         vectors, has = arrow_vectors(self.describe, found[self._vector], self.dimension)
