@@ -144,10 +144,9 @@ def test_verify_uses_the_prompt_of_the_index_for_its_own_model(models, tmp_path,
     store = open_any(str(tmp_path / "index"))
     assert measure(store, encoder(models["made"])).verdict == "same"
     assert measure(store, encoder(models["made"]), prompt="").verdict != "same"
-    assert (
-        json.loads(call("index", "verify", tmp_path / "index", "--model", models["made"], "--json")[1])["verdict"]
-        == "same"
-    )
+    code, out, err = call("index", "verify", tmp_path / "index", "--model", models["made"], "--json")
+    assert code == 0, err
+    assert json.loads(out)["verdict"] == "same"
 
 
 # Search with another model
