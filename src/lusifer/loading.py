@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def describe(path: str) -> dict[str, Any]:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
     path = resolve(path)
-    model = lusifer_model(load_checkpoint(path))
+    loaded = load_checkpoint(path)
+    if not isinstance(getattr(loaded[0], "auto_model", None), LusiferModel):
+        return _describe_other(path, loaded)
+    model = lusifer_model(loaded)
     config = model.config
     if not config.standalone:
         model.set_trainable(
@@ -129,8 +133,6 @@ def describe(path: str) -> dict[str, Any]:
             connector=True,
             llm=bool(config.llm_adapter),
         )
-    folder = Path(path)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     return {
         "encoder": config.encoder,
         "llm": config.llm,
@@ -140,8 +142,33 @@ def describe(path: str) -> dict[str, Any]:
         "max_seq_length": config.max_seq_length,
         "pooling": config.pooling,
         "standalone": config.standalone,
-        "checkpoint_mb": round(size / 1e6, 1),
+        "checkpoint_mb": _megabytes(path),
         "parameters": parameters_by_part(model),
         "languages": getattr(config.encoder_config, "languages", None) or "those of the encoder",
         "provenance": config.provenance,
     }
+
+
+def _describe_other(path: str, model: SentenceTransformer) -> dict[str, Any]:
+    """The same of any other Sentence Transformers model, as far as it says."""
+    inner: Any = getattr(model[0], "auto_model", None)
+    config: Any = getattr(inner, "config", None)
+    encoder = getattr(config, "encoder_config", config)
+    origin = Path(path) / "adapted.json"
+    parts = {type(module).__name__: sum(p.numel() for p in module.parameters()) for module in model}
+    return {
+        "kind": " -> ".join(parts),
+        "adapted": json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None,
+        "dimension": model.get_embedding_dimension(),
+        "max_seq_length": model.max_seq_length,
+        "prompts": dict(model.prompts),
+        "checkpoint_mb": _megabytes(path),
+        "parameters": {part: {"total": count, "trainable": count} for part, count in parts.items() if count},
+        "languages": getattr(encoder, "languages", None) or "those of the encoder",
+    }
+
+
+def _megabytes(path: str) -> float:
+    folder = Path(path)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    return round(size / 1e6, 1)

@@ -23,7 +23,7 @@ def _named() -> None:
 
 
 def info(model: Model, as_json: Json = False) -> None:
-    """Shows what a checkpoint is made of: parameters by part, size, languages, provenance.
+    """Shows what a model is made of: parameters by part, size, languages, provenance; of any embedder what it says.
 
     Example: `lusifer info runs/quickstart/model`
     """
@@ -39,10 +39,15 @@ def info(model: Model, as_json: Json = False) -> None:
         for part, row in facts["parameters"].items()
     ]
     print_table(("part", "parameters", "trained", "frozen"), rows)
-    for key in ("encoder", "llm", "llm_layers", "dimension", "max_seq_length", "pooling", "checkpoint_mb", "languages"):
-        value = facts[key]
-        typer.echo(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
-    typer.echo(f"provenance: {json.dumps(facts['provenance'], ensure_ascii=False)}")
+    for key, value in facts.items():
+        if key != "parameters" and value is not None:
+            typer.echo(f"{key}: {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
 def merge(

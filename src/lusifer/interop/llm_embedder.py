@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
+from lusifer.model.backbone_alone import is_sentence_model
 from lusifer.model.backbones import build_llm, load_config, load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.starter.fetch import resolve_backbone
@@ -86,7 +87,12 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
     """
     llm, own, notes = _follow_adapters(name)
     merged = [*own, *(adapters or [])]
-    config = load_config("llm", llm)
+    try:
+        config = load_config("llm", llm)
+    except LusiferError as error:
+        if is_sentence_model(llm):
+            raise LusiferError(f"{error}; `lusifer adapt {name} OUT` adds languages to any embedder") from error
+        raise
     embedder = LLMEmbedder(llm, config, merged, notes=notes)
     with torch.device("meta"):
         embedder.parameters = sum(parameter.numel() for parameter in build_llm(deepcopy(config)).parameters())
