@@ -98,7 +98,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         others = len(list(groups(by_system[systems[0]]).values())[1])
         if others:
             first = len(codes) - others - 0.5
-            axis.axvspan(first, len(codes) - 0.5, color="#000000", alpha=0.06, lw=0)
+            axis.axvspan(first, len(codes) - 0.5, color="#000000", alpha=0.06, lw=0, zorder=0)
             axis.text(len(codes) - 0.55, 101, "beyond the paper's languages", fontsize=9, ha="right", va="bottom")
         axis.set_xticks(range(len(codes)), codes)
         axis.set(xlim=(-0.5, len(codes) - 0.5), ylim=(0, 100), ylabel="accuracy, %")
