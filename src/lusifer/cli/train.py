@@ -67,10 +67,12 @@ def quickstart(
 
 
 def _show_answers(output: Path, answers: Sequence[dict[str, str]]) -> None:
-    """What the queries in other languages found in the English index."""
-    rows = [(a["language"], a["query"], a["found"], "right" if a["found"] == a["wanted"] else "WRONG") for a in answers]
-    print_table(("", "query", f"found in {output / 'index'}", ""), rows)
-    typer.echo(f'ask it yourself: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
+    """What the queries in other languages found in the English index; lines, since scripts differ in width."""
+    typer.echo(f"queries, and what they find in {output / 'index'}:")
+    for one in answers:
+        verdict = "right" if one["found"] == one["wanted"] else "WRONG"
+        typer.echo(f"{one['language']}  {verdict}  {one['query']}  ->  {one['found']}")
+    typer.echo(f'ask yourself: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
 
 
 def train(

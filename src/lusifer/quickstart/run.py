@@ -42,6 +42,17 @@ from lusifer.training.run import STAGES, fingerprint, train
 
 logger = logging.getLogger(__name__)
 
+# What each step is called while it runs.
+STEPS = {
+    "index": "the English teacher fills an index",
+    "adapt": "a multilingual encoder learns the teacher's vectors",
+    "queries": "queries in other languages search the index",
+    "teacher": "scoring the English teacher alone",
+    "adapted": "scoring the adapted model",
+    "encoder": "scoring the encoder alone",
+    "lusifer": "training and scoring LUSIFER",
+    "llm": "training and scoring the English LLM alone",
+}
 Answers = Sequence[dict[str, str]]
 
 
@@ -71,9 +82,11 @@ class _Run:
 
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """What a step gives, computed unless an earlier call did; its seconds add up over interrupted calls."""
+        place = f"{list(STEPS).index(name) + 1}/{len(STEPS)}: {STEPS[name]}"
         if name in self.state["done"]:
-            logger.info("%s is there already", name)
+            logger.info("%s: there already", place)
             return self.state["done"][name]
+        logger.info("%s", place)
         began = time.monotonic()
         try:
             self.state["done"][name] = compute()
