@@ -16,7 +16,7 @@ $(READY): pyproject.toml tools/install.sh
 	sh tools/install.sh "$(PYTHON)" "$(VENV)"
 	touch $(READY)
 
-quickstart: $(READY)  ## fetch the starter backbones, train both stages on English, score three systems zero-shot
+quickstart: $(READY)  ## add languages to an English embedder, train a small LUSIFER, score five systems
 	$(BIN)/lusifer quickstart
 
 test: $(READY)   ## run the tests, a file to a process; PART=search runs those of one package

@@ -104,6 +104,20 @@ def test_an_interrupted_run_ends_like_any_other(adapted, teacher, options, tmp_p
     assert weights(tmp_path) == weights(folder)
 
 
+def test_pieces_to_switch_to_are_limited_by_count_whatever_the_clock_says(teacher, options, tmp_path, monkeypatch):
+    real, seen = collect.foreign_pieces, []
+
+    def pieces(*args, most):
+        seen.append(most)
+        return real(*args, most=most)
+
+    monkeypatch.setattr(collect, "foreign_pieces", pieces)
+    few = replace(options, head_epochs=0, encoder_steps=0)
+    run(teacher, tmp_path / "counted", replace(few, most_pieces=7, minutes=5))
+    run(teacher, tmp_path / "all", few)
+    assert seen == [7, None]
+
+
 def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "BLOCK", 200)
     few = replace(options, head_epochs=0, encoder_steps=0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from pyarrow import parquet
 from sentence_transformers import SentenceTransformer
 
 import lusifer
-from lusifer import LusiferError
 from lusifer.data.everyday_set import load_everyday
 from lusifer.model.sentence_transformer import save_atomically
+from lusifer.quickstart import adapted as steps
 from lusifer.quickstart import run as quickstart
 from lusifer.training.llm_baseline import llm_alone, train_llm_alone
 from support.command import mistake
+from support.teachers import save_teacher, sentences
 
 COMMANDS = ("fetch", "train", "encode", "evaluate", "info", "merge", "quickstart", "serve")
 TEXTS = ["the cat sat on the mat", "a small house near the river", "rain fell all night", "bread and milk"]
@@ -227,7 +229,11 @@ def test_a_real_process_prints_one_line_for_broken_data(tmp_path, data, tiny_enc
 
 
 @pytest.fixture
-def overrides(data, tiny_encoder, tiny_llm, monkeypatch):
+def overrides(data, tiny_encoder, tiny_llm, tmp_path, monkeypatch):
+    (data / "english.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(80)))
+    counts = replace(steps.COUNTS, texts=(str(data / "english.jsonl"),), general=False, head_epochs=1, device="cpu")
+    monkeypatch.setattr(steps, "COUNTS", counts)
+    monkeypatch.setattr(steps, "TEACHER", save_teacher(tmp_path / "teacher"))
     monkeypatch.setattr(quickstart, "fetch", lambda: {})
     pairs, texts = str(data / "pairs.jsonl"), str(data / "texts.jsonl")
     values = {
@@ -240,39 +246,54 @@ def overrides(data, tiny_encoder, tiny_llm, monkeypatch):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_quickstart_end_to_end(call, overrides, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    output = tmp_path / "quickstart"
+    pytest.importorskip("lancedb")
+    output, filled = tmp_path / "quickstart", {}
+    adapt = quickstart.adapt
+
+    def adapt_and_look(*args, **kwargs):
+        filled.update(content(output / "index"))
+        return adapt(*args, **kwargs)
+
+    monkeypatch.setattr(quickstart, "adapt", adapt_and_look)
     code, out, _ = call("quickstart", "--output", output, "--json", "-q", *overrides)
     assert code == 0
     results = json.loads(out)
     assert results == json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"systems", "seen_languages", "seconds", "peak_rss_mb", "stages"}
-    assert list(results["systems"]) == ["encoder", "llm", "lusifer"]
+    assert set(results) == {"systems", "queries", "index", "adapted", "seconds", "peak_rss_mb", "stages"}
+    assert list(results["systems"]) == ["encoder", "llm", "teacher", "adapted", "lusifer"]
     languages = list(load_everyday().sentences)
     for scores in results["systems"].values():
         assert set(scores) == {"translation_retrieval", "topic_retrieval"}
         assert list(scores["topic_retrieval"]) == languages
         assert set(scores["translation_retrieval"]) == set(languages) - {"en"}
-    assert results["seen_languages"] == languages  # The tiny encoder names none.
-    assert results["seconds"] > 0 and 50 < results["peak_rss_mb"] < 100_000
+    assert results["index"]["texts"] == 64 and results["adapted"]["texts"] == 72
+    assert filled and content(output / "index") == filled  # Nobody wrote to the index once it was there.
+    assert set(results["seconds"]) == {"index", "adapt", "queries", *results["systems"]}
+    assert 50 < results["peak_rss_mb"] < 100_000
     assert list(results["stages"]) == ["warm_start", "align", "contrast"]
     assert all("history" not in stage and stage["seconds"] > 0 for stage in results["stages"].values())
     assert {path.name for path in output.iterdir()} == {
-        "warm_start", "align", "contrast", "model", "llm_alone", "progress.json", "results.json", "report.md",
-        "scores.png",
+        "index", "adapted", "warm_start", "align", "contrast", "model", "llm_alone", "progress.json", "results.json",
+        "report.md", "scores.png",
     }  # fmt: skip
 
     def never(*args, **kwargs):
         raise AssertionError("worked again")
 
-    for name in ("score", "train", "train_llm_alone"):
+    for name in ("score", "train", "train_llm_alone", "adapt", "load_for_inference"):
         monkeypatch.setattr(quickstart, name, never)
+    monkeypatch.setattr(steps, "load_for_inference", never)
     (output / "report.md").unlink()
     code, out, _ = call("quickstart", "--output", output, "-q", *overrides)
-    assert code == 0 and "lusifer " in out and "translation retrieval, mean over 22 languages" in out
-    again = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+    assert code == 0 and "13 languages" in out and "English teacher alone" in out
+    assert "Wie viel" in out and f"lusifer search {output / 'index'}" in out
+    assert json.loads((output / "results.json").read_text(encoding="utf-8")) == results
     assert (output / "report.md").is_file()
     # The scores there are of another recipe.
     message = mistake(*call("quickstart", "--output", output, "-q", *overrides, "--contrast.steps=3"))
@@ -299,35 +320,3 @@ def test_the_baseline_sees_both_directions_and_trains_only_its_adapter(overrides
         one, two = inner(input_ids=ids).last_hidden_state, inner(input_ids=other).last_hidden_state
     # A causal LLM could not tell the first tokens apart.
     assert (one[0, 0] - two[0, 0]).abs().max() > 1e-4
-
-
-def test_an_interrupted_quickstart_keeps_what_it_has(tmp_path):
-    run = quickstart._Run(tmp_path, "hash")
-    ones = np.ones((64, 2), dtype=np.float32)
-
-    def embed(texts):
-        import torch
-
-        return torch.from_numpy(ones[: len(texts)])
-
-    run.score("encoder", lambda: embed, progress=False)
-
-    def killed():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.score("lusifer", killed, progress=False)
-    spent = run.state["seconds"]
-    again = quickstart._Run(tmp_path, "hash")
-    assert list(again.state["systems"]) == ["encoder"] and again.state["seconds"] == spent
-    again.score("encoder", killed, progress=False)
-    again.save()
-    assert again.state["seconds"] >= spent
-    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
-    with pytest.raises(LusiferError, match="another recipe"):
-        quickstart._Run(tmp_path, "other hash")
-
-
-def test_a_damaged_progress_file_only_costs_time(tmp_path):
-    (tmp_path / "progress.json").write_text('{"systems": ')
-    assert quickstart._Run(tmp_path, "hash").state["systems"] == {}

@@ -123,6 +123,21 @@ def test_score_has_the_documented_keys():
     assert list(few["topic_retrieval"]) == ["te", "en"] and list(few["translation_retrieval"]) == ["te"]
 
 
+def test_the_english_side_can_be_that_of_another_model():
+    """A system whose vectors are turned against the English ones finds nothing, though it agrees with itself."""
+    data = load_everyday()
+    vectors = torch.eye(64)
+    place = {text: row for texts in data.sentences.values() for row, text in enumerate(texts)}
+
+    def embed(texts):
+        return vectors[[place[text] for text in texts]]
+
+    itself = score(embed, languages=["de"], progress=False)
+    other = score(embed, english=vectors.roll(1, dims=0), languages=["en", "de"], progress=False)
+    assert itself["translation_retrieval"] == {"de": 1.0} and other["translation_retrieval"] == {"de": 0.0}
+    assert other["topic_retrieval"]["de"] == itself["topic_retrieval"]["de"]
+
+
 def test_unknown_languages_are_refused_before_any_work():
     def never(texts):
         raise AssertionError("embedded although a language is unknown")

@@ -11,15 +11,16 @@ import pytest
 
 import lusifer.quickstart.report
 from lusifer.data.everyday_set import load_everyday
-from lusifer.quickstart.report import language_order, markdown, plot, write_report
+from lusifer.quickstart.report import NAMES, groups, markdown, means, plot, right, write_report
 
 LANGUAGES = list(load_everyday().sentences)
-SEEN = ["ar", "de", "en", "es", "fr"]
+PAPER = ["es", "ru", "fr", "vi", "fa", "id", "ar", "fi", "ko", "hi", "bn", "te", "sw"]
+OTHERS = ["de", "it", "ja", "nl", "pl", "pt", "th", "tr", "zh"]
 
 
 def made_up():
     systems = {}
-    for number, name in enumerate(("encoder", "llm", "lusifer")):
+    for number, name in enumerate(NAMES):
         values = {code: ((7 * row + 13 * number) % 23) / 23 for row, code in enumerate(LANGUAGES)}
         systems[name] = {
             "topic_retrieval": values,
@@ -36,7 +37,16 @@ def made_up():
         },  # fmt: skip
         "contrast": {"loss": 0.5},
     }
-    return {"systems": systems, "seen_languages": SEEN, "seconds": 90.0, "peak_rss_mb": 1234.5, "stages": stages}
+    queries = [
+        {"language": "de", "query": "Wo | wann?", "found": "Where is it?", "wanted": "Where is it?"},
+        {"language": "sw", "query": "Habari", "found": "Snow fell.", "wanted": "How are you?"},
+    ]
+    seconds = {"index": 3.0, "adapt": 180.0, "queries": 3.0, "teacher": 1.0, "lusifer": 240.0, "llm": 72.0}
+    return {
+        "systems": systems, "queries": queries, "index": {"texts": 64, "model": "a|teacher"},
+        "adapted": {"english": {"cosine": 0.612, "texts": 500}}, "seconds": seconds, "peak_rss_mb": 1234.5,
+        "stages": stages,
+    }  # fmt: skip
 
 
 def tables(text):
@@ -49,53 +59,62 @@ def tables(text):
     return found
 
 
-def test_every_language_is_in_both_tables_and_unseen_ones_are_marked():
+TITLES = (("Translation retrieval", "translation_retrieval"), ("Topic retrieval", "topic_retrieval"))
+
+
+def test_every_language_is_in_both_tables_in_the_papers_order():
     results = made_up()
     found = tables(markdown(results))
-    for title, task in (("Translation retrieval", "translation_retrieval"), ("Topic retrieval", "topic_retrieval")):
+    for title, task in TITLES:
         header, *rows = found[title]
-        assert header == ["language", "encoder alone", "English LLM alone", "LUSIFER"]
-        languages = {row[0].removesuffix(" †"): row for row in rows if not row[0].startswith("**")}
-        assert set(languages) == set(results["systems"]["lusifer"][task])
-        for code, row in languages.items():
-            assert row[0].endswith("†") == (code not in SEEN)
-            expected = [f"{100 * results['systems'][name][task][code]:.1f}" for name in ("encoder", "llm", "lusifer")]
+        assert header == ["language", *NAMES.values()]
+        rows = [row for row in rows if not row[0].startswith("**")]
+        english = ["en"] if task == "topic_retrieval" else []
+        assert [row[0] for row in rows] == [*english, *PAPER, *OTHERS]
+        for code, *cells in rows:
+            assert cells == [f"{100 * results['systems'][name][task][code]:.1f}" for name in NAMES]
+
+
+def test_means_are_those_computed_by_hand_and_come_first():
+    results = made_up()
+    found = tables(markdown(results))
+    for title, task in TITLES:
+        rows = found[title][1:3]
+        assert [row[0] for row in rows] == ["**mean, 13 languages of the paper**", "**mean, 9 others**"]
+        for row, codes in zip(rows, (PAPER, OTHERS), strict=True):
+            expected = []
+            for name in NAMES:
+                values = [results["systems"][name][task][code] for code in codes]
+                expected.append(f"**{100 * sum(values) / len(values):.1f}**")
             assert row[1:] == expected
 
 
-def test_means_are_those_computed_by_hand():
-    results = made_up()
-    found = tables(markdown(results))
-    for title, task in (("Translation retrieval", "translation_retrieval"), ("Topic retrieval", "topic_retrieval")):
-        means = {row[0]: row[1:] for row in found[title] if row[0].startswith("**")}
-        assert len(means) == 2
-        for label, codes in (
-            ("**mean, seen, en aside**", ["ar", "de", "es", "fr"]),
-            ("**mean, not seen †**", [code for code in LANGUAGES if code not in SEEN]),
-        ):
-            expected = []
-            for name in ("encoder", "llm", "lusifer"):
-                values = [results["systems"][name][task][code] for code in codes]
-                expected.append(f"**{100 * sum(values) / len(values):.1f}**")
-            assert means[label] == expected
+def test_a_group_without_languages_has_no_mean():
+    scores = {"en": 1.0, "de": 0.5, "tr": 0.7}
+    assert list(groups(scores).values()) == [[], ["de", "tr"]]
+    assert means(scores) == {"2 others": pytest.approx(0.6)}
 
 
-def test_order_is_english_then_seen_then_unseen_each_by_score():
+def test_queries_say_what_they_found():
     results = made_up()
-    order = language_order(results)
-    assert order[0] == "en" and set(order[1:5]) == set(SEEN) - {"en"} and len(order) == 23
-    scores = results["systems"]["lusifer"]["translation_retrieval"]
-    for group in (order[1:5], order[5:]):
-        assert [scores[code] for code in group] == sorted((scores[code] for code in group), reverse=True)
+    assert right(results["queries"]) == 1
+    text = markdown(results)
+    assert "1 of 2 queries find their translation" in text
+    assert "| de | Wo \\| wann? | Where is it? | right |" in text
+    assert "| sw | Habari | Snow fell. | wrong |" in text
 
 
 def test_how_the_run_went():
     run = dict(tables(markdown(made_up()))["Run"][1:])
-    assert run["training and scoring, all calls together"] == "1.5 minutes"
+    assert run["everything, all calls together"] == "8.3 minutes"
+    assert run["index, adapting, six languages"] == "3.1 minutes"
+    assert run["LUSIFER"] == "4.0 minutes" and run["English LLM alone"] == "1.2 minutes"
     assert run["peak memory"] in ("1234 MB", "1235 MB")
-    assert run["stage 0: held-out variance explained"] == "43.7 %"
-    assert run["stage 1: held-out tokens right with own / another text's / no soft tokens"] == "70.0 / 24.2 / 25.0 %"
-    assert run["stage 2: mean loss"] == "0.50"
+    assert run["adapted: cosine with the teacher on 500 held-out English texts"] == "0.61"
+    assert run["LUSIFER, stage 0: held-out variance explained"] == "43.7 %"
+    tokens = run["LUSIFER, stage 1: held-out tokens right with own / another text's / no soft tokens"]
+    assert tokens == "70.0 / 24.2 / 25.0 %"
+    assert run["LUSIFER, stage 2: mean loss"] == "0.50"
 
 
 def test_stages_that_did_not_run_are_left_out():
@@ -103,8 +122,6 @@ def test_stages_that_did_not_run_are_left_out():
     results["stages"] = {}
     text = markdown(results)
     assert "stage 0" not in text and "stage 1" not in text and "stage 2" not in text
-    results["seen_languages"] = LANGUAGES
-    assert "**mean, not seen" not in markdown(results) and "†" not in markdown(results)
 
 
 def test_plot_and_report_are_written(tmp_path):

@@ -64,6 +64,9 @@ class Options:
         vector_column: Column of the vectors in a table.
         minutes: Time for everything; no limit when None, where the counts below end it.
         most_texts: Texts used at most.
+        most_stored: Texts at most whose states are kept on the disk, for the MLP.
+        most_pieces: Pieces of the encoder's vocabulary at most that words are switched to, the most frequent ones; as
+            many as the time allows when None, all without a limit.
         head_epochs: Passes over the stored states to train the MLP; 0 leaves it out.
         encoder_steps: Steps of the encoder; 0 keeps it frozen, None as many as the time allows, none without a limit.
         plain: Only the last layer and no MLP: the model then loads without lusifer.
@@ -80,6 +83,7 @@ class Options:
     minutes: float | None = 10.0
     most_texts: int = 200_000
     most_stored: int = 60_000
+    most_pieces: int | None = None
     head_epochs: int = 12
     encoder_steps: int | None = None
     plain: bool = False
@@ -149,7 +153,10 @@ class _Run:
         device = student.device
         self._choose_precision()
         with self._bar("dictionary", 1) as bar:
-            most = partial(pieces_within, student, self.clock, self.shares["dictionary"])
+
+            def most() -> int | None:
+                return options.most_pieces or pieces_within(student, self.clock, self.shares["dictionary"])
+
             matches = load_dictionary(self.work, lambda: dictionary(student, texts.vocabulary, most=most()))
             bar.update(1)
         if not matches:

@@ -46,11 +46,15 @@ def topic_accuracy(embeddings: Tensor, topics: Sequence[str]) -> float:
     return sum(topics[i] == topics[j] for i, j in enumerate(nearest)) / len(topics)
 
 
-def score(embed: Embed, *, languages: Sequence[str] | None = None, progress: bool = True) -> Scores:
+def score(
+    embed: Embed, *, english: Tensor | None = None, languages: Sequence[str] | None = None, progress: bool = True
+) -> Scores:
     """Scores a system on the everyday set.
 
     Args:
         embed: Maps texts to (n, dim) embeddings.
+        english: (sentences, dim) embeddings of the English sentences by another model, in the set's order: these are
+            the English side of translation retrieval. ``embed`` makes them when None.
         languages: Codes to score; all bundled ones when None. English is always embedded.
         progress: Whether to show a bar.
 
@@ -64,12 +68,13 @@ def score(embed: Embed, *, languages: Sequence[str] | None = None, progress: boo
     chosen = list(languages or data.sentences)
     if unknown := [language for language in chosen if language not in data.sentences]:
         raise LusiferError(f"the bundled set has no language {unknown[0]!r}; it has {', '.join(data.sentences)}")
-    english = embed(data.sentences["en"])
+    own = embed(data.sentences["en"])
+    found = own if english is None else english.to(own.device)
     scores: Scores = {"translation_retrieval": {}, "topic_retrieval": {}}
     for language in tqdm(chosen, desc="scoring languages", disable=not progress, leave=False):
-        vectors = english if language == "en" else embed(data.sentences[language])
+        vectors = own if language == "en" else embed(data.sentences[language])
         if language != "en":
-            scores["translation_retrieval"][language] = translation_accuracy(english, vectors)
+            scores["translation_retrieval"][language] = translation_accuracy(found, vectors)
         scores["topic_retrieval"][language] = topic_accuracy(vectors, data.topics)
     return scores
 

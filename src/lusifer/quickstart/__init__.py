@@ -1,7 +1,8 @@
-"""``lusifer quickstart``: from nothing to a trained model and its scores on a laptop.
+"""``lusifer quickstart``: from nothing to an English index that answers in other languages, and a trained model.
 
-`run` fetches the starter backbones, trains all stages on English text and scores three systems in 23 languages: the
-encoder alone, the English LLM alone, and LUSIFER. `report` turns that into Markdown and a plot, without torch.
+`adapted` fills an index with an English embedder and asks it in other languages; `run` does that first, then trains
+LUSIFER by the paper's stages, and scores five systems in 23 languages: the encoder, the English LLM and the English
+embedder alone, the adapted model, and LUSIFER. `report` turns that into Markdown and a plot, without torch.
 """
 
 from __future__ import annotations
