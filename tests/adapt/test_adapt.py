@@ -17,7 +17,8 @@ from sentence_transformers import SentenceTransformer
 
 import lusifer
 from lusifer.adapt import adapt, collect, fit
-from lusifer.adapt.modeling import AdaptedEncoder
+from lusifer.adapt.closed_form import ClosedForm
+from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import TextEncoder
@@ -136,6 +137,45 @@ def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeyp
     run(teacher, tmp_path / "parts", few)
     assert seen == [200, 200, 200, 200, 30]  # The third block again, none of the first two.
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def head_and_data(rows, seed=0):
+    """A random closed form, the head that starts from it, and held-out texts."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(400, 6, generator=generator)
+    goal = torch.nn.functional.normalize(states @ torch.randn(6, 4, generator=generator), dim=1)
+    form = ClosedForm(torch.randn(4, 6, generator=generator), torch.zeros(4), torch.zeros(6), torch.ones(6), (1,))
+    head = LayerHead(6, 4, 8)
+    head.start_from({name: getattr(form, name) for name in ("matrix", "bias", "mean", "deviation")})
+    data = collect.Collected(form, None, None, rows, rows, (states, goal), (states, goal))
+    return head, data, states, goal
+
+
+def cosine(head, states, goal):
+    return float((torch.nn.functional.normalize(head(states), dim=1) * goal).sum(1).mean())
+
+
+def test_what_was_learnt_by_heart_is_taken_back():
+    head, data, states, goal = head_and_data(10)
+    best = torch.linalg.lstsq(states, goal).solution.T
+    data.form = replace(data.form, matrix=best)
+    with torch.no_grad():
+        head.linear.weight.copy_(best)
+    closed = cosine(head, states, goal)
+    with torch.no_grad():  # Worse in everything.
+        head.down.weight.copy_(torch.randn(4, 8))
+        head.linear.weight.mul_(-1)
+    assert fit.hold_back(head, data, torch.arange(6)) == 0
+    assert cosine(head, states, goal) == pytest.approx(closed, abs=1e-6)
+
+
+def test_what_holds_for_other_texts_stays():
+    head, data, states, goal = head_and_data(10)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.linalg.lstsq(states, goal).solution.T)
+    before = cosine(head, states, goal)
+    assert fit.hold_back(head, data, torch.arange(6)) == 1
+    assert cosine(head, states, goal) == pytest.approx(before, abs=1e-6)
 
 
 def test_the_time_ends_a_run(teacher, options, tmp_path):

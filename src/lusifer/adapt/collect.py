@@ -102,6 +102,7 @@ class Collected:
         texts: Texts collected: the first so many.
         stored: Texts whose states are stored: the first so many of them.
         held_out: Mean states and unit vectors of the held-out texts, plain, (n, inputs) and (n, dim).
+        judges: The same of plain and switched held-out texts, one after the other.
     """
 
     form: ClosedForm
@@ -110,6 +111,7 @@ class Collected:
     texts: int
     stored: int
     held_out: tuple[Tensor, Tensor]
+    judges: tuple[Tensor, Tensor]
 
 
 class Deadlines(NamedTuple):
@@ -182,8 +184,9 @@ def collect(
         bar(len(rows))
     work.write(_PROGRESS, {"complete": True})
     known = _held_out_states(work, student, texts.held_out, switcher, seed)
-    form = choose(moments, student.layers, torch.cat(list(known)), torch.cat([held_out] * len(known)))
-    return Collected(form, targets, states, done, stored, (known[0], held_out))
+    judges = torch.cat(list(known)), torch.cat([held_out] * len(known))
+    form = choose(moments, student.layers, *judges)
+    return Collected(form, targets, states, done, stored, (known[0], held_out), judges)
 
 
 def _both_states(student: Student, block: TokenTexts, switcher: Switcher, seed: int) -> tuple[Tensor, Tensor]:

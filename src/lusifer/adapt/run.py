@@ -31,7 +31,7 @@ from lusifer.adapt.collect import (
     pieces_within,
     prepare,
 )
-from lusifer.adapt.fit import Rates, train_encoder, train_head
+from lusifer.adapt.fit import Rates, hold_back, train_encoder, train_head
 from lusifer.adapt.modeling import LayerHead
 from lusifer.adapt.report import agreement, summary
 from lusifer.adapt.saving import save, sentence_transformer
@@ -170,7 +170,8 @@ class _Run:
         taken = [f"closed form of layers {list(data.form.layers)}"]
         if not options.plain and options.head_epochs:
             self._train_head(head, data, columns)
-            taken.append("MLP")
+            kept = hold_back(head, data, columns)
+            taken.append("MLP" if kept == 1 else f"MLP, {kept:.0%} of it kept")
         if self.encoder_steps != 0:
             steps = self._train_encoder(head, texts, data, switcher)
             taken.append(f"{steps:,} steps of the encoder")
@@ -203,7 +204,7 @@ class _Run:
     def _start(self, data: Collected) -> tuple[LayerHead, Tensor]:
         """The head at the closed form, and the places of its inputs among the stored states."""
         form, width = data.form, self.student.width
-        hidden = 0 if self.options.plain or not self.options.head_epochs else _hidden(data.texts)
+        hidden = 0 if self.options.plain or not self.options.head_epochs else _hidden(data.stored)
         head = LayerHead(form.matrix.shape[1], form.matrix.shape[0], hidden)
         head.start_from({name: getattr(form, name) for name in ("matrix", "bias", "mean", "deviation")})
         columns = torch.cat([torch.arange(width) + self.student.layers.index(layer) * width for layer in form.layers])
