@@ -25,7 +25,7 @@ TEACHER = "starter:all-minilm-l6-v2"
 # Counts and no clock: the result does not depend on how fast a machine is. They take 3 to 4 minutes on two CPU cores.
 _TEXTS = 5_000
 COUNTS = Options(
-    minutes=None, most_texts=_TEXTS, most_stored=_TEXTS, most_pieces=20_000, head_epochs=12, encoder_steps=0
+    minutes=None, most_texts=_TEXTS, most_stored=_TEXTS, most_pieces=20_000, head_epochs=4, encoder_steps=0
 )
 ASKED_IN = ("de", "ru", "hi", "te", "sw", "ja")
 ASKED = ("travel-7", "health-8", "home-1")  # Names of sentences of the everyday set.
