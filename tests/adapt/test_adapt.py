@@ -19,6 +19,7 @@ import lusifer
 from lusifer.adapt import adapt, collect, fit
 from lusifer.adapt.closed_form import ClosedForm
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
+from lusifer.adapt.work import Work
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import TextEncoder
@@ -263,6 +264,24 @@ def test_another_teacher_is_refused_in_a_folder_of_unfinished_work(adapted, opti
     with pytest.raises(LusiferError, match="another teacher; .*--restart"):
         run(other, tmp_path / "out", options)
     run(other, tmp_path / "out", replace(options, restart=True, head_epochs=0, encoder_steps=0))
+
+
+def test_two_at_once_are_refused(teacher, options, tmp_path):
+    first = Work(tmp_path / "work", {"layout": 0})
+    with pytest.raises(LusiferError, match="another process is at work"):
+        run(teacher, tmp_path, options)
+    first.close()
+    with pytest.raises(LusiferError, match="was begun with"):
+        run(teacher, tmp_path, options)
+
+
+def test_time_used_before_a_kill_counts(teacher, options, tmp_path):
+    few = replace(options, minutes=0.05, head_epochs=10_000, encoder_steps=0)
+    run(teacher, tmp_path, few)
+    (tmp_path / "work" / "head.safetensors").unlink()
+    used = json.loads((tmp_path / "work" / "clock.json").read_text())["seconds"]
+    report = run(teacher, tmp_path, few)  # No time is left: the least there is, not another three seconds of the MLP.
+    assert report["seconds"] >= used
 
 
 def test_too_few_texts_are_refused(teacher, options, tmp_path):

@@ -50,6 +50,8 @@ _LONG = {"dictionary": 0.06, "states": 0.22, "vectors": 0.32, "head": 0.36, "enc
 _WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it gets too few steps to gain anything.
 _TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
 _TOKENS_ELSEWHERE = 32_768
+_CLOCK = "clock.json"
+_KEPT_EVERY = 20.0  # Seconds: what a kill takes from the count of the time.
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
     if options.plain:
         student.layers = student.layers[-1:]
     work = Work(output / "work", _plan(source, options), restart=options.restart)
-    clock = Clock(options.minutes, used=float(work.read("clock.json").get("seconds", 0)) + time.monotonic() - began)
-    run = _Run(source, student, work, clock, options, progress)
+    used = float(work.read(_CLOCK).get("seconds", 0)) + time.monotonic() - began
+    run = _Run(source, student, work, Clock(options.minutes, used), options, progress)
     try:
         report = run.all_steps(output)
     finally:
-        work.write("clock.json", {"seconds": clock.used})
+        run.keep_time(0)
+        work.close()
     write_json(output / "report.json", report)
     for line in summary(report):
         logger.info("%s", line)
@@ -145,6 +148,7 @@ class _Run:
         long = trains and (options.minutes or 0) >= _WORTH_IT
         self.shares = _LONG if long else _SHARES
         self.encoder_steps = options.encoder_steps or (None if long else 0)
+        self._kept = 0.0
 
     def all_steps(self, output: Path) -> dict[str, Any]:
         """From texts to the saved model."""
@@ -178,6 +182,12 @@ class _Run:
         student.encoder.requires_grad_(False)
         return self._finish(output, head, list(data.form.layers), data, closed, taken)
 
+    def keep_time(self, least: float = _KEPT_EVERY) -> None:
+        """Writes the time used, if so many seconds went by since it was written."""
+        if self.clock.used - self._kept >= least:
+            self._kept = self.clock.used
+            self.work.write(_CLOCK, self.clock.elapsed())
+
     def _choose_precision(self) -> None:
         student = self.student
         student.bfloat16 = (
@@ -198,7 +208,7 @@ class _Run:
                 ),
                 most_stored=self.options.most_stored,
                 seed=self.options.seed,
-                bar=bar.update,
+                bar=partial(self._advance, bar),
             )
 
     def _start(self, data: Collected) -> tuple[LayerHead, Tensor]:
@@ -227,7 +237,7 @@ class _Run:
                 seconds=max(1.0, self.clock.until(self.shares["head"])),
                 rates=Rates(),
                 seed=self.options.seed,
-                bar=partial(_advance, bar),
+                bar=partial(self._advance, bar),
             )
 
     def _train_encoder(self, head: LayerHead, texts: Prepared, data: Collected, switcher: Switcher) -> int:
@@ -245,7 +255,7 @@ class _Run:
                 tokens=_TOKENS.get(self.student.device.type, _TOKENS_ELSEWHERE),
                 rates=Rates(),
                 seed=self.options.seed,
-                bar=partial(_advance, bar),
+                bar=partial(self._advance, bar),
             )
 
     def _finish(
@@ -285,16 +295,17 @@ class _Run:
         save(model, output / "model", origin, report)
         return report
 
+    def _advance(self, bar: Any, done: float, loss: float | None = None) -> None:
+        if loss is not None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update(min(done, max(0.0, bar.total - bar.n)))
+        self.keep_time()
+
     @contextmanager
     def _bar(self, what: str, total: float, unit: str = "") -> Iterator[Any]:
         layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}" if not unit else None
         with tqdm(total=total, desc=what, unit=unit, disable=not self.progress, bar_format=layout) as bar:
             yield bar
-
-
-def _advance(bar: Any, share: float, loss: float) -> None:
-    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    bar.update(min(share, max(0.0, 1.0 - bar.n)))
 
 
 def _hidden(texts: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,10 @@ class Clock:
         self.limit = None if minutes is None else 60 * minutes
         self._began = time.monotonic() - used
 
+    def elapsed(self) -> dict[str, float]:
+        """What a later call needs to go on: seconds used."""
+        return {"seconds": round(self.used, 1)}
+
     @property
     def used(self) -> float:
         """Seconds used."""
@@ -52,20 +57,33 @@ class Work:
         restart: Throws away what is there.
 
     Raises:
-        LusiferError: If the folder was begun with another plan.
+        LusiferError: If the folder was begun with another plan, or another process is at work in it.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, which a restart removes; the system lets go of it when the process ends, however it ends.
+        self._lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise LusiferError(
+                f"another process is at work in {folder}; wait, or choose another"
+            ) from error
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         before = self.read(_PLAN)
         for key in plan if before else ():
             if before.get(key) != plan[key]:
                 why = _WORDS.get(key, f"another value of {key}")
                 raise LusiferError(f"{folder} was begun with {why}; choose another output folder, or --restart")
         write_json(folder / _PLAN, plan)
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        self._lock.release()
 
     def path(self, name: str) -> Path:
         """Where a file is, or is to be."""
