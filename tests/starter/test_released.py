@@ -30,8 +30,6 @@ def fetched():
         return None
 
 
-# The packaged weights belong to the encoder of the release before.
-outdated = pytest.mark.skip(reason="weights for starter:multilingual-e5-small are not released yet")
 needs_backbones = pytest.mark.skipif(fetched() is None, reason="the starter backbones are not fetched")
 
 
@@ -143,7 +141,6 @@ def test_a_folder_called_starter_wins(tmp_path, monkeypatch):
     assert resolve("someone/model") == "someone/model"
 
 
-@outdated
 def test_release_is_small_and_names_no_machine():
     size = sum(path.stat().st_size for path in RELEASE.rglob("*") if path.is_file())
     assert 1_000_000 < size <= 16_000_000
@@ -154,7 +151,6 @@ def test_release_is_small_and_names_no_machine():
         assert part in card
 
 
-@outdated
 @needs_backbones
 def test_released_model_finds_the_teachers_vectors():
     sentences = load_everyday().sentences
@@ -165,7 +161,6 @@ def test_released_model_finds_the_teachers_vectors():
         assert (nearest == range(len(nearest))).mean() > 0.6, language
 
 
-@outdated
 @needs_backbones
 def test_released_model_loads_offline_in_sentence_transformers():
     code = (

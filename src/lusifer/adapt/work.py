@@ -68,9 +68,7 @@ class Work:
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise LusiferError(
-                f"another process is at work in {folder}; wait, or choose another"
-            ) from error
+            raise LusiferError(f"another process is at work in {folder}; wait, or choose another") from error
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
