@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,15 @@ def test_embeddings_do_not_depend_on_batch_mates_or_padding(adapted):
     # Float32 sums of other lengths: a few units in the last place.
     np.testing.assert_allclose(TextEncoder(model).encode(texts), alone, atol=2e-6)
     np.testing.assert_allclose(model.encode(texts, batch_size=5, prompt=""), alone, atol=2e-6)
+
+
+def test_a_used_model_goes_to_other_processes(adapted):
+    folder, _ = adapted
+    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    texts = sentences(6, seed=8)
+    vectors = model.encode(texts)  # Leaves hooks of transformers behind, which cannot be pickled.
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        np.testing.assert_array_equal(again.encode(texts), vectors)
 
 
 def test_an_interrupted_run_ends_like_any_other(adapted, teacher, options, tmp_path, monkeypatch):

@@ -107,6 +107,10 @@ class AdaptedEncoder(PreTrainedModel):
         """The encoder's token embeddings."""
         return self.encoder.get_input_embeddings()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as configuration and weights: the hooks with which transformers collects states cannot be pickled."""
+        return _rebuilt, (self.config, self.state_dict(), self.training)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -124,6 +128,12 @@ class AdaptedEncoder(PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = mean_states(self.encoder, input_ids, mask, self.config.layers or [])
         return BaseModelOutputWithPooling(pooler_output=self.head(states.to(self.head.linear.weight.dtype)).float())
+
+
+def _rebuilt(config: AdaptedConfig, state: dict[str, Tensor], training: bool) -> AdaptedEncoder:
+    model = AdaptedEncoder(config)
+    model.load_state_dict(state, assign=True)
+    return model.to(next(iter(state.values())).device).train(training)
 
 
 AutoModel.register(AdaptedConfig, AdaptedEncoder, exist_ok=True)
