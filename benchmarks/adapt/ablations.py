@@ -135,12 +135,34 @@ class Residual(nn.Module):
         return change if self.skip is None else self.skip(x) + change
 
 
+def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Draws Tatoeba and XQuAD of each row as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    for shift, (name, colour, hatch) in enumerate((("tatoeba", "#0072B2", ""), ("xquad", "#E69F00", "///"))):
+        places = [place + 0.4 * shift for place in range(len(rows))]
+        values = [row[name] for row in rows.values()]
+        label = {"tatoeba": "Tatoeba, accuracy", "xquad": "XQuAD, nDCG@10"}[name]
+        bars = axes.barh(places, values, 0.38, color=colour, hatch=hatch, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_yticks([place + 0.2 for place in range(len(rows))], list(rows), fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="%", title="Foreign queries on MiniLM's English index")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Reads the command line, computes the rows and prints them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     student = Student("starter:multilingual-e5-small", asymmetric=False, device="cpu")
@@ -185,6 +207,8 @@ def main() -> None:
     order = torch.cat([flat[:, 0], flat[:, 1]]), torch.cat([targets, targets])
     mlp = Residual(inputs, targets.shape[1], 512, zero=True)
     row("closed form, four layers, switched copies, MLP", trained(mlp, *order, start=both, epochs=6))
+    if args.plot:
+        plot(rows, args.plot)
     if args.out:
         write_json(args.out, {"texts": stored, "rows": rows})
 
