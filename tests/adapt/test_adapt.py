@@ -64,7 +64,9 @@ def test_the_model_is_an_ordinary_one(adapted):
     assert isinstance(model[0].auto_model, AdaptedEncoder)
     types = [module["type"] for module in json.loads((folder / "model" / "modules.json").read_text())]
     assert all(name.startswith("sentence_transformers.") for name in types)
-    assert "encoder" not in json.loads((folder / "model" / "config.json").read_text())["encoder_config"]["_name_or_path"]
+    assert (
+        "encoder" not in json.loads((folder / "model" / "config.json").read_text())["encoder_config"]["_name_or_path"]
+    )
     vectors = model.encode(["the cat sat", "a small house"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     model.save_pretrained(str(folder / "again"))
@@ -165,7 +167,7 @@ def head_and_data(rows, seed=0):
 
 
 def cosine(head, states, goal):
-    return float((torch.nn.functional.normalize(head(states), dim=1) * goal).sum(1).mean())
+    return float((torch.nn.functional.normalize(head(states), dim=1) * goal).sum(1).mean().detach())
 
 
 def test_what_was_learnt_by_heart_is_taken_back():

@@ -41,7 +41,9 @@ class AdaptedConfig(PretrainedConfig):
         if isinstance(self.encoder_config, dict):
             self.encoder_config = AutoConfig.for_model(**self.encoder_config)
         if self.encoder_config is not None:
-            self.encoder_config.name_or_path = ""  # A checkpoint holds all weights: where they lay is nobody's business.
+            self.encoder_config.name_or_path = (
+                ""  # A checkpoint holds all weights: where they lay is nobody's business.
+            )
         depth = getattr(self.encoder_config, "num_hidden_layers", None)
         self.layers, self.provenance = list(self.layers or ([] if depth is None else [depth])), self.provenance or {}
         if depth is not None and not all(0 <= layer <= depth for layer in self.layers):

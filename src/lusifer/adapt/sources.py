@@ -207,7 +207,7 @@ def _rows(table: VectorTable, most: int, location: str) -> tuple[list[str], np.n
     for names, vectors in table.batches(_BATCH):
         chosen = [row for row in range(len(names)) if (seen + row) % stride == 0]
         seen += len(names)
-        units = normalize(torch.from_numpy(vectors), dim=1).numpy()
+        units = normalize(torch.tensor(vectors), dim=1).numpy()
         for row in chosen:
             text = " ".join(names[row].split())
             rows.append(text)
