@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lusifer.adapt.texts import SENTENCE_END
 from lusifer.publishing import publish_file
 
 # No licence of their own, one that asks for more than naming the source and keeping the licence, or poor text.
@@ -43,7 +44,6 @@ PASSAGES |= {
     "opensource-guide": 60,
 }
 GLOSSES = 12_000
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[A-Z\"“‘'])")
 TARGET = Path(__file__).parents[2] / "src/lusifer/resources/english.jsonl.bz2"
 
 

@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.interop.authors import find_authors
 from lusifer.model.adapters import parameters_by_part
 from lusifer.model.backbones import check_tokenizer
@@ -20,6 +21,8 @@ from lusifer.model.sentence_transformer import lusifer_model
 from lusifer.model.text_encoder import FastSentenceTransformer, set_precision
 from lusifer.starter.fetch import PREFIX, resolve_backbone
 from lusifer.starter.released import NAME, assemble
+
+ADAPTED = "adapted.json"  # In a model's folder: whose vector space it answers in.
 
 
 def resolve(name: str) -> str:
@@ -154,11 +157,10 @@ def _describe_other(path: str, model: SentenceTransformer) -> dict[str, Any]:
     inner: Any = getattr(model[0], "auto_model", None)
     config: Any = getattr(inner, "config", None)
     encoder = getattr(config, "encoder_config", config)
-    origin = Path(path) / "adapted.json"
     parts = {type(module).__name__: sum(p.numel() for p in module.parameters()) for module in model}
     return {
         "kind": " -> ".join(parts),
-        "adapted": json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else None,
+        "adapted": adapted_from(path),
         "dimension": model.get_embedding_dimension(),
         "max_seq_length": model.max_seq_length,
         "prompts": dict(model.prompts),
@@ -166,6 +168,23 @@ def _describe_other(path: str, model: SentenceTransformer) -> dict[str, Any]:
         "parameters": {part: {"total": count, "trainable": count} for part, count in parts.items() if count},
         "languages": getattr(encoder, "languages", None) or "those of the encoder",
     }
+
+
+def adapted_from(path: str) -> dict[str, Any] | None:
+    """What a model says of the model whose vector space it answers in: ``teacher``, ``teacher_hash``, ``dimension``.
+
+    Args:
+        path: Folder or hub id.
+
+    Returns:
+        None where it says nothing, or nothing that can be read.
+    """
+    try:
+        file = cached_or_none(path, ADAPTED)
+        facts = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "teacher_hash" in facts else None
 
 
 def _megabytes(path: str) -> float:

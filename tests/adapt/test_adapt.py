@@ -256,7 +256,9 @@ def test_prefixes_of_a_matryoshka_teacher_hold(adapted, teacher):
     model, original = (SentenceTransformer(str(p), device="cpu", truncate_dim=16) for p in (folder / "model", teacher))
     unseen = sentences(60, seed=5)
     ours, theirs = (m.encode(unseen, normalize_embeddings=True) for m in (model, original))
-    assert (ours * theirs).sum(1).mean() > 0.5
+    assert ours.shape == (60, 16)
+    own = (ours * theirs).sum(1).mean()
+    assert own > (ours * np.roll(theirs, 1, axis=0)).sum(1).mean() + 0.02  # Nearer to its own text than to another.
 
 
 @pytest.mark.parametrize(
@@ -290,12 +292,11 @@ def test_two_at_once_are_refused(teacher, options, tmp_path):
 
 
 def test_time_used_before_a_kill_counts(teacher, options, tmp_path):
-    few = replace(options, minutes=0.05, head_epochs=10_000, encoder_steps=0)
-    run(teacher, tmp_path, few)
-    (tmp_path / "work" / "head.safetensors").unlink()
-    used = json.loads((tmp_path / "work" / "clock.json").read_text())["seconds"]
-    report = run(teacher, tmp_path, few)  # No time is left: the least there is, not another three seconds of the MLP.
-    assert report["seconds"] >= used
+    few = replace(options, minutes=1, head_epochs=1_000_000, encoder_steps=0)
+    Work(tmp_path / "work", {}).close()
+    (tmp_path / "work" / "clock.json").write_text(json.dumps({"seconds": 1000}))
+    report = run(teacher, tmp_path, few)  # No time is left of the minute, so it takes the least there is.
+    assert 1000 < report["seconds"] < 1040
 
 
 def test_too_few_texts_are_refused(teacher, options, tmp_path):
@@ -330,5 +331,5 @@ def test_texts_beyond_the_teachers_window_are_counted(options, tmp_path, caplog)
 
 def test_a_folder_that_is_no_model_and_no_table(options, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LusiferError):
+    with pytest.raises(LusiferError, match="no checkpoint at .* no modules.json"):
         run(str(tmp_path / "empty"), tmp_path / "out", options)

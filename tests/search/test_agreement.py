@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lusifer import LusiferError
+from lusifer.data.vectors.agreement import compare
 from lusifer.loading import load_checkpoint
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.search import open_any
-from lusifer.search.agreement import adapted_to, admit, compare, measure
+from lusifer.search.agreement import adapted_to, admit, measure
 from support.bert import save_bert
 from support.command import mistake
 from support.texts import TEXTS

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from support.tiny import save_encoder_tokenizer
 
 
-def save_bert(folder, *, size=32, seed=7, noise=0.0, normalize=True, prompts=None):
+def save_bert(folder, *, size=32, seed=7, noise=0.0, normalize=True, prompts=None, window=48):
     """Saves one and returns its folder: the same size and seed is the same model, but for the noise on its weights."""
     inner = folder.with_name(f"{folder.name}-transformer")
     words = save_encoder_tokenizer(inner)
@@ -30,6 +30,6 @@ def save_bert(folder, *, size=32, seed=7, noise=0.0, normalize=True, prompts=Non
                 parameter.copy_(0.25 * torch.randn(parameter.shape, generator=draw))
                 parameter += noise * torch.randn(parameter.shape, generator=draw)
     model.save_pretrained(inner)
-    modules = [Transformer(str(inner), max_seq_length=48), Pooling(size, pooling_mode="mean")]
+    modules = [Transformer(str(inner), max_seq_length=window), Pooling(size, pooling_mode="mean")]
     SentenceTransformer(modules=[*modules, *([Normalize()] if normalize else [])], prompts=prompts).save(str(folder))
     return folder

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import random
 
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import BertConfig, BertModel
-
-from support.tiny import CORPUS, save_encoder_tokenizer, sharpen
+from support.bert import save_bert
+from support.tiny import CORPUS
 
 WORDS = sorted({word.strip(",") for line in CORPUS for word in line.split()})
 
@@ -23,19 +20,5 @@ def sentences(count, seed=0):
 
 
 def save_teacher(folder, width=32, **options):
-    """A Sentence Transformers model on a random BERT."""
-    base = folder / "base"
-    config = BertConfig(
-        vocab_size=save_encoder_tokenizer(base),
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        pad_token_id=1,
-    )
-    sharpen(BertModel(config, add_pooling_layer=False)).save_pretrained(base)
-    module = Transformer(str(base), max_seq_length=options.pop("window", 48))
-    model = SentenceTransformer(modules=[module, Pooling(width), Normalize()], **options)
-    model.save_pretrained(str(folder / "model"), create_model_card=False)
-    return str(folder / "model")
+    """A Sentence Transformers model on a random BERT; its folder as a text."""
+    return str(save_bert(folder / "model", size=width, **options))

@@ -59,9 +59,8 @@ class Moments:
 
     def add(self, states: Tensor, targets: Tensor) -> None:
         """Takes rows of (n, inputs) and (n, outputs)."""
-        # Centred by nothing here: float64 has room for sums of a million rows of unit scale.
         rows = torch.cat([states, targets, torch.ones_like(targets[:, :1])], dim=1).double()
-        self.sums += (rows.T @ rows).to(self.sums.device)
+        self.sums += rows.T @ rows
 
     @property
     def count(self) -> int:

@@ -32,11 +32,10 @@ _MOST_WORDS = 20_000
 
 
 class Prepared(NamedTuple):
-    """Texts to learn from, held-out ones, and the words that are marked in them."""
+    """Texts to learn from, and held-out ones."""
 
     train: Tokenizing
     held_out: TokenTexts
-    vocabulary: list[str]
 
 
 def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], roles: Sequence[str]) -> Prepared:
@@ -52,7 +51,7 @@ def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], rol
     prompts = [student.prompts[role] for role in roles]
     options: Any = {"max_length": student.longest}
     held = tokenize(student.tokenizer, held_out, prompts[len(train) :], vocabulary, **options)
-    return Prepared(Tokenizing(student.tokenizer, train, prompts, vocabulary, student.longest), held, vocabulary)
+    return Prepared(Tokenizing(student.tokenizer, train, prompts, vocabulary, student.longest), held)
 
 
 def dictionary(student: Student, vocabulary: Sequence[str], *, most: int | None) -> Dictionary:
@@ -83,11 +82,10 @@ def load_dictionary(work: Work, compute: Callable[[], Dictionary]) -> Dictionary
 
     def flat() -> dict[str, Tensor]:
         pairs = compute()
-        tensors = {f"{script}.{part}": getattr(p, part) for script, p in pairs.items() for part in ("words", "pieces")}
-        return tensors or {"none": torch.zeros(1)}
+        return {f"{script}.{part}": getattr(p, part) for script, p in pairs.items() for part in ("words", "pieces")}
 
     tensors = work.tensors("dictionary.safetensors", flat)
-    scripts = sorted({name.rpartition(".")[0] for name in tensors if name != "none"})
+    scripts = sorted({name.rpartition(".")[0] for name in tensors})
     return {script: Pairs(tensors[f"{script}.words"], tensors[f"{script}.pieces"]) for script in scripts}
 
 

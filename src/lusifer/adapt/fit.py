@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from lusifer.adapt.collect import Collected
 from lusifer.adapt.loss import teacher_loss
@@ -29,6 +29,7 @@ from lusifer.adapt.work import Work
 BANK = 4_096
 _HEAD_ROWS = 1_024
 _EVERY = 60.0  # Seconds between checkpoints.
+_SHARES_KEPT = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # Of what the head learnt.
 _POOL = 16  # Batches that are drawn together and sorted by length.
 
 
@@ -74,7 +75,7 @@ class Loop:
             [{"params": list(ps), "lr": rate, "peak": rate, "weight_decay": decay} for ps, rate, decay in groups],
             betas=(0.9, 0.98),
         )
-        self.step, self._before, self._loss = 0, 0.0, math.nan
+        self.step, self._before = 0, 0.0
         self._resume()
         self._began = self._saved = time.monotonic()
 
@@ -84,8 +85,8 @@ class Loop:
         used = self._before + time.monotonic() - self._began
         return min(1.0, max(self.step / self.steps, used / self.seconds))
 
-    def run(self, loss_of: Callable[[int], Tensor]) -> float:
-        """Takes steps until the end and returns the last loss; ``loss_of`` gets the step's number."""
+    def run(self, loss_of: Callable[[int], Tensor]) -> None:
+        """Takes steps until the end; ``loss_of`` gets the step's number."""
         share = self.done
         while share < 1:
             factor = min(1.0, (share + 1e-9) / self.warm_up) * (0.5 * (1 + math.cos(math.pi * share)) * 0.98 + 0.02)
@@ -96,18 +97,17 @@ class Loop:
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.step, self._loss = self.step + 1, loss.item()
+            self.step += 1
             before, share = share, self.done
-            self.bar(share - before, self._loss)
+            self.bar(share - before, loss.item())
             if time.monotonic() - self._saved > _EVERY:
                 self.save()
         self.save()
-        return self._loss
 
     def save(self) -> None:
         """Writes the checkpoint: parameters, the optimizer's moments, step and time."""
         used = self._before + time.monotonic() - self._began
-        tensors = {"step": torch.tensor([float(self.step), used, self._loss], dtype=torch.float64)}
+        tensors = {"step": torch.tensor([float(self.step), used], dtype=torch.float64)}
         for number, parameter in enumerate(self.parameters):
             state = self.optimizer.state.get(parameter) or {}
             kept = {"value": parameter, **{key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}}
@@ -119,7 +119,7 @@ class Loop:
         if not self.work.path(self.name).is_file():
             return
         tensors = self.work.load(self.name)
-        step, self._before, self._loss = tensors.pop("step").tolist()
+        step, self._before = tensors.pop("step").tolist()
         self.step = int(step)
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):
@@ -156,8 +156,8 @@ def train_head(
     rates: Rates,
     seed: int,
     bar: Callable[[float, float], object],
-) -> float:
-    """Trains the head on the stored states, plain and switched, and returns the last loss.
+) -> None:
+    """Trains the head on the stored states, plain and switched.
 
     Args:
         work: Where checkpoints go.
@@ -187,7 +187,7 @@ def train_head(
         vectors = normalize(head(states.to(device)), dim=1)
         return teacher_loss(vectors, targets.to(device), bank.to(device))
 
-    return loop.run(loss_of)
+    loop.run(loss_of)
 
 
 @torch.no_grad()
@@ -206,17 +206,17 @@ def hold_back(head: LayerHead, data: Collected, columns: Tensor) -> float:
         The share that is kept.
     """
     device = head.linear.weight.device
+    matrix, bias = data.form.matrix.to(device), data.form.bias.to(device)
     states, targets = (part.to(device) for part in data.judges)
-    states, form = states[:, columns], data.form
-    closed = normalize(form.matrix.to(device) @ states.T + form.bias.to(device)[:, None], dim=0).T
-    trained, start = head(states), states @ form.matrix.to(device).T + form.bias.to(device)
-    agreement = {0.0: float((closed * targets).sum(1).mean())}
-    for share in (0.2, 0.4, 0.6, 0.8, 1.0):
-        vectors = normalize(start + share * (trained - start), dim=1)
-        agreement[share] = float((vectors * targets).sum(1).mean())
+    states = states[:, columns]
+    start = linear(states, matrix, bias)
+    change = head(states) - start
+    agreement = {
+        share: float((normalize(start + share * change, dim=1) * targets).sum(1).mean()) for share in _SHARES_KEPT
+    }
     best = max(agreement, key=lambda share: agreement[share])
-    head.linear.weight.lerp_(form.matrix.to(device), 1 - best)
-    head.linear.bias.lerp_(form.bias.to(device), 1 - best)
+    head.linear.weight.lerp_(matrix, 1 - best)
+    head.linear.bias.lerp_(bias, 1 - best)
     if head.down is not None:
         head.down.weight.mul_(best)
     return best

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 
 from lusifer.data.everyday_set import load_everyday
+from lusifer.data.vectors.agreement import compare
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 MULTILINGUAL = 0.5  # Share of the everyday set beyond which a teacher reads other languages itself.
 
 
-def everyday_scores(queries: Encode, index: np.ndarray, languages: Sequence[str] | None = None) -> dict[str, float]:
+def everyday_scores(queries: Encode, index: np.ndarray) -> dict[str, float]:
     """Share of the everyday set's sentences whose English translation is the nearest vector of an index, by language.
 
     Args:
         queries: From texts to (n, dim) unit vectors.
         index: (sentences, dim) unit vectors of the English sentences.
-        languages: Languages to score; all when None.
     """
     sentences = load_everyday().sentences
     scores = {}
-    for language in languages or sorted(sentences):
+    for language in sorted(sentences):
         nearest = (queries(sentences[language]) @ index.T).argmax(axis=1)
         scores[language] = float((nearest == np.arange(len(nearest))).mean())
     return scores
@@ -36,12 +36,11 @@ def agreement(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
         student: (n, dim) unit vectors.
         teacher: (n, dim) unit vectors.
     """
-    nearest = (student @ teacher.T).argmax(axis=1)
-    cosine = (student * teacher).sum(axis=1)
+    measured = compare(student, teacher)
     return {
-        "texts": len(cosine),
-        "cosine": round(float(cosine.mean()), 4),
-        "finds_itself": round(float((nearest == np.arange(len(nearest))).mean()), 4),
+        "texts": measured.texts,
+        "cosine": round(measured.mean_cosine, 4),
+        "finds_itself": round(measured.found, 4),
     }
 
 

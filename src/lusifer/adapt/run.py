@@ -33,7 +33,7 @@ from lusifer.adapt.collect import (
 )
 from lusifer.adapt.fit import Rates, hold_back, train_encoder, train_head
 from lusifer.adapt.modeling import LayerHead
-from lusifer.adapt.report import agreement, summary
+from lusifer.adapt.report import agreement
 from lusifer.adapt.saving import save, sentence_transformer
 from lusifer.adapt.sources import Source, open_source
 from lusifer.adapt.student import Student
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 ENCODER = "starter:multilingual-e5-small"
 _SHARES = {"dictionary": 0.15, "states": 0.62, "vectors": 0.0, "head": 0.92}  # Of the time, when no encoder is trained.
 _LONG = {"dictionary": 0.06, "states": 0.22, "vectors": 0.32, "head": 0.36, "encoder": 0.97}
-_WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it gets too few steps to gain anything.
+_WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it would get a few hundred steps.
 _TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
 _TOKENS_ELSEWHERE = 32_768
 _CLOCK = "clock.json"
@@ -125,8 +125,6 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
         run.keep_time(0)
         work.close()
     write_json(output / "report.json", report)
-    for line in summary(report):
-        logger.info("%s", line)
     return report
 
 
@@ -161,7 +159,7 @@ class _Run:
             def most() -> int | None:
                 return options.most_pieces or pieces_within(student, self.clock, self.shares["dictionary"])
 
-            matches = load_dictionary(self.work, lambda: dictionary(student, texts.vocabulary, most=most()))
+            matches = load_dictionary(self.work, lambda: dictionary(student, texts.train.vocabulary, most=most()))
             bar.update(1)
         if not matches:
             logger.warning(

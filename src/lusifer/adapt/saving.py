@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from torch import nn
@@ -14,11 +16,11 @@ from torch import nn
 from lusifer.adapt.configuration import AdaptedConfig
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
 from lusifer.adapt.report import summary
+from lusifer.loading import ADAPTED
+from lusifer.model.card import CARD
 from lusifer.model.checkpoint import SAFE
 from lusifer.model.sentence_transformer import to_sentence_transformer
 from lusifer.publishing import publish_folder, write_json
-
-ADAPTED = "adapted.json"  # Whose vector space it answers in.
 
 
 def sentence_transformer(
@@ -81,45 +83,18 @@ def save(model: SentenceTransformer, folder: Path, origin: dict[str, Any], repor
     with publish_folder(folder, "adapted model") as new:
         model.save_pretrained(str(new), create_model_card=False)
         write_json(new / ADAPTED, origin)
-        (new / "README.md").write_text(card(origin, report), encoding="utf-8")
+        (new / CARD).write_text(card(origin, report), encoding="utf-8")
 
 
 def card(origin: dict[str, Any], report: dict[str, Any]) -> str:
-    """The model's card in Markdown."""
-    teacher = origin["teacher"]
-    rows = [
-        f"| {language} | {100 * score:.0f} | {100 * report['everyday_teacher'][language]:.0f} |"
-        for language, score in (report.get("everyday") or {}).items()
-        if language in report.get("everyday_teacher", {})
-    ]
-    table = ["| language | this model | the teacher itself |", "|---|---:|---:|", *rows] if rows else []
-    return "\n".join(
-        [
-            "---",
-            "library_name: sentence-transformers",
-            "pipeline_tag: sentence-similarity",
-            "tags: [lusifer, multilingual, sentence-similarity]",
-            "---",
-            "",
-            f"# {teacher}, in every language of {report['encoder']}",
-            "",
-            f"Embeds texts in many languages into the vector space of `{teacher}`: an index that it filled",
-            "with English text is searched with this model. Learnt from English text alone, by `lusifer adapt`.",
-            "",
-            *[f"- {line}" for line in summary(report)],
-            f"- {report['texts']:,} English texts ({report['source']})",
-            f"- {report['steps']}; {report['seconds']:,} seconds",
-            "",
-            "Everyday sentences whose English translation is the nearest of the teacher's vectors, %:" if rows else "",
-            "",
-            *table,
-            "",
-            "```python",
-            "import lusifer",
-            "",
-            'model = lusifer.load("PATH")',
-            'vectors = model.encode_query(["Wo ist der Bahnhof?"])',
-            "```",
-            "",
-        ]
+    """The model's card in Markdown; the text is ``resources/adapted.md.jinja``."""
+    teacher = report.get("everyday_teacher", {})
+    rows = [(code, 100 * score, 100 * teacher[code]) for code, score in report.get("everyday", {}).items()]
+    data = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["lusifer", "multilingual", "sentence-similarity"],
     )
+    template = (files("lusifer") / "resources" / "adapted.md.jinja").read_text(encoding="utf-8")
+    values = {"teacher": origin["teacher"], "report": report, "lines": summary(report), "rows": rows}
+    return str(ModelCard.from_template(data, template_str=template, **values).content) + "\n"

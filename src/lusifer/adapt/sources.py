@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lusifer.adapt.report import MULTILINGUAL, everyday_scores, mean_other
 from lusifer.adapt.teacher import Teacher, check_vectors
 from lusifer.adapt.texts import Corpus, check_english, english_texts, hold_out, is_english
 from lusifer.data.everyday_set import load_everyday
+from lusifer.data.vector_tables import is_vectors, open_vectors
+from lusifer.data.vectors.agreement import unit
+from lusifer.data.vectors.rows import VectorTable
 from lusifer.errors import LusiferError
 from lusifer.starter.fetch import PREFIX
 
 if TYPE_CHECKING:
     from lusifer.adapt.run import Options
-    from lusifer.data.vectors.rows import VectorTable
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,6 @@ def is_model(name: str) -> bool:
     """Whether a name is that of a model rather than of a table of vectors."""
     if name.startswith(PREFIX) or (Path(name).expanduser() / "modules.json").is_file():
         return True
-    from lusifer.data.vector_tables import is_vectors
-
     return not is_vectors(name)
 
 
@@ -165,8 +164,6 @@ class TableSource:
     asymmetric = False
 
     def __init__(self, location: str, options: Options) -> None:
-        from lusifer.data.vector_tables import open_vectors
-
         table = open_vectors(location, text=options.text_column, vector=options.vector_column)
         texts, vectors, self.left_out = _rows(table, options.most_texts, location)
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options.seed)).tolist()
@@ -202,18 +199,17 @@ def _rows(table: VectorTable, most: int, location: str) -> tuple[list[str], np.n
     """
     stride = max(1, table.rows // most)
     texts: dict[str, np.ndarray] = {}
-    rows: list[str] = []
-    seen = 0
+    seen = read = english = 0
     for names, vectors in table.batches(_BATCH):
         chosen = [row for row in range(len(names)) if (seen + row) % stride == 0]
         seen += len(names)
-        units = normalize(torch.tensor(vectors), dim=1).numpy()
+        read += len(chosen)
         for row in chosen:
             text = " ".join(names[row].split())
-            rows.append(text)
             if is_english(text):
-                texts.setdefault(text, units[row].astype(np.float16))
-    check_english(list(texts), rows, location)
+                english += 1
+                texts.setdefault(text, unit(vectors[row : row + 1])[0].astype(np.float16))
+    check_english(english, read, location)
     stacked = np.stack(list(texts.values()))
     check_vectors(stacked.astype(np.float32), location)
-    return list(texts), stacked, sum(not is_english(text) for text in rows)
+    return list(texts), stacked, read - english

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,10 @@ import torch
 from torch.nn.functional import normalize
 
 from lusifer.data.prompts import prompt_for
-from lusifer.errors import LusiferError, first_line
-from lusifer.loading import resolve
-from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.errors import LusiferError
+from lusifer.loading import load_checkpoint
 from lusifer.model.fingerprint import weights_hash
-from lusifer.model.text_encoder import FastSentenceTransformer, TextEncoder
-
-logger = logging.getLogger(__name__)
+from lusifer.model.text_encoder import TextEncoder
 
 _ALIKE = 1e-4  # Standard deviation of unit vectors' values below which they are all the same.
 
@@ -41,14 +37,7 @@ class Teacher:
 
     def __init__(self, name: str, *, device: str | None = None) -> None:
         self.name = name
-        path = resolve(name)
-        check_files(repr(name), path)
-        try:
-            self.model: Any = FastSentenceTransformer(path, device=device, model_kwargs=dict(SAFE))
-        except LusiferError:
-            raise
-        except Exception as error:  # Whatever a library says of files that it cannot make sense of.
-            raise LusiferError(f"cannot load the teacher {name!r}: {first_line(error)}") from error
+        self.model: Any = load_checkpoint(name, device=device)
         self.prompts = {role: prompt_for(self.model, role) for role in ("query", "document")}
         self._encoder = TextEncoder(self.model)
         self.dimension = int(self.model.truncate_dim or self._encoder.dimension)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SHORT = 45  # Words up to which a text is taken as it is.
 _PASSAGE = 60  # Words of a passage that are read: a query is short, and long texts take most of the time.
 _HELD_OUT = 500
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[A-Z\"“‘'])")
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[A-Z\"“‘'])")
 _LETTERS = re.compile(r"[^\W\d_]")
 _ENGLISH = (  # As one text: a list would take 50 lines.
     "the of and to is are was were with that this these for it its you your have has from what how which who why when "
@@ -61,7 +61,7 @@ def _pieces(text: str, rng: random.Random) -> Iterable[str]:
 
 def split_passage(text: str, rng: random.Random) -> Iterator[str]:
     """The sentences of 3 to 45 words of a longer text, two runs of two or three sentences, and the text itself."""
-    sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence]
+    sentences = [sentence for sentence in SENTENCE_END.split(text) if sentence]
     yield from (sentence for sentence in sentences if 3 <= len(sentence.split()) <= SHORT)
     for _ in range(2 if len(sentences) >= 3 else 0):
         count = rng.choice([2, 2, 3])
@@ -85,15 +85,20 @@ def english_texts(sources: Sequence[str], *, column: str = "text", most: int | N
     rng = random.Random(seed)
     rows = list(_read(sources, column))
     english = [text for text in rows if is_english(text)]
-    check_english(english, rows, ", ".join(sources) or "the bundled texts")
+    check_english(len(english), len(rows), ", ".join(sources) or "the bundled texts")
     texts = list(dict.fromkeys(piece for text in english for piece in _pieces(text, rng)))
     rng.shuffle(texts)
     train, held_out = hold_out(texts)
     return Corpus(train[:most], held_out, len(rows) - len(english), ", ".join(sources) or "bundled")
 
 
-def check_english(english: Sequence[str], rows: Sequence[str], where: str) -> None:
+def check_english(english: int, rows: int, where: str) -> None:
     """Says how many rows are not English.
+
+    Args:
+        english: Rows that are.
+        rows: All of them.
+        where: What holds them, for the message.
 
     Raises:
         LusiferError: If none is, or there are no rows.
@@ -101,9 +106,9 @@ def check_english(english: Sequence[str], rows: Sequence[str], where: str) -> No
     if not rows:
         raise LusiferError(f"no texts in {where}")
     if not english:
-        raise LusiferError(f"none of the {len(rows):,} texts in {where} looks English, which is needed")
-    if len(english) < _MOSTLY * len(rows):
-        share = 100 * len(english) / len(rows)
+        raise LusiferError(f"none of the {rows:,} texts in {where} looks English, which is needed")
+    if english < _MOSTLY * rows:
+        share = 100 * english / rows
         logger.warning("only %.0f %% of the texts in %s look English; the others are left out", share, where)
 
 

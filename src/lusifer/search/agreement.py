@@ -1,117 +1,21 @@
 """May a model query an index that another one made? Said by a file, or measured on the index's own texts.
 
-The model embeds texts of the index, and each of its vectors is compared with the stored ones. Where both models share a
-space, a text finds its own stored vector among all of the sample; where they do not, it finds it by chance. So this
-share decides, not the cosine: models whose vectors all lie in a narrow cone have high cosines with everything, and one
-that was adapted to another may lie at 0.6 of it and still find every text.
+The model embeds texts of the index; `lusifer.data.vectors.agreement` compares its vectors with the stored ones.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from lusifer.data.prompts import prompt_for
+from lusifer.data.vectors.agreement import Agreement, compare
 from lusifer.errors import LusiferError
-from lusifer.hooks.transformers import cached_or_none
-from lusifer.loading import resolve
+from lusifer.loading import adapted_from, resolve
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.search.store import Store
 
-ADAPTED = "adapted.json"  # In a model's folder: the hash of the model that it was adapted to.
 _QUICK_SAMPLE = 64
-# The same model in another precision or library, or on another device, stays within a hundredth; no model trained
-# apart comes there.
-SAME_COSINE = 0.99
-# Found by nine in ten of the texts themselves: a query, which says less than its text, will find them too.
-ENOUGH_FOUND = 0.9
-# With fewer texts, finding them all may be luck (one in 8^8 with eight); only the same model is recognised then.
-_LEAST_TEXTS = 8
-_TIE = 1e-5  # Cosines nearer than float32 can tell apart, as of texts that stand there twice.
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How well a model's vectors of texts agree with stored ones.
-
-    Attributes:
-        texts: Texts compared, every text once.
-        mean_cosine: Mean cosine between the model's vector of a text and the stored one.
-        low_cosine: 5th percentile of these.
-        found: Share of texts whose own stored vector is the nearest of all to the model's.
-        mean_rank: Mean rank of it, from 1.
-        median_rank: Median of these.
-    """
-
-    texts: int
-    mean_cosine: float
-    low_cosine: float
-    found: float
-    mean_rank: float
-    median_rank: float
-
-    @property
-    def verdict(self) -> str:
-        """``same``, ``agrees`` (may query, too) or ``differs``."""
-        if self.low_cosine >= SAME_COSINE:
-            return "same"
-        return "agrees" if self.texts >= _LEAST_TEXTS and self.found >= ENOUGH_FOUND else "differs"
-
-    @property
-    def may_query(self) -> bool:
-        """Whether the model may query the index."""
-        return self.verdict != "differs"
-
-    @property
-    def measured(self) -> str:
-        """The figures that decide, in words."""
-        chance = f"{1 / self.texts:.1%}" if self.texts > 1 else "certain"
-        return (
-            f"{self.found:.0%} of {self.texts} texts find their own stored vector (by chance {chance}), "
-            f"mean cosine {self.mean_cosine:.2f}"
-        )
-
-    def sentence(self, model: str, index: str) -> str:
-        """Whether the model may query the index, and why, in one sentence."""
-        if self.verdict == "same":
-            return f"{model!r} may query {index!r}: its vectors are those of the index ({self.measured})"
-        if self.verdict == "agrees":
-            return f"{model!r} may query {index!r}: its vectors lie in the space of the index ({self.measured})"
-        few = f", and {self.texts} texts are too few to tell" if self.texts < _LEAST_TEXTS else ""
-        return f"{model!r} may not query {index!r}: its vectors do not agree with the index ({self.measured}){few}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures for JSON."""
-        figures = ("mean_cosine", "low_cosine", "found", "mean_rank", "median_rank")
-        rounded = {name: round(float(getattr(self, name)), 4) for name in figures}
-        return {"texts": self.texts, **rounded, "verdict": self.verdict, "may_query": self.may_query}
-
-
-def compare(made: np.ndarray, stored: np.ndarray) -> Agreement:
-    """Compares a model's vectors of texts with the stored ones.
-
-    Args:
-        made: (n, dim) vectors of the model.
-        stored: (n, dim) vectors of the index, of the same texts.
-    """
-    cosines = unit(made) @ unit(stored).T
-    own = np.diagonal(cosines)
-    ranks = 1 + (cosines > own[:, None] + _TIE).sum(axis=1)
-    low = float(np.percentile(own, 5))
-    return Agreement(
-        len(own), float(own.mean()), low, float((ranks == 1).mean()), float(ranks.mean()), float(np.median(ranks))
-    )
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """(n, dim) vectors as float32 of length 1; those of length 0 stay as they are."""
-    rows = np.asarray(vectors, dtype=np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def measure(store: Store, encoder: TextEncoder, *, sample: int = 256, prompt: str | None = None) -> Agreement:
@@ -182,12 +86,10 @@ def adapted_to(name: str, dimension: int) -> str | None:
         dimension: Numbers of the model's vectors; what is written for another model does not count.
     """
     try:
-        where = resolve(name)
-        path = str(Path(where) / ADAPTED) if Path(where).is_dir() else cached_or_none(where, ADAPTED)
-        facts = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        return str(facts["teacher_hash"]) if facts["dimension"] == dimension else None
-    except (OSError, ValueError, KeyError, TypeError, LusiferError):
+        facts = adapted_from(resolve(name))
+    except LusiferError:
         return None  # Then it is measured.
+    return str(facts["teacher_hash"]) if facts and facts.get("dimension") == dimension else None
 
 
 def _check_dimension(store: Store, encoder: TextEncoder, name: str = "") -> None:

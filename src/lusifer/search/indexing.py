@@ -16,9 +16,9 @@ from lusifer.data.reading import Block
 from lusifer.data.rows import Columns, read_rows
 from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
+from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
-from lusifer.search.agreement import unit
 from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store

@@ -10,8 +10,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lusifer.data.prompts import prompt_for
+from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
-from lusifer.search.agreement import unit
 from lusifer.search.corpus_map import CorpusMap
 from lusifer.search.filters import OneOf
 from lusifer.search.indexing import Encoder
