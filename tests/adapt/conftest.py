@@ -24,5 +24,5 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def options(tiny_encoder, texts):
-    common = {"encoder": tiny_encoder, "texts": (texts,), "general": False, "device": "cpu"}
+    common = {"encoder": tiny_encoder, "texts": (texts,), "general": False, "device": "cpu", "precision": "float32"}
     return Options(**common, minutes=None, head_epochs=4, encoder_steps=6)

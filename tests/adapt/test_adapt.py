@@ -19,12 +19,13 @@ from sentence_transformers import SentenceTransformer
 
 import lusifer
 from lusifer.adapt import adapt, collect, fit
+from lusifer.adapt import run as run_module
 from lusifer.adapt.closed_form import ClosedForm
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
 from lusifer.adapt.work import Work
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import weights_hash
-from lusifer.model.text_encoder import TextEncoder
+from lusifer.model.text_encoder import Choice, TextEncoder
 from support.teachers import save_teacher, sentences
 
 
@@ -132,6 +133,15 @@ def test_pieces_to_switch_to_are_limited_by_count_whatever_the_clock_says(teache
     run(teacher, tmp_path / "counted", replace(few, most_pieces=7, minutes=5))
     run(teacher, tmp_path / "all", few)
     assert seen == [7, None]
+
+
+def test_the_precision_is_decided_once_a_run(teacher, options, tmp_path, monkeypatch):
+    auto = replace(options, precision="auto", head_epochs=0, encoder_steps=0)
+    for measured in ("bfloat16", "float32"):  # A timing that comes out otherwise when the run goes on.
+        monkeypatch.setattr(run_module, "choose_dtype", lambda *_, name=measured, **__: Choice(name, ""))
+        assert run(teacher, tmp_path, auto)["precision"] == "bfloat16"
+    with pytest.raises(LusiferError, match="no precision 'half'"):
+        run(teacher, tmp_path, replace(options, precision="half"))
 
 
 def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeypatch):

@@ -234,7 +234,8 @@ from lusifer.recipes.schema import Recipe
 rank = int(os.environ["RANK"])
 precision.choose_dtype = lambda *_, **__: Choice(["bfloat16", "float32"][rank], f"rank {rank}")
 recipe = Recipe.model_validate_json(open(sys.argv[1]).read())
-print(rank, precision.settle(recipe).model.llm_dtype, flush=True)
+# One write: the lines of two processes that share a pipe must not run into each other.
+os.write(1, f"{rank} {precision.settle(recipe).model.llm_dtype}\\n".encode())
 """
 
 

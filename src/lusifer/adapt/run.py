@@ -39,6 +39,7 @@ from lusifer.adapt.sources import Source, open_source
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Switcher
 from lusifer.adapt.work import Clock, Work
+from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder, choose_dtype
 from lusifer.publishing import write_json
 
@@ -50,7 +51,8 @@ _LONG = {"dictionary": 0.06, "states": 0.22, "vectors": 0.32, "head": 0.36, "enc
 _WORTH_IT = 15.0  # Minutes from which the encoder learns too: below, it would get a few hundred steps.
 _TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
 _TOKENS_ELSEWHERE = 32_768
-_CLOCK = "clock.json"
+_CLOCK, _PRECISION = "clock.json", "precision.json"
+_PRECISIONS = ("auto", "float32", "bfloat16")
 _KEPT_EVERY = 20.0  # Seconds: what a kill takes from the count of the time.
 
 
@@ -72,6 +74,8 @@ class Options:
         head_epochs: Passes over the stored states to train the MLP; 0 leaves it out.
         encoder_steps: Steps of the encoder; 0 keeps it frozen, None as many as the time allows, none without a limit.
         plain: Only the last layer and no MLP: the model then loads without lusifer.
+        precision: ``float32`` or ``bfloat16`` of the encoder's matrix products; ``auto`` takes bfloat16 where it is
+            faster, decided once a run.
         device: Torch device; the best there is when None.
         seed: Of order and chance.
         restart: Throw away unfinished work.
@@ -89,6 +93,7 @@ class Options:
     head_epochs: int = 12
     encoder_steps: int | None = None
     plain: bool = False
+    precision: str = "auto"
     device: str | None = None
     seed: int = 0
     restart: bool = False
@@ -110,6 +115,8 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
         LusiferError: If teacher, texts or encoder cannot be used, or the folder holds another run.
     """
     options = options or Options()
+    if options.precision not in _PRECISIONS:
+        raise LusiferError(f"no precision {options.precision!r}; there are {', '.join(_PRECISIONS)}")
     torch.manual_seed(options.seed)
     began = time.monotonic()
     source = open_source(teacher, options)
@@ -187,10 +194,14 @@ class _Run:
             self.work.write(_CLOCK, self.clock.elapsed())
 
     def _choose_precision(self) -> None:
-        student = self.student
-        student.bfloat16 = (
-            choose_dtype(student.device, (4 * student.width, student.width), training=True).name == "bfloat16"
-        )
+        """Decides the precision once a run: a timing that comes out otherwise later must not change its steps."""
+        student, name = self.student, self.options.precision
+        if name == "auto":
+            name = self.work.read(_PRECISION).get("precision", "auto")
+        if name == "auto":
+            name = choose_dtype(student.device, (4 * student.width, student.width), training=True).name
+        self.work.write(_PRECISION, {"precision": name})
+        student.bfloat16 = name == "bfloat16"
 
     def _collect(self, texts: Prepared, switcher: Switcher) -> Collected:
         with self._bar("closed form", len(texts.train), "text") as bar:

@@ -40,6 +40,9 @@ def adapt(
     plain: Annotated[
         bool, typer.Option("--plain", help="One linear map of the last layer: loads in any Sentence Transformers.")
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help="float32 or bfloat16; auto takes bfloat16 where it is faster, once a run.")
+    ] = "auto",
     text_column: Annotated[str | None, typer.Option(help="Column of the text, in files and tables.")] = None,
     vector_column: Annotated[str | None, typer.Option(help="Column of the vectors, in tables.")] = None,
     seed: Annotated[int, typer.Option(help="Of order and chance.")] = 0,
@@ -74,6 +77,7 @@ def adapt(
         most_texts=max_texts,
         encoder_steps=encoder_steps,
         plain=plain,
+        precision=precision,
         device=device,
         seed=seed,
         restart=restart,
