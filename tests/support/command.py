@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
@@ -12,21 +14,21 @@ from lusifer.cli import app as cli
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch):
     """Runs the command in this process: exit code, standard output, standard error."""
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lusifer", *map(str, arguments)])
-        capsys.readouterr()  # What fixtures printed is not the command's.
-        with warnings.catch_warnings():
+        # Set here and not by pytest for the whole test, since what ends meanwhile may put older streams back.
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
+        with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
             try:
                 cli.main()
                 code = 0
             except SystemExit as stop:
                 code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
     yield run
     logging.root.handlers[:] = handlers
