@@ -26,8 +26,10 @@ from torch.nn.functional import gelu, normalize
 from lusifer.adapt.closed_form import Moments
 from lusifer.adapt.loss import teacher_loss
 from lusifer.adapt.student import Student
+from lusifer.adapt.switching import Dictionary, Pairs, Switcher
 from lusifer.adapt.teacher import Teacher
-from lusifer.adapt.tokens import tokenize
+from lusifer.adapt.texts import english_texts
+from lusifer.adapt.tokens import count_words, tokenize
 from lusifer.publishing import write_json
 
 TATOEBA = ("deu", "cmn", "jpn", "tel", "swh", "ara", "fin", "rus")
@@ -119,6 +121,28 @@ def trained(network: nn.Module, states: Tensor, targets: Tensor, *, start: Map |
     return torch.no_grad()(form)
 
 
+def kinds(texts: list[str]) -> dict[str, list[int]]:
+    """Rows of questions, of sentences up to 12 words, and of longer texts, as many of each."""
+    rows: dict[str, list[int]] = {"questions": [], "short sentences": [], "longer texts": []}
+    for row, text in enumerate(texts):
+        short = "short sentences" if len(text.split()) <= 12 else "longer texts"
+        rows["questions" if text.endswith("?") else short].append(row)
+    least = min(map(len, rows.values()))
+    return {kind: chosen[:least] for kind, chosen in rows.items()}
+
+
+def noisy(path: Path, share: float) -> Dictionary:
+    """A run's dictionary with the pieces of a share of its pairs dealt out anew, within each script."""
+    tensors, generator, dictionary = load_file(path), torch.Generator().manual_seed(0), {}
+    for script in sorted({name.rpartition(".")[0] for name in tensors}):
+        words, pieces = tensors[f"{script}.words"], tensors[f"{script}.pieces"].clone()
+        chosen = torch.rand(len(pieces), generator=generator) < share
+        wrong = pieces[chosen]
+        pieces[chosen] = wrong[torch.randperm(len(wrong), generator=generator)]
+        dictionary[script] = Pairs(words, pieces)
+    return dictionary
+
+
 class Residual(nn.Module):
     """x plus a two-layer network of it, and a linear map where the widths differ."""
 
@@ -204,6 +228,21 @@ def main() -> None:
     row("closed form, four layers, switched copies", both)
     for count in (1_000, 2_000, 4_000):
         row(f"the same, {count:,} texts", ridge(count, every, copies=True))
+    texts = english_texts(()).train[:stored]
+    for kind, chosen in kinds(texts).items():
+        moments = Moments(inputs, targets.shape[1])
+        for copy in (0, 1):
+            moments.add(flat[chosen, copy], targets[chosen])
+        row(f"the same, {len(chosen):,} {kind}", moments.solve(every, 0.03))
+    prompts, words = [student.prompts["query"]] * stored, count_words(english_texts(()).train, least=3)[:20_000]
+    tokens = tokenize(student.tokenizer, texts, prompts, words, max_length=student.longest)
+    for share in (0.3, 1.0):
+        moments = Moments(inputs, targets.shape[1])
+        moments.add(plain, targets)
+        switcher = Switcher(noisy(args.work / "dictionary.safetensors", share), student.device)
+        generator = torch.Generator().manual_seed(0)
+        moments.add(student.states(tokens, torch.arange(stored), switcher=switcher, generator=generator), targets)
+        row(f"the same, {share:.0%} of the dictionary wrong", moments.solve(every, 0.03))
     order = torch.cat([flat[:, 0], flat[:, 1]]), torch.cat([targets, targets])
     mlp = Residual(inputs, targets.shape[1], 512, zero=True)
     row("closed form, four layers, switched copies, MLP", trained(mlp, *order, start=both, epochs=6))

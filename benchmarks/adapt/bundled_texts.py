@@ -2,7 +2,8 @@
 
 ``python benchmarks/adapt/bundled_texts.py --texts DIR --eval DIR``. TEXTS holds ``sentences``, ``questions`` and
 ``passages`` (columns ``text`` and ``source``) and ``wordnet`` (``query``, ``positive``) as ``.jsonl.gz``; EVAL the
-evaluation sets as Parquet.
+evaluation sets as Parquet. ``--every FILE`` writes all passages and glosses of the same sources instead, for a longer
+run: ``lusifer adapt ... --texts FILE --no-general``.
 Only sources whose licence lets the text be passed on are taken (`LEFT_OUT` names the others), and no text that equals a
 sentence of an English evaluation text, whole or in one of its sentences of five words or more.
 """
@@ -85,25 +86,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("texts", "eval"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--every", type=Path)
     args = parser.parse_args()
-    rng, counts = random.Random(0), dict.fromkeys(PASSAGES, 0)
+    target, rng, counts = args.every or TARGET, random.Random(0), dict.fromkeys(PASSAGES, 0)
+    most = dict.fromkeys(PASSAGES, 1 << 30) if args.every else PASSAGES
     texts: list[tuple[str, str]] = []
     for name in ("sentences", "questions"):
         texts += [(row["text"], row["source"]) for row in rows_of(args.texts, name) if row["source"] not in LEFT_OUT]
     for row in rows_of(args.texts, "passages"):
-        if counts.get(row["source"], 1 << 30) < PASSAGES.get(row["source"], 0):
+        if counts.get(row["source"], 1 << 30) < most.get(row["source"], 0):
             counts[row["source"]] += 1
             texts.append((row["text"], row["source"]))
     glosses = [row["positive"][0] for row in rows_of(args.texts, "wordnet")]
-    texts += [(text, "wordnet") for text in rng.sample(glosses, GLOSSES)]
+    texts += [(text, "wordnet") for text in rng.sample(glosses, len(glosses) if args.every else GLOSSES)]
     whole, sentences = evaluation_texts(args.eval)
     kept = [row for row in texts if whole.isdisjoint(pieces(row[0])) and sentences.isdisjoint(sentence_keys(row[0]))]
     rng.shuffle(kept)
     lines = [json.dumps({"text": text, "source": source}, ensure_ascii=False) for text, source in kept]
-    with publish_file(TARGET) as path:
+    with publish_file(target) as path:
         path.write_bytes(bz2.compress("\n".join(lines).encode() + b"\n"))
     print(
-        f"{len(kept):,} texts, {len(texts) - len(kept):,} left out as evaluation text, {TARGET.stat().st_size:,} bytes"
+        f"{len(kept):,} texts, {len(texts) - len(kept):,} left out as evaluation text, {target.stat().st_size:,} bytes"
     )
 
 

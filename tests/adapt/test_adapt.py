@@ -145,7 +145,7 @@ def test_the_precision_is_decided_once_a_run(teacher, options, tmp_path, monkeyp
 
 
 def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "BLOCK", 200)
+    monkeypatch.setattr(collect, "_BLOCK", {"cpu": 200})
     few = replace(options, head_epochs=0, encoder_steps=0)
     run(teacher, tmp_path / "whole", few)
     real, seen = collect.check_vectors, []

@@ -24,7 +24,7 @@ from lusifer.adapt.teacher import check_vectors
 from lusifer.adapt.tokens import Tokenizing, TokenTexts, count_words, tokenize
 from lusifer.adapt.work import Clock, Work
 
-BLOCK = 1_024
+_BLOCK, _BLOCK_ELSEWHERE = {"cpu": 1_024}, 8_192
 _PROGRESS = "collected.json"
 _MOMENTS = "moments.safetensors"
 _LEAST_COUNT = 3  # Of an English word that is switched.
@@ -153,6 +153,7 @@ def collect(
     room = min(most_stored, count)
     targets, states = work.rows("targets.f16", count, dim), work.rows("states.f16", 2 * room, inputs)
     moments, complete = Moments(inputs, dim), work.read(_PROGRESS).get("complete", False)
+    block_size = _BLOCK.get(student.device.type, _BLOCK_ELSEWHERE)
     done, stored, sums = _resumed(work)
     if done:
         moments.sums = sums
@@ -162,7 +163,7 @@ def collect(
         with_states = stored == done and done < room and (deadlines.states() > 0 or done == 0)
         if not with_states and deadlines.vectors() <= 0:
             break
-        rows = torch.arange(done, min(done + BLOCK, room if with_states else count))
+        rows = torch.arange(done, min(done + block_size, room if with_states else count))
         wanted = vectors(rows)
         check_vectors(wanted, "the teacher")
         targets[done : done + len(rows)] = wanted

@@ -86,10 +86,10 @@ class Student:
         stacks = [m for m in self.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if not stacks:
             raise LusiferError(f"the encoder {self.name!r} has no list of {depth} layers: it can only stay frozen")
-        parameters = [p for layer in list(stacks[0])[depth - count :] for p in layer.parameters()]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return parameters
+        chosen = list(stacks[0])[depth - count :]
+        for layer in chosen:
+            layer.requires_grad_(True)
+        return [parameter for layer in chosen for parameter in layer.parameters()]
 
     @torch.no_grad()
     def states(

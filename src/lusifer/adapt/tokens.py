@@ -48,11 +48,15 @@ class TokenTexts:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def to(self, device: torch.device) -> TokenTexts:
+        """The same on a device."""
+        return TokenTexts(*(part.to(device) for part in (self.ids, self.words, self.lengths, self.starts)))
+
     def batch(self, rows: Tensor, pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask (bool, True at tokens) and words of some texts, all (len(rows), longest of them, rounded up)."""
         lengths = self.lengths[rows]
         longest = -(int(lengths.max()) // -_ROUND) * _ROUND
-        place = torch.arange(longest)
+        place = torch.arange(longest, device=lengths.device)
         mask = place < lengths[:, None]
         at = torch.where(mask, self.starts[rows, None] + place, 0)
         ids = torch.where(mask, self.ids[at].long(), pad)
