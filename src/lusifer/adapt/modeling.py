@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapt.configuration import AdaptedConfig
+from lusifer.hooks.transformers import remove_capturing_hooks
 from lusifer.model.backbones import build_encoder
 
 
@@ -113,11 +114,13 @@ class AdaptedEncoder(PreTrainedModel):
         return self.encoder.get_input_embeddings()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as configuration and weights: the hooks with which transformers collects states cannot be pickled."""
-        return _rebuilt, (self.config, self.state_dict(), self.training)
+        """Pickles as any module does, without the hooks with which transformers collects states."""
+        bare = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+        remove_capturing_hooks(bare)
+        return _rebuilt, (bare.__dict__,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedEncoder:
-        """Copies as any module does, tensors in ``memo`` shared: `__reduce__` knows no adapters."""
+        """Copies as any module does, not by way of `__reduce__`."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -146,10 +149,12 @@ class AdaptedEncoder(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=vectors)
 
 
-def _rebuilt(config: AdaptedConfig, state: dict[str, Tensor], training: bool) -> AdaptedEncoder:
-    model = AdaptedEncoder(config)
-    model.load_state_dict(state, assign=True)
-    return model.to(next(iter(state.values())).device).train(training)
+def _rebuilt(attributes: dict[str, Any]) -> AdaptedEncoder:
+    with torch.device("meta"):  # In a new process transformers knows what a class records once one is made.
+        AdaptedEncoder(copy.deepcopy(attributes["config"]))
+    model = AdaptedEncoder.__new__(AdaptedEncoder)
+    model.__dict__ = attributes
+    return model
 
 
 AutoModel.register(AdaptedConfig, AdaptedEncoder, exist_ok=True)
