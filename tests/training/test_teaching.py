@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lusifer
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
+from lusifer.data.collate import column_texts
 from lusifer.recipes.schema import Recipe
 from lusifer.teacher.embedder import Teacher
 from lusifer.teacher.loss import teacher_loss
@@ -25,7 +26,8 @@ from lusifer.training.alignment import AlignmentLoss, LMHead
 from lusifer.training.contrastive import ContrastiveLoss
 from lusifer.training.llm_baseline import train_llm_alone
 from lusifer.training.run import check_inputs, fingerprint, train
-from lusifer.training.stages import prepare_stage
+from lusifer.training.stages import prepare_stage, stage_mixture
+from lusifer.training.teaching import vectors_of
 from support.adapted import save_adapted
 from support.batches import align_batch, assert_same, contrast_batch, learning, on_two_ranks, part, step_gradients
 from support.launch import run
@@ -205,10 +207,11 @@ def test_two_processes_equal_one(model):
             assert_same({name: found[name] for name in gradients}, gradients)
 
 
-def test_two_processes_train_like_one(tree, whole, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(tree, whole, tmp_path, strategy):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
-    done = run(path, tmp_path / "run", ranks=2)
+    done = run(path, tmp_path / "run", ranks=2, overrides=["--scale.strategy", strategy])
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("align", "contrast"):
         assert len(losses(whole, stage)) == STEPS
@@ -230,7 +233,7 @@ def test_training_starts_at_the_adapted_model(tree, whole, adapted, tmp_path, ow
     settings = recipe(tree, tmp_path / "run", align={"enabled": False}, contrast=one)
     train(settings, progress=False)
     before = json.loads((tmp_path / "run" / "contrast" / "stage.json").read_text())["held_out_before"]
-    mixture = lusifer.training.stages.stage_mixture(settings, "contrast")
+    mixture = stage_mixture(settings, "contrast")
     (examples,) = mixture.held_out_examples()
     model, original = lusifer.load(adapted), lusifer.load(tree["contrast"]["teacher"])
     model.max_seq_length = tree["model"]["max_seq_length"]
@@ -240,6 +243,16 @@ def test_training_starts_at_the_adapted_model(tree, whole, adapted, tmp_path, ow
     theirs = [original.encode_query([row["plain_query"] for row in examples]), original.encode_document(documents)]
     cosine = float((np.concatenate(ours) * np.concatenate(theirs)).sum(1).mean())
     assert before["teacher_cosine"] == pytest.approx(cosine, abs=2e-4)  # Targets in float16.
+
+
+def test_every_text_of_a_stage_is_known_before_it_begins(tree, own_cache, monkeypatch):
+    """So that the teacher is out of memory while the model trains."""
+    mixture = stage_mixture(recipe(tree), "contrast")
+    vectors = vectors_of(tree["contrast"]["teacher"], mixture, column_texts, progress=False)
+    monkeypatch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("the teacher was loaded again"))
+    rows = [*(mixture[position] for position in range(len(mixture))), *mixture.held_out_examples()[0]]
+    assert vectors(*column_texts(rows)).shape == (3 * len(rows), 32)
+    assert vectors_of(None, mixture, column_texts, progress=False) is None
 
 
 @pytest.mark.parametrize("stage", ["align", "contrast"])

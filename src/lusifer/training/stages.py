@@ -29,7 +29,7 @@ from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
+from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_sentence_transformer
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
@@ -65,9 +65,7 @@ def build_model(recipe: ModelRecipe) -> SentenceTransformer:
     )
     if model.config.adapted:
         # Its space is that of texts behind its prompts.
-        own = load_checkpoint(recipe.encoder, revision=recipe.encoder_revision, device="cpu")
-        wrapped.prompts.update(own.prompts)
-        wrapped.default_prompt_name = own.default_prompt_name
+        copy_prompts(wrapped, recipe.encoder, revision=recipe.encoder_revision)
     wrapped.prompts.update(recipe.prompts)
     return wrapped
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -66,7 +67,7 @@ def check_teacher(recipe: Recipe, stage: str, encoder: PretrainedConfig, llm: Pr
 
 
 def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progress: bool) -> TeacherVectors | None:
-    """A teacher that knows every text of a stage, each process having embedded its share; None without a teacher.
+    """A teacher that knows every text of a stage, held-out ones too; each process embeds its share. None without one.
 
     Args:
         name: The teacher.
@@ -81,14 +82,22 @@ def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progres
         return None
     teacher, texts, roles = TeacherVectors(name), list[str](), list[Role]()
     rank, size = world()
-    steps = range(rank, mixture.steps, size)
-    for step in tqdm(steps, desc="teacher's vectors", unit="step", disable=not progress or rank > 0):
-        first = step * mixture.batch_size
-        more = texts_of([mixture[position] for position in range(first, first + mixture.batch_size)])
+    held_out, steps = mixture.held_out_examples()[rank::size], range(rank, mixture.steps, size)
+    batches = chain(held_out, (_examples(mixture, step) for step in steps))
+    options = {"desc": "teacher's vectors", "unit": "step", "disable": not progress or rank > 0}
+    for examples in tqdm(batches, total=len(held_out) + len(steps), **options):
+        more = texts_of(examples)
         texts, roles = texts + more[0], roles + more[1]
-        if len(texts) >= _AT_ONCE or step == steps[-1]:
+        if len(texts) >= _AT_ONCE:
             teacher(texts, roles)
             texts, roles = [], []
+    if texts:
+        teacher(texts, roles)
     processes().wait_for_everyone()
     teacher.release()
     return teacher
+
+
+def _examples(mixture: Mixture, step: int) -> list[dict[str, Any]]:
+    first = step * mixture.batch_size
+    return [mixture[position] for position in range(first, first + mixture.batch_size)]
