@@ -84,7 +84,7 @@ def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progres
     rank, size = world()
     held_out, steps = mixture.held_out_examples()[rank::size], range(rank, mixture.steps, size)
     batches = chain(held_out, (_examples(mixture, step) for step in steps))
-    options = {"desc": "teacher's vectors", "unit": "step", "disable": not progress or rank > 0}
+    options: dict[str, Any] = {"desc": "teacher's vectors", "unit": "step", "disable": not progress or rank > 0}
     for examples in tqdm(batches, total=len(held_out) + len(steps), **options):
         more = texts_of(examples)
         texts, roles = texts + more[0], roles + more[1]
