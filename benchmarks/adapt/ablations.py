@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from lusifer.adapt.closed_form import Moments
-from lusifer.adapt.loss import teacher_loss
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Dictionary, Pairs, Switcher
-from lusifer.adapt.teacher import Teacher
 from lusifer.adapt.texts import english_texts
 from lusifer.adapt.tokens import count_words, tokenize
 from lusifer.publishing import write_json
+from lusifer.teacher.embedder import Teacher
+from lusifer.teacher.loss import teacher_loss
 
 TATOEBA = ("deu", "cmn", "jpn", "tel", "swh", "ara", "fin", "rus")
 XQUAD = ("en", "es", "hi", "zh")

@@ -16,13 +16,11 @@ from lusifer.interop.authors import find_authors
 from lusifer.model.adapters import parameters_by_part
 from lusifer.model.backbones import check_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.model.configuration import ADAPTED
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model
 from lusifer.model.text_encoder import FastSentenceTransformer, set_precision
-from lusifer.starter.fetch import PREFIX, resolve_backbone
-from lusifer.starter.released import NAME, assemble
-
-ADAPTED = "adapted.json"  # In a model's folder: whose vector space it answers in.
+from lusifer.starter.names import resolve_backbone
 
 
 def resolve(name: str) -> str:
@@ -34,11 +32,8 @@ def resolve(name: str) -> str:
     Raises:
         LusiferError: If it is a starter that is not fetched, or a checkpoint of the authors that cannot be converted.
     """
-    if name == NAME and not Path(name).exists():
-        return str(assemble())
-    if name.startswith(PREFIX):
-        return resolve_backbone(name)
-    return find_authors(os.path.expanduser(name))
+    folder = resolve_backbone(name)
+    return folder if folder != name else find_authors(os.path.expanduser(name))
 
 
 def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
@@ -147,7 +142,7 @@ def describe(path: str) -> dict[str, Any]:
         "standalone": config.standalone,
         "checkpoint_mb": _megabytes(path),
         "parameters": parameters_by_part(model),
-        "languages": getattr(config.encoder_config, "languages", None) or "those of the encoder",
+        "languages": getattr(config.token_config, "languages", None) or "those of the encoder",
         "provenance": config.provenance,
     }
 

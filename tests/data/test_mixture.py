@@ -64,7 +64,7 @@ def test_an_example_of_each_task(tmp_path):
         "task": "contrast", "dataset": source, "position": 7, "in_batch_negatives": False,
     }  # fmt: skip
     example = mixture(DataRecipe(source=source, task="complete"))[3]
-    assert set(example) == {"task", "dataset", "position", "source", "target"} and example["task"] == "complete"
+    assert set(example) == {"task", "dataset", "position", "source", "role", "target"} and example["task"] == "complete"
     assert example["target"].startswith(example["source"].replace(" q", " p") + " ")
     example = mixture(DataRecipe(source=source, task="reconstruct"))[3]
     assert example["source"] == example["target"] and example["task"] == "reconstruct"

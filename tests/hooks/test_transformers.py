@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pickle
 
+import pytest
+import torch
 import transformers as tf
 
-from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report
+from lusifer.hooks.transformers import cached_or_none, has_pooler, no_load_report, remove_capturing_hooks
 
 
 def test_cached_file_still_takes_raise_exceptions_for(tmp_path):
@@ -37,3 +40,14 @@ def test_the_load_report_still_comes_from_modeling_utils(tmp_path, caplog):
         assert [record for record in caplog.records if record.name == "transformers.modeling_utils"]
     finally:
         logger.removeHandler(caplog.handler)
+
+
+def test_hidden_states_still_come_from_hooks_that_cannot_be_pickled():
+    config = tf.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    model, ids = tf.BertModel(config).eval(), torch.ones(1, 3, dtype=torch.long)
+    expected = model(ids, output_hidden_states=True).hidden_states
+    with pytest.raises((AttributeError, pickle.PicklingError), match="hook"):
+        pickle.dumps(model)
+    remove_capturing_hooks(model)
+    again = pickle.loads(pickle.dumps(model))(ids, output_hidden_states=True).hidden_states
+    assert len(again) == 3 and all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))

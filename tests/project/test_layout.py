@@ -31,6 +31,7 @@ ORDER = [
     "data",
     "interop",
     "loading",
+    "teacher",
     "adapt",
     "training",
     "evaluation",

@@ -19,6 +19,7 @@ import pytest
 
 import lusifer.starter.fetch as starter
 from lusifer.errors import LusiferError
+from lusifer.starter.names import resolve_backbone
 from lusifer.starter.smollm2 import convert_smollm2
 
 
@@ -81,13 +82,13 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fetch_once_then_offline(fake: Fake) -> None:
     with pytest.raises(LusiferError, match="lusifer fetch"):
-        starter.resolve_backbone("starter:fake")
+        resolve_backbone("starter:fake")
     assert starter.fetch() == {"starter:fake": fake.folder()}
     assert (fake.folder() / "model.safetensors").read_bytes() == b"weightsweights"
     assert json.loads((fake.folder() / "provenance.json").read_text())["license"] == "Apache-2.0"
     assert fake.leftovers() == []
     starter.fetch(["fake"])
-    assert starter.resolve_backbone("starter:fake") == str(starter.starter_path("fake")) == str(fake.folder())
+    assert resolve_backbone("starter:fake") == str(starter.starter_path("fake")) == str(fake.folder())
     assert (fake.downloads, fake.conversions) == (1, 1)
     starter.fetch(["starter:fake"], force=True)
     assert (fake.downloads, fake.conversions) == (2, 2)
@@ -95,9 +96,9 @@ def test_fetch_once_then_offline(fake: Fake) -> None:
 
 
 def test_other_names() -> None:
-    assert starter.resolve_backbone("org/model") == "org/model"
+    assert resolve_backbone("org/model") == "org/model"
     with pytest.raises(LusiferError, match="starter:multilingual-e5-small"):
-        starter.resolve_backbone("starter:nothing")
+        resolve_backbone("starter:nothing")
     with pytest.raises(LusiferError, match="no starter"):
         starter.fetch(["nothing"])
 
@@ -270,7 +271,7 @@ def test_smollm2_rejects_other_files(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def smollm2() -> str:
     try:
-        return starter.resolve_backbone("starter:smollm2-135m")
+        return resolve_backbone("starter:smollm2-135m")
     except LusiferError:
         pytest.skip("needs `lusifer fetch`")
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from lusifer.adapt.closed_form import ClosedForm, Moments, choose
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Dictionary, Pairs, Switcher, foreign_pieces, match_scripts
-from lusifer.adapt.teacher import check_vectors
 from lusifer.adapt.tokens import Tokenizing, TokenTexts, count_words, tokenize
 from lusifer.adapt.work import Clock, Work
+from lusifer.teacher.embedder import check_vectors
 
 _BLOCK, _BLOCK_ELSEWHERE = {"cpu": 1_024}, 8_192
 _PROGRESS = "collected.json"

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from lusifer.errors import LusiferError
-
-MODEL_TYPE = "lusifer-adapted"
+from lusifer.model.configuration import ADAPTED_TYPE
 
 
 class AdaptedConfig(PretrainedConfig):
@@ -27,7 +26,7 @@ class AdaptedConfig(PretrainedConfig):
         LusiferError: If a layer is not in the encoder.
     """
 
-    model_type = MODEL_TYPE
+    model_type = ADAPTED_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
 
     encoder_config: Any = None
@@ -58,4 +57,4 @@ class AdaptedConfig(PretrainedConfig):
         return self.dimension
 
 
-AutoConfig.register(MODEL_TYPE, AdaptedConfig, exist_ok=True)
+AutoConfig.register(ADAPTED_TYPE, AdaptedConfig, exist_ok=True)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from lusifer.adapt.collect import Collected
-from lusifer.adapt.loss import teacher_loss
 from lusifer.adapt.modeling import LayerHead, mean_states
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Switcher
 from lusifer.adapt.tokens import TokenTexts, batches_by_length
 from lusifer.adapt.work import Work
+from lusifer.teacher.loss import teacher_loss
 
 _HEAD_BANK, _ENCODER_BANK = 4_096, 16_384  # Teacher's vectors that a step's neighbourhoods are compared in.
 _ENCODER_NEIGHBOURS = 8.0  # Weight of that comparison while the encoder learns.

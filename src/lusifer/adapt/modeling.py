@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapt.configuration import AdaptedConfig
+from lusifer.hooks.transformers import remove_capturing_hooks
 from lusifer.model.backbones import build_encoder
 
 
@@ -70,10 +72,14 @@ def mean_states(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
         (batch, width x layers) float32.
     """
     output = encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    return _means(output.hidden_states, attention_mask, layers)
+
+
+def _means(states: Sequence[Tensor], attention_mask: Tensor, layers: list[int]) -> Tensor:
     mask = attention_mask.to(torch.float32)
     part = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)
     # A matrix product, which needs no second copy of the states.
-    means = [torch.bmm(part, output.hidden_states[layer].float()).squeeze(1) for layer in layers]
+    means = [torch.bmm(part, states[layer].float()).squeeze(1) for layer in layers]
     return torch.cat(means, dim=1)
 
 
@@ -108,8 +114,17 @@ class AdaptedEncoder(PreTrainedModel):
         return self.encoder.get_input_embeddings()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as configuration and weights: the hooks with which transformers collects states cannot be pickled."""
-        return _rebuilt, (self.config, self.state_dict(), self.training)
+        """Pickles as any module does, without the hooks with which transformers collects states."""
+        bare = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+        remove_capturing_hooks(bare)
+        return _rebuilt, (bare.__dict__,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedEncoder:
+        """Copies as any module does, not by way of `__reduce__`."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
@@ -123,17 +138,23 @@ class AdaptedEncoder(PreTrainedModel):
             **kwargs: Ignored; callers pass what other encoders need.
 
         Returns:
-            ``pooler_output`` (batch, dimension) float32, not normalised.
+            ``last_hidden_state`` (batch, seq, width) of the encoder and ``pooler_output`` (batch, dimension) float32,
+            not normalised.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        states = mean_states(self.encoder, input_ids, mask, self.config.layers or [])
-        return BaseModelOutputWithPooling(pooler_output=self.head(states.to(self.head.linear.weight.dtype)).float())
+        output = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        states = _means(output.hidden_states, mask, self.config.layers or [])
+        with torch.autocast(states.device.type, enabled=False):
+            vectors = self.head(states.to(self.head.linear.weight.dtype)).float()
+        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=vectors)
 
 
-def _rebuilt(config: AdaptedConfig, state: dict[str, Tensor], training: bool) -> AdaptedEncoder:
-    model = AdaptedEncoder(config)
-    model.load_state_dict(state, assign=True)
-    return model.to(next(iter(state.values())).device).train(training)
+def _rebuilt(attributes: dict[str, Any]) -> AdaptedEncoder:
+    with torch.device("meta"):  # In a new process transformers knows what a class records once one is made.
+        AdaptedEncoder(copy.deepcopy(attributes["config"]))
+    model = AdaptedEncoder.__new__(AdaptedEncoder)
+    model.__dict__ = attributes
+    return model
 
 
 AutoModel.register(AdaptedConfig, AdaptedEncoder, exist_ok=True)

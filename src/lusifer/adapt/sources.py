@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lusifer.adapt.report import MULTILINGUAL, everyday_scores, mean_other
-from lusifer.adapt.teacher import Teacher, check_vectors
 from lusifer.adapt.texts import Corpus, check_english, english_texts, hold_out, is_english
 from lusifer.data.everyday_set import load_everyday
 from lusifer.data.vector_tables import is_vectors, open_vectors
@@ -21,6 +20,7 @@ from lusifer.data.vectors.agreement import unit
 from lusifer.data.vectors.rows import VectorTable
 from lusifer.errors import LusiferError
 from lusifer.starter.fetch import PREFIX
+from lusifer.teacher.embedder import Teacher, check_vectors
 
 if TYPE_CHECKING:
     from lusifer.adapt.run import Options

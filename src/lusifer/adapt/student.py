@@ -17,7 +17,8 @@ from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbone_pair import position_table
 from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
-from lusifer.starter.fetch import resolve_backbone
+from lusifer.model.configuration import ADAPTED_TYPE
+from lusifer.starter.names import resolve_backbone
 
 _PROMPTS = {"query": "query: ", "document": "passage: "}
 _LONGEST = 256  # Tokens read of a training text.
@@ -46,6 +47,8 @@ class Student:
     def __init__(self, name: str, *, asymmetric: bool, device: str | None = None) -> None:
         self.name = name
         config = load_config("encoder", name)
+        if config.model_type == ADAPTED_TYPE:
+            raise LusiferError(f"{name!r} is adapted already; give the encoder that it was made from")
         self.tokenizer: Any = load_tokenizer("encoder", name, config=config)
         if not self.tokenizer.is_fast:
             raise LusiferError(f"the encoder {name!r} has no fast tokenizer, which knows where words begin")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lusifer.data.prompts import Role
+
 Features = dict[str, Tensor]
+Teach = Callable[[Sequence[str], Sequence[Role]], Tensor]  # Texts and their roles to a teacher's vectors (texts, dim).
 
 _PADDED: dict[str, Any] = {"truncation": True, "padding": True, "padding_side": "right", "return_tensors": "pt"}
 
@@ -43,6 +46,18 @@ def llm_preprocess(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calla
     return partial(tokenize, tokenizer, max_length=max_length, special_tokens=False)
 
 
+def source_texts(examples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Role]]:
+    """The sources of stage 1, and what each is."""
+    return [row["source"] for row in examples], [row["role"] for row in examples]
+
+
+def column_texts(examples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Role]]:
+    """The texts of stage 2 without instructions, column by column, and what each is."""
+    columns = zip(*([row["plain_query"], row["positive"], *row["negatives"]] for row in examples), strict=True)
+    texts = [text for column in columns for text in column]
+    return texts, ["query" if place < len(examples) else "document" for place in range(len(texts))]
+
+
 def _positions(examples: Sequence[dict[str, Any]]) -> Tensor:
     return torch.tensor([example["position"] for example in examples], dtype=torch.int64)
 
@@ -55,26 +70,35 @@ class AlignCollator:
         tokenizer: The encoder's.
         max_seq_length: Encoder tokens of a source, special tokens included.
         target_preprocess: Tokenizes targets for the LLM, see `llm_preprocess`.
+        prompts: What the encoder reads in front of a source, by role.
+        teach: Gives a teacher's vectors of the sources, or None without a teacher.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_seq_length: int
     target_preprocess: Callable[[list[str]], Features]
+    prompts: Mapping[Role, str] = field(default_factory=dict)
+    teach: Teach | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenizes a batch, all of one task and set.
 
         Returns:
             ``source`` and ``target``, each with ``input_ids`` and ``attention_mask`` (rows, seq) int64;
-            ``positions`` (rows,) int64; ``task``; ``dataset``.
+            ``positions`` (rows,) int64; ``task``; ``dataset``; with a teacher, ``teacher``: its vectors of the sources,
+            (rows, dim) float32.
         """
-        return {
-            "source": tokenize(self.tokenizer, [row["source"] for row in examples], self.max_seq_length),
+        sources = [self.prompts.get(row.get("role", "document"), "") + row["source"] for row in examples]
+        batch: dict[str, Any] = {
+            "source": tokenize(self.tokenizer, sources, self.max_seq_length),
             "target": self.target_preprocess([row["target"] for row in examples]),
             "positions": _positions(examples),
             "task": examples[0]["task"],
             "dataset": examples[0]["dataset"],
         }
+        if self.teach is not None:
+            batch["teacher"] = self.teach(*source_texts(examples))
+        return batch
 
 
 @dataclass
@@ -85,23 +109,30 @@ class ContrastCollator:
         tokenizer: The encoder's.
         max_seq_length: Encoder tokens of a text, special tokens included.
         guide_preprocess: Maps the same texts to the guide model's features, or None without a guide.
+        prompts: What the encoder reads in front of a text, by role; the guide does not.
+        teach: Gives a teacher's vectors of the texts without instructions, or None without a teacher.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_seq_length: int
     guide_preprocess: Callable[[list[str]], dict[str, Any]] | None = None
+    prompts: Mapping[Role, str] = field(default_factory=dict)
+    teach: Teach | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenizes a batch of one set at once, column by column: queries, positives, first negatives, ...
 
         Returns:
             ``input_ids`` and ``attention_mask`` (columns * rows, seq) int64; ``columns``; ``in_batch_negatives``;
-            ``positions`` (rows,) int64; ``task``; ``dataset``; with a guide, ``guide``: its features of the texts.
+            ``positions`` (rows,) int64; ``task``; ``dataset``; with a guide, ``guide``: its features of the texts; with
+            a teacher, ``teacher``: its vectors, (columns * rows, dim) float32.
         """
         columns = zip(*([row["query"], row["positive"], *row["negatives"]] for row in examples), strict=True)
         texts = [text for column in columns for text in column]
+        roles: list[Role] = ["query" if place < len(examples) else "document" for place in range(len(texts))]
+        prompted = [self.prompts.get(role, "") + text for text, role in zip(texts, roles, strict=True)]
         batch: dict[str, Any] = {
-            **tokenize(self.tokenizer, texts, self.max_seq_length),
+            **tokenize(self.tokenizer, prompted, self.max_seq_length),
             "columns": len(texts) // len(examples),
             "in_batch_negatives": examples[0]["in_batch_negatives"],
             "positions": _positions(examples),
@@ -110,4 +141,6 @@ class ContrastCollator:
         }
         if self.guide_preprocess is not None:
             batch["guide"] = self.guide_preprocess(texts)
+        if self.teach is not None:
+            batch["teacher"] = self.teach(*column_texts(examples))
         return batch

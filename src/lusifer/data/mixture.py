@@ -112,8 +112,9 @@ class Mixture(Dataset):
         """The example at ``position``, of step ``position // batch_size``.
 
         Returns:
-            ``task``, ``dataset``, ``position`` and, for contrast, ``in_batch_negatives``, ``query``, ``positive``,
-            ``negatives``; for reconstruct and complete ``source`` and ``target``.
+            ``task``, ``dataset``, ``position`` and, for contrast, ``in_batch_negatives``, ``query``, ``plain_query``
+            (without instruction), ``positive``, ``negatives``; for reconstruct and complete ``source``, its ``role``
+            (query or document) and ``target``.
         """
         if not 0 <= position < len(self):
             raise IndexError(position)
@@ -209,17 +210,19 @@ def _example(item: DataRecipe, record: dict[str, Any], position: int, generator:
     """A record as the task needs it; ``generator`` chooses among positives, negatives and directions."""
     head: dict[str, Any] = {"task": item.task or "contrast", "dataset": item.source, "position": position}
     if item.task == "reconstruct":
-        return {**head, "source": record["text"], "target": record["text"]}
+        return {**head, "source": record["text"], "role": "document", "target": record["text"]}
     query, positives, negatives = record["query"], record["positive"], record["negative"]
     positive = positives[generator.integers(len(positives))]
     if item.task == "complete":
-        sides = (positive, query) if generator.random() < item.reverse else (query, positive)
-        return {**head, "source": sides[0], "target": sides[1]}
+        if generator.random() < item.reverse:
+            return {**head, "source": positive, "role": "document", "target": query}
+        return {**head, "source": query, "role": "query", "target": positive}
     order = generator.permutation(len(negatives))[: item.hard_negatives].tolist()
     return {
         **head,
         "in_batch_negatives": item.in_batch_negatives,
         "query": with_instruction(item.instruction, query),
+        "plain_query": query,
         "positive": positive,
         "negatives": [negatives[order[k % len(order)]] for k in range(item.hard_negatives)],
     }

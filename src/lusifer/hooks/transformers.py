@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -37,6 +38,18 @@ def has_pooler(config: PretrainedConfig) -> bool:
     auto: Any = AutoModel
     model_class = auto._model_mapping.get(type(config), None)
     return isinstance(model_class, type) and "add_pooling_layer" in inspect.signature(model_class).parameters
+
+
+def remove_capturing_hooks(model: nn.Module) -> None:
+    """Removes the hooks that ``output_hidden_states`` leaves behind; the next use installs them again.
+
+    Touches ``_output_capturing_hooks_installed`` and the name of the hooks of ``transformers.utils.output_capturing``.
+    """
+    for module in model.modules():
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if "output_capturing_hook" in hook.__qualname__]:
+            del hooks[key]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbone_alone import is_sentence_model
 from lusifer.model.backbones import build_llm, load_config, load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
-from lusifer.starter.fetch import resolve_backbone
+from lusifer.starter.names import resolve_backbone
 
 _POOLINGS = {"mean": "mean", "lasttoken": "last_token", "weightedmean": "weighted_mean"}
 # Published instruction formats of families whose files do not state them.

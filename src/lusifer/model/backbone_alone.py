@@ -18,7 +18,7 @@ from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
-from lusifer.starter.fetch import resolve_backbone
+from lusifer.starter.names import resolve_backbone
 
 Embed = Callable[[Sequence[str]], Tensor]
 _NO_LIMIT = 1_000_000  # Tokenizers without a limit have one of 1e30.

@@ -14,9 +14,10 @@ from transformers.utils.hub import extract_commit_hash
 from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbones import build_encoder, keep_layers, load_config, load_encoder, load_llm, load_tokenizer
-from lusifer.model.configuration import LusiferConfig
+from lusifer.model.configuration import ADAPTED, ADAPTED_TYPE, LusiferConfig
 from lusifer.model.fingerprint import files_fingerprint
-from lusifer.starter.fetch import PREFIX, resolve_backbone
+from lusifer.starter.fetch import PREFIX
+from lusifer.starter.names import resolve_backbone
 
 
 def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields: Any) -> LusiferConfig:
@@ -34,6 +35,7 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
     """
     names = {"encoder": _recorded_name(encoder), "llm": _recorded_name(llm)}
     configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}
+    check_adapted(encoder, configs["encoder"], revision=fields.get("encoder_revision"))
     if "max_seq_length" in fields:
         check_window(encoder, configs["encoder"], fields["max_seq_length"])
     else:
@@ -115,6 +117,28 @@ def _check_identity(config: LusiferConfig, part: str, **hub: Any) -> None:
         raise LusiferError(
             f"the {part} {name!r} is not the one this checkpoint was trained with: its weights are different "
             f"(fingerprint {present}, not {recorded}); put the right model there, or its place into config.json"
+        )
+
+
+def check_adapted(name: str, config: PretrainedConfig, *, revision: str | None = None) -> None:
+    """Refuses an encoder whose embedding in its teacher's space would be lost: one adapted to built-in modules.
+
+    Args:
+        name: The encoder's name.
+        config: Its configuration.
+        revision: Its hub revision.
+
+    Raises:
+        LusiferError: If so.
+    """
+    try:
+        path = cached_or_none(resolve_backbone(name), ADAPTED, revision=revision or "main")
+    except OSError:  # Whoever loads it says what is wrong.
+        path = None
+    if path is not None and config.model_type != ADAPTED_TYPE:
+        raise LusiferError(
+            f"the encoder {name!r} was adapted with --plain, into modules that LUSIFER cannot build on; "
+            "adapt it again without --plain"
         )
 
 

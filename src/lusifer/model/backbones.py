@@ -24,7 +24,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import has_pooler, no_load_report
 from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.published_adapters import merge_in
-from lusifer.starter.fetch import resolve_backbone
+from lusifer.starter.names import resolve_backbone
 
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 SAFE_LOADING = {**SAFE, "output_loading_info": True}
@@ -244,6 +244,7 @@ def check_tokenizer(what: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
             f"{what} has no tokenizer: its files are missing or hold no vocabulary; "
             "save the tokenizer beside the model (tokenizer.save_pretrained)"
         )
+    config = getattr(config, "encoder_config", config)  # An adapted encoder's tokens are those of the encoder inside.
     rows: Any = getattr(config, "vocab_size", None)
     last = max(vocabulary, key=lambda token: vocabulary[token])
     if rows is not None and vocabulary[last] >= rows:

@@ -66,7 +66,8 @@ def make_card(
     """
     provenance = config.get("provenance") or {}
     recipe = provenance.get("recipe") or {}
-    known = sorted((config.get("encoder_config") or {}).get("languages") or [])
+    encoder = config.get("encoder_config") or {}
+    known = sorted((encoder.get("encoder_config") or encoder).get("languages") or [])
     llm_config = config.get("llm_config") or {}
     sources = _sources(recipe)
     data = ModelCardData(

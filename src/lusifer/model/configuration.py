@@ -13,10 +13,15 @@ from lusifer.storage import without_paths
 Pooling = Literal["mean", "last_token", "weighted_mean"]
 _MOST_LAYERS = 1000  # Building more takes longer than anybody waits, before weights are looked at.
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+ADAPTED_TYPE = "lusifer-adapted"  # ``model_type`` of a model that ``lusifer adapt`` saved.
+ADAPTED = "adapted.json"  # In its folder: whose vector space it answers in.
 
 
 class LusiferConfig(PretrainedConfig):
     """Describes encoder -> connector -> decoder LLM -> pooling -> head (LUSIFER, arXiv 2501.00874, section 3).
+
+    Where the encoder is itself a model that ``lusifer adapt`` saved, the embedding is the encoder's own plus what a
+    linear head makes of the LLM's; nothing at the start.
 
     A checkpoint normally stores only what was trained and names both backbones; with ``standalone=True`` it holds every
     weight and the names are provenance only.
@@ -94,6 +99,8 @@ class LusiferConfig(PretrainedConfig):
                 # A sub-configuration says no more about where its backbone lay than the configuration does.
                 config.name_or_path = getattr(self, part) or ""
             setattr(self, f"{part}_config", config)
+        if self.adapted and self.head_dim is not None:
+            raise LusiferError("head_dim goes without an adapted encoder, whose embedding has its teacher's dimensions")
         super().__post_init__(**kwargs)
         # Whoever makes a configuration asks for the model next: AutoModel finds its class here.
         import_module("lusifer.model.modeling")
@@ -107,8 +114,20 @@ class LusiferConfig(PretrainedConfig):
         self.llm_base_adapters = without_paths(self.llm_base_adapters)
 
     @property
+    def adapted(self) -> bool:
+        """Whether the encoder is a model of ``lusifer adapt``, with an embedding of its own."""
+        return getattr(self.encoder_config, "model_type", None) == ADAPTED_TYPE
+
+    @property
+    def token_config(self) -> Any:
+        """Configuration of the encoder whose token states the connector reads: the one inside an adapted encoder."""
+        return self.encoder_config.encoder_config if self.adapted else self.encoder_config
+
+    @property
     def hidden_size(self) -> int:
         """Width of the embedding: what Sentence Transformers reads as the embedding dimension."""
+        if self.adapted:
+            return int(self.encoder_config.dimension)
         if self.head_dim is not None:
             return self.head_dim
         return self.llm_config.hidden_size if self.llm_config is not None else 0

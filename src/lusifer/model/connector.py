@@ -1,6 +1,8 @@
-"""The connector: turns encoder states into soft tokens of the LLM."""
+"""The connector, which turns encoder states into soft tokens of the LLM, and the head behind the LLM."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +81,42 @@ class FeedForwardConnector(nn.Module):
         return soft
 
 
+class ResidualHead(nn.Module):
+    """What the LLM adds to an adapted encoder's embedding: a linear map of its standardised vector, zero at the start.
+
+    Adam's first steps move all weights of an output by the learning rate, most of them the same way: without the scale
+    they would add up to more than the embedding itself.
+
+    Args:
+        llm_dim: Width of the LLM's vector.
+        dimension: Width of the embedding.
+    """
+
+    def __init__(self, llm_dim: int, dimension: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(llm_dim, dimension)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Maps the LLM's vectors (batch, llm_dim) to differences of embeddings (batch, dimension)."""
+        width = vectors.shape[-1]
+        return self.linear(nn.functional.layer_norm(vectors, (width,)) / math.sqrt(width))
+
+
+def build_head(config: LusiferConfig) -> nn.Module | None:
+    """The module between the LLM's pooled vector and the embedding; None where that vector is the embedding."""
+    llm_dim = config.llm_config.hidden_size
+    if config.adapted:
+        return ResidualHead(llm_dim, config.hidden_size)
+    if config.head_dim is None:
+        return None
+    return nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
+
+
 def connector_shapes(config: LusiferConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a connector's main tensors, as a checkpoint names them."""
-    encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+    encoder_dim, llm_dim = config.token_config.hidden_size, config.llm_config.hidden_size
     inner = config.connector_dim or llm_dim
     return {
         "connector.up.weight": (inner, encoder_dim),

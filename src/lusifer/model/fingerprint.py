@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.checkpoint import WEIGHTS
-from lusifer.starter.fetch import resolve_backbone
+from lusifer.starter.names import resolve_backbone
 
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".bin")
 _SAMPLED = 1024  # Values of a weight that go into `weights_hash`.

@@ -4,6 +4,7 @@
 2. Each row becomes ``[bos] soft tokens [added tokens]``, packed to the left, so that no embedding depends on padding.
 3. The LLM reads it bidirectionally and its states are pooled; given a target text, it reads the target too, causally,
    to predict it (LUSIFER, arXiv 2501.00874, section 3).
+4. Where ``lusifer adapt`` made the encoder, that has an embedding of its own, to which the head adds the LLM's part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lusifer.model.backbone_pair import configure, load_backbones, position_tabl
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
 from lusifer.model.configuration import LusiferConfig
-from lusifer.model.connector import FeedForwardConnector, connector_shapes
+from lusifer.model.connector import FeedForwardConnector, build_head, connector_shapes
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
 from lusifer.model.token_batches import padding_groups, run_groups
@@ -60,13 +61,11 @@ class LusiferModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = encoder if encoder is not None else build_encoder(config.encoder_config)
         self.llm = llm if llm is not None else build_llm(config.llm_config)
-        encoder_dim, llm_dim = config.encoder_config.hidden_size, config.llm_config.hidden_size
+        encoder_dim, llm_dim = config.token_config.hidden_size, config.llm_config.hidden_size
         self.connector = FeedForwardConnector(
             encoder_dim, config.connector_dim or llm_dim, llm_dim, config.num_added_tokens, config.connector_residual
         )
-        self.head: nn.Module | None = None
-        if config.head_dim is not None:
-            self.head = nn.Sequential(nn.Linear(llm_dim, llm_dim), nn.ReLU(), nn.Linear(llm_dim, config.head_dim))
+        self.head = build_head(config)
         table = position_table(self.encoder)
         self.window = None if table is None else table.window
         self.tokenizer_source: tuple[str, dict[str, Any]] | None = None
@@ -204,13 +203,22 @@ class LusiferModel(PreTrainedModel):
             if is_merged_in_place(self):
                 raise LusiferError("this model was merged for inference and cannot train: load the checkpoint again")
             forget_copy(self)
-        return super().train(mode)
+        super().train(mode)
+        if self.config.adapted and not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()  # Its embedding is what the LLM adds to: without dropout, as in use.
+        return self
 
     def put_adapters(self) -> None:
         """Puts the adapters in place that the configuration names, for their weights to be read into."""
         for part in ("encoder", "llm"):
             if fields := getattr(self.config, f"{part}_adapter"):
-                add_lora(getattr(self, part), fields)
+                add_lora(self._layers(part), fields)
+
+    def _layers(self, part: str) -> nn.Module:
+        """Where an adapter of a part goes: an adapted encoder's own head takes none."""
+        module: Any = getattr(self, part)
+        inner: nn.Module = module.encoder if part == "encoder" and self.config.adapted else module
+        return inner
 
     def add_adapter(self, part: str, adapter: dict[str, Any]) -> None:
         """Puts a LoRA adapter on the encoder or the LLM.
@@ -226,7 +234,7 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
         if getattr(self.config, f"{part}_adapter"):
             raise LusiferError(f"the {part} has an adapter already")
-        setattr(self.config, f"{part}_adapter", add_lora(getattr(self, part), adapter))
+        setattr(self.config, f"{part}_adapter", add_lora(self._layers(part), adapter))
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:
         """Chooses what trains: a stage is nothing but this choice and a loss.
@@ -279,12 +287,18 @@ class LusiferModel(PreTrainedModel):
             ``[bos] soft tokens [added tokens]`` (batch, length, llm_dim) float32; its mask; and the mask of positions
             to pool (all but BOS), both (batch, length) bool.
         """
+        return self._soft_tokens(*self._read(input_ids, attention_mask))
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Any, Tensor]:
+        """The encoder's output for rows packed to the left, and the mask of their real tokens."""
         # Encoders with absolute positions (BERT) count padding on the left too.
         packed_ids, real = pack_left(input_ids.unsqueeze(-1), attention_mask.bool())
         seen = real.clone()
         # A row with nothing in it: attention over nothing is NaN, and so is everything it touches.
         seen[:, 0] |= ~real.any(dim=1)
-        output = self.encoder(input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype))
+        return self.encoder(input_ids=packed_ids.squeeze(-1), attention_mask=seen.to(attention_mask.dtype)), real
+
+    def _soft_tokens(self, output: Any, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         soft = self.connector(output.last_hidden_state.to(self.connector.up.weight.dtype)).float()
         added = self.connector.added_tokens.float().expand(len(soft), -1, -1)
         parts, masks = [soft, added], [real, real.new_ones(added.shape[:2])]
@@ -325,8 +339,8 @@ class LusiferModel(PreTrainedModel):
 
         Returns:
             ``last_hidden_state`` (batch, length, llm_dim) over ``[bos] soft [added]`` and ``pooler_output`` (batch,
-            dim) float32, not normalised. With targets ``last_hidden_state`` alone: (supervised, llm_dim) states that
-            predict the real target tokens, row by row in order.
+            dim) float32, not normalised. With targets ``last_hidden_state`` (supervised, llm_dim), the states that
+            predict the real target tokens, row by row in order, and an adapted encoder's own ``pooler_output``.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -335,7 +349,9 @@ class LusiferModel(PreTrainedModel):
         if target_ids is None and not trains and (groups := padding_groups(attention_mask)):
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
             return run_groups(self, batch, groups)
-        embeds, mask, pooled = self.soft_tokens(input_ids, attention_mask)
+        output, real = self._read(input_ids, attention_mask)
+        own = output.pooler_output if self.config.adapted else None
+        embeds, mask, pooled = self._soft_tokens(output, real)
         if target_ids is not None:
             table: Any = self.llm.get_input_embeddings()
             target = table(target_ids).float()
@@ -343,13 +359,16 @@ class LusiferModel(PreTrainedModel):
                 assert mask_embedding is not None
                 target = torch.where(target_masked.unsqueeze(-1), mask_embedding.float(), target)
             target_mask = torch.ones_like(target_ids) if target_mask is None else target_mask
-            return BaseModelOutputWithPooling(last_hidden_state=self._predict(embeds, mask, target, target_mask.bool()))
+            states = self._predict(embeds, mask, target, target_mask.bool())
+            return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=own)
         hidden = run_llm(self.llm, embeds, mask, is_causal=False)
         # A row without tokens has nothing to pool if there are no added tokens either.
         pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
         vector = pool(hidden, pooled, self.config.pooling)
         if self.head is not None:
             vector = self.head(vector)
+        if own is not None:
+            vector = own + vector
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vector)
 
     def _predict(self, prefix: Tensor, prefix_mask: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:

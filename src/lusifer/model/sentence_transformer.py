@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.sentence_transformers import transformer_module
+from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.card import CARD, make_card
 from lusifer.model.configuration import LusiferConfig
 from lusifer.publishing import publish_folder
+from lusifer.starter.names import resolve_backbone
 
 if TYPE_CHECKING:
     from lusifer.model.modeling import LusiferModel
@@ -101,6 +104,20 @@ def save_atomically(model: SentenceTransformer, folder: Path, **tokenizers: PreT
                 tokenizer.save_pretrained(new / name)
     except SafetensorError as error:
         raise LusiferError(f"cannot write the checkpoint {str(folder)!r}: {first_line(error)}") from error
+
+
+def copy_prompts(model: SentenceTransformer, name: str, *, revision: str | None = None) -> None:
+    """Gives a model the prompts that a Sentence Transformers model was saved with, and its default prompt.
+
+    Args:
+        model: The model; changed in place.
+        name: Folder, hub id or starter name of the other one; one without prompts changes nothing.
+        revision: Hub revision.
+    """
+    path = cached_or_none(resolve_backbone(name), CONFIG, revision=revision or "main")
+    saved = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    model.prompts.update(saved.get("prompts") or {})
+    model.default_prompt_name = saved.get("default_prompt_name")
 
 
 def lusifer_model(model: SentenceTransformer) -> LusiferModel:

@@ -92,9 +92,10 @@ def trim(features: Features, rows: Tensor) -> Features:
 
 
 def token_features(batch: dict[str, Any]) -> Features:
-    """The entries of a batch that have one value per token: tensors of the shape of ``input_ids``."""
-    shape = batch["input_ids"].shape
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+    """The entries of a batch that have one whole number per token: tensors of the shape of ``input_ids``."""
+    shape, tensors = batch["input_ids"].shape, {n: v for n, v in batch.items() if isinstance(v, Tensor)}
+    # A teacher's vectors may be as long as a text.
+    return {n: v for n, v in tensors.items() if v.shape == shape and not v.is_floating_point()}
 
 
 def run_groups(model: nn.Module, batch: Features, groups: list[Tensor]) -> BaseModelOutputWithPooling:

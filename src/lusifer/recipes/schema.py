@@ -177,6 +177,9 @@ class AlignRecipe(GradientStage):
     # Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
     mask_probability: float | tuple[float, float] = 0.5
     target_max_seq_length: PositiveInt = 512  # LLM tokens of a target.
+    # Sentence Transformers model whose vectors an adapted encoder is held to while it learns.
+    teacher: str | None = None
+    teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss beside the tokens' cross-entropy.
 
     @pydantic.field_validator("mask_probability", mode="before")
     @classmethod
@@ -198,6 +201,9 @@ class AlignRecipe(GradientStage):
             for field in ("instruction", "in_batch_negatives", "hard_negatives"):
                 if field in item.model_fields_set:
                     raise ValueError(f"data.{number}.{field} is for stage 2; remove it")
+        _check_teacher(self)
+        if self.teacher and self.train_encoder == "frozen":
+            raise ValueError("teacher needs train_encoder: lora or full; a frozen encoder's vectors do not change")
         return self
 
 
@@ -207,6 +213,10 @@ class ContrastRecipe(GradientStage):
     number: ClassVar[int] = 2
     symmetric: bool = False  # Whether each positive must also find its query.
     temperature: PositiveFloat = 0.05  # Divisor of the cosines.
+    infonce_weight: NonNegativeFloat = 1.0  # Weight of the contrastive loss; 0 leaves it out.
+    # Sentence Transformers model whose vectors of the texts are learnt: hub id, folder or starter name.
+    teacher: str | None = None
+    teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss.
     # Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
     llm_layers: PositiveInt | None = None
     # Sentence Transformers model that reads the same texts; `encoder` is the recipe's own encoder alone.
@@ -229,9 +239,17 @@ class ContrastRecipe(GradientStage):
                 raise ValueError(f"{field} needs guide: the model whose scores it is about (or guide: encoder)")
         if self.guide and self.guide_margin is None and not self.distill:
             raise ValueError("guide is of no use without guide_margin or distill; set one of them")
+        _check_teacher(self)
+        if not self.infonce_weight and not self.teacher and not self.distill:
+            raise ValueError("infonce_weight is 0: nothing to learn from without teacher or distill")
         if self.matryoshka_dims != (increasing := sorted(set(self.matryoshka_dims))):
             raise ValueError(f"matryoshka_dims must increase: {increasing}")
         return self
+
+
+def _check_teacher(stage: AlignRecipe | ContrastRecipe) -> None:
+    if not stage.teacher and "teacher_weight" in stage.model_fields_set:
+        raise ValueError("teacher_weight needs teacher: the model whose vectors are learnt")
 
 
 class ScaleRecipe(_Strict):

@@ -152,15 +152,6 @@ def starter_path(name: str) -> Path:
     return folder
 
 
-def resolve_backbone(name_or_path: str) -> str:
-    """Maps ``starter:...`` to its folder and returns everything else unchanged.
-
-    Raises:
-        LusiferError: If it is a starter name that is unknown or not fetched.
-    """
-    return str(starter_path(name_or_path)) if name_or_path.startswith(PREFIX) else name_or_path
-
-
 def fetch(names: Iterable[str] | None = None, *, force: bool = False) -> dict[str, Path]:
     """Downloads and converts starter backbones that are not there and intact; returns each public name with its folder.
 

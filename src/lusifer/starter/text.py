@@ -16,7 +16,7 @@ from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_file
-from lusifer.starter.fetch import PREFIX, cache_dir, resolve_backbone
+from lusifer.starter.fetch import PREFIX, cache_dir, starter_path
 
 VERSES = "english-verses"
 PAIRS = "english-pairs"
@@ -27,15 +27,17 @@ _SHORTEST, _LONGEST_PAIR, _LONGEST_VERSE = 20, 95, 160
 
 
 def resolve_data(name: str) -> str:
-    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, made once, other names as
-    `resolve_backbone`.
+    """Maps ``starter:english-verses``, ``-pairs`` and ``-passages`` to their files, made once, other starters to their
+    folders, and returns everything else unchanged.
 
     Raises:
         LusiferError: If the name is unknown, the text packages are missing or the cache is not writable.
     """
     key = name.removeprefix(PREFIX)
-    if not name.startswith(PREFIX) or key not in (VERSES, PAIRS, PASSAGES):
-        return resolve_backbone(name)
+    if not name.startswith(PREFIX):
+        return name
+    if key not in (VERSES, PAIRS, PASSAGES):
+        return str(starter_path(name))
     path = cache_dir() / "starter" / f"{key}.jsonl"
     if not path.is_file():
         _write_all(path.parent)

@@ -3,6 +3,7 @@
 Each length-sorted group of a batch runs forward and backward on its own. The state before each target token predicts
 it; the LM head sees these states alone, slice by slice, so that logits are never kept. Each input embedding of the
 target is replaced, with some probability, by a mask embedding: the LLM must read the soft tokens, not its own prefix.
+Beside it an adapted encoder may be held to its teacher's vectors while it learns.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import no_load_report
 from lusifer.model.backbones import SAFE_LOADING, load_part
 from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
-from lusifer.training.gradient_cache import Backward, NoSync, gather, groups_within
+from lusifer.teacher.loss import teacher_loss
+from lusifer.training.gradient_cache import Backward, NoSync, gather, groups_within, world
 
 
 class LMHead(nn.Module):
@@ -142,6 +144,8 @@ class AlignmentLoss(nn.Module):
         mask_probability: Probability that a target input is masked in training: a number, or (start, end) of a line.
         max_tokens: Most padded tokens (source plus target) in one forward pass.
         chunk: States per slice of the LM head.
+        teacher_weight: Weight of `lusifer.teacher.loss.teacher_loss` on an adapted encoder's own embedding, where a
+            batch has a teacher's vectors.
         seed: With a row's position in the mixture, it alone decides what is masked.
     """
 
@@ -153,11 +157,13 @@ class AlignmentLoss(nn.Module):
         mask_probability: float | tuple[float, float] = 0.5,
         max_tokens: int = 8192,
         chunk: int = 256,
+        teacher_weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.lm_head, self.mask_probability = lm_head, mask_probability
         self.max_tokens, self.chunk, self.seed = max_tokens, chunk, seed
+        self.teacher_weight = teacher_weight
         self.register_buffer("mask_embedding", mask_embedding.detach().float(), persistent=False)
 
     def probability(self, progress: float) -> float:
@@ -189,6 +195,9 @@ class AlignmentLoss(nn.Module):
             target: The same (rows, target_seq) of the LLM's tokenizer, padded on the right.
             masked: (rows, target_seq) bool, True at the target inputs to mask; None for none.
         """
+        return self._read(model, source, target, masked).last_hidden_state
+
+    def _read(self, model: nn.Module, source: Features, target: Features, masked: Tensor | None) -> Any:
         return model(
             source["input_ids"],
             source["attention_mask"],
@@ -196,28 +205,45 @@ class AlignmentLoss(nn.Module):
             target_mask=target["attention_mask"],
             target_masked=masked,
             mask_embedding=None if masked is None else self.mask_embedding,
-        ).last_hidden_state
+        )
 
-    def _group_loss(self, model: nn.Module, batch: dict[str, Any], rows: Tensor, progress: float) -> Tensor:
+    def _group_loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        rows: Tensor,
+        progress: float,
+        *,
+        scale: float,
+        every: Tensor | None,
+    ) -> Tensor:
+        """A group's part of the loss: ``scale`` is of its target tokens, ``every`` all ranks' teacher vectors."""
         source, target = (trim(token_features(batch[part]), rows) for part in ("source", "target"))
         masked = None
         if self.training and self.probability(progress) > 0:
             masked = self.choose_masked(target["attention_mask"], batch["positions"].cpu()[rows], progress)
-        states = self.states(model, source, target, masked)
+        output = self._read(model, source, target, masked)
         wanted = target["input_ids"][target["attention_mask"].bool()]
-        return token_cross_entropy(states, wanted, self.lm_head, self.chunk)
+        loss = token_cross_entropy(output.last_hidden_state, wanted, self.lm_head, self.chunk) * scale
+        if every is None:
+            return loss
+        count = len(batch["positions"])
+        part = _teacher_loss(output.pooler_output, every, rows, count)
+        return loss + self.teacher_weight * len(rows) / count * part
 
     def forward(self, model: nn.Module, batch: dict[str, Any], *, progress: float = 0.0) -> Tensor:
         """The loss of this process's rows alone, in one graph: a scalar in float32.
 
         Args:
             model: A `LusiferModel` or its distributed wrapper.
-            batch: ``source`` and ``target`` as for `states`; ``positions`` (rows,) int64 in the mixture.
+            batch: ``source`` and ``target`` as for `states`; ``positions`` (rows,) int64 in the mixture; ``teacher``
+                (rows, dim), a teacher's unit vectors of the sources.
             progress: Share of the stage done, in [0, 1].
         """
         groups = micro_batches(_lengths(batch).cpu(), self.max_tokens)
-        losses = [self._group_loss(model, batch, rows, progress) for rows in groups]
-        return torch.stack(losses).sum() / batch["target"]["attention_mask"].sum().clamp(min=1)
+        scale, every = 1 / max(int(batch["target"]["attention_mask"].sum()), 1), batch.get("teacher")
+        losses = [self._group_loss(model, batch, rows, progress, scale=scale, every=every) for rows in groups]
+        return torch.stack(losses).sum()
 
     def step(
         self, model: nn.Module, batch: dict[str, Any], *, backward: Backward, no_sync: NoSync, progress: float = 0.0
@@ -243,16 +269,27 @@ class AlignmentLoss(nn.Module):
             raise LusiferError(f"ranks hold different numbers of rows ({counts[:, 1].tolist()}); give each as many")
         # Wrappers average gradients over the ranks; the loss is one mean over the tokens of all of them.
         scale = len(counts) / max(int(counts[:, 0].sum()), 1)
+        every = gather(batch["teacher"]).flatten(0, 1) if "teacher" in batch else None
         groups, _ = groups_within(lengths, self.max_tokens, 0)
         total = torch.zeros((), device=lengths.device)
         for index, rows in enumerate(groups):
             with nullcontext() if index == len(groups) - 1 else no_sync():
-                loss = self._group_loss(model, batch, rows, progress) * scale
+                loss = self._group_loss(model, batch, rows, progress, scale=scale, every=every)
                 backward(loss)
             total += loss.detach()
         tokens, padded = float(lengths.sum()), sum(padded_tokens(lengths.cpu(), groups))
         metrics = {"loss": float(gather(total).mean()), "mask_probability": self.probability(progress)}
         return {**metrics, "tokens": tokens, "padding": 1 - tokens / max(padded, 1)}
+
+
+def _teacher_loss(vectors: Tensor, every: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The teacher's loss of some of this process's ``count`` rows among those of the global batch."""
+    first = world()[0] * count if len(every) > count else 0  # `forward` sees this process's rows alone.
+    own = rows.to(every.device) + first
+    others = torch.ones(len(every), dtype=torch.bool, device=every.device)
+    others[own] = False
+    with torch.autocast(vectors.device.type, enabled=False):
+        return teacher_loss(nn.functional.normalize(vectors.float(), dim=-1), every[own], every[others])
 
 
 def _lengths(batch: dict[str, Any]) -> Tensor:

@@ -3,7 +3,8 @@
 Every rank gathers the embeddings of all ranks, computes the loss of the global batch slice by slice of the score
 matrix, and back-propagates the gradient of its own rows: W processes equal one. Candidates that are no negatives are
 left out: copies of the query or its positive, and, with a guide and a margin, what the guide scores above the positive
-less the margin (GISTEmbed, arXiv 2402.16829). Matryoshka dimensions: arXiv 2205.13147.
+less the margin (GISTEmbed, arXiv 2402.16829). Matryoshka dimensions: arXiv 2205.13147. A teacher's vectors of the
+texts may be learnt beside it, or alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from lusifer.errors import LusiferError
 from lusifer.model.token_batches import Features, micro_batches, padded_tokens, token_features, trim
+from lusifer.teacher.loss import teacher_loss
 from lusifer.training.distillation import neighbourhood_divergence
 from lusifer.training.gradient_cache import Backward, CachedPass, NoSync, gather, groups_within, in_order, world
 
@@ -121,6 +123,9 @@ class ContrastiveLoss(nn.Module):
         matryoshka_dims: The loss is the mean over embeddings truncated to these; empty for the whole embedding.
         guide: Maps ``batch["guide"]`` to a dict with ``sentence_embedding``; never trained.
         guide_margin: Candidates the guide scores above ``positive - guide_margin`` are left out; None for none.
+        infonce_weight: Weight of InfoNCE; 0 leaves it out.
+        teacher_weight: Weight of `lusifer.teacher.loss.teacher_loss` on whole embeddings, where a batch has a teacher's
+            vectors.
         distill: Weight of `lusifer.training.distillation`'s divergence from the guide.
         distill_temperature: Its temperature.
         max_tokens: Most padded tokens in one forward pass.
@@ -135,6 +140,8 @@ class ContrastiveLoss(nn.Module):
         matryoshka_dims: Sequence[int] = (),
         guide: nn.Module | None = None,
         guide_margin: float | None = None,
+        infonce_weight: float = 1.0,
+        teacher_weight: float = 1.0,
         distill: float = 0.0,
         distill_temperature: float = 0.05,
         max_tokens: int = 16384,
@@ -145,6 +152,7 @@ class ContrastiveLoss(nn.Module):
         self.matryoshka_dims = list(matryoshka_dims)
         self.guide = None if guide is None else guide.requires_grad_(False).eval()
         self.guide_margin = guide_margin
+        self.infonce_weight, self.teacher_weight = infonce_weight, teacher_weight
         self.distill, self.distill_temperature = distill, distill_temperature
         self.max_tokens, self.graph_tokens = max_tokens, graph_tokens
 
@@ -161,13 +169,20 @@ class ContrastiveLoss(nn.Module):
         Args:
             model: A `LusiferModel` or its distributed wrapper.
             batch: ``input_ids`` and ``attention_mask`` (columns * rows, seq): queries, positives, then column by
-                column the hard negatives; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features.
+                column the hard negatives; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features;
+                ``teacher`` (columns * rows, dim), a teacher's unit vectors.
             progress: Ignored.
         """
         features, columns = token_features(batch), batch["columns"]
         vectors = self._embed(features, lambda few: model(**few).pooler_output).unflatten(0, (columns, -1))
-        guide = self._guide_vectors(batch)
-        return self.of_embeddings(vectors, _keys(features, columns), guide, in_batch=batch["in_batch_negatives"])
+        options = {"guide": self._guide_vectors(batch), "targets": _targets(batch)}
+        return self.of_embeddings(vectors, _keys(features, columns), **options, in_batch=batch["in_batch_negatives"])
+
+    @torch.no_grad()
+    def teacher_cosine(self, model: nn.Module, batch: dict[str, Any]) -> float:
+        """Mean cosine of a batch's embeddings with the teacher's vectors; arguments as for `forward`."""
+        vectors = self._embed(token_features(batch), lambda few: model(**few).pooler_output)
+        return float(cosine_similarity(vectors.float(), batch["teacher"]).mean())
 
     def _embed(self, features: Features, embed: Callable[[Features], Tensor]) -> Tensor:
         groups = micro_batches(features["attention_mask"].sum(dim=1).cpu(), self.max_tokens)
@@ -198,10 +213,10 @@ class ContrastiveLoss(nn.Module):
         groups, kept = groups_within(lengths, self.max_tokens, self.graph_tokens)
         cached = CachedPass(lambda rows: model(**trim(features, rows)).pooler_output, groups, kept, lengths.device)
         vectors = cached.forward(no_sync).float()
-        guide = None if (own := self._guide_vectors(batch)) is None else _joined(own)
+        guide, targets = (None if x is None else _joined(x) for x in (self._guide_vectors(batch), _targets(batch)))
         every = _joined(vectors.unflatten(0, (columns, -1))).requires_grad_()
         keys = _joined(_keys(features, columns))
-        loss = self.of_embeddings(every, keys, guide, in_batch=batch["in_batch_negatives"])
+        loss = self.of_embeddings(every, keys, guide, targets, in_batch=batch["in_batch_negatives"])
         (gradient,) = torch.autograd.grad(loss, every)
         rows = len(vectors) // columns
         # Wrappers average gradients over the ranks.
@@ -213,7 +228,13 @@ class ContrastiveLoss(nn.Module):
         return {**metrics, "tokens": tokens, "padding": 1 - tokens / total}
 
     def of_embeddings(
-        self, vectors: Tensor, keys: Tensor, guide: Tensor | None = None, *, in_batch: bool = True
+        self,
+        vectors: Tensor,
+        keys: Tensor,
+        guide: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        in_batch: bool = True,
     ) -> Tensor:
         """The loss of a batch that is embedded already: a scalar in float32.
 
@@ -221,6 +242,7 @@ class ContrastiveLoss(nn.Module):
             vectors: (columns, rows, dim): queries, positives, then the hard negatives.
             keys: (columns, rows) int64, equal for equal texts, see `text_keys`.
             guide: (columns, rows, guide_dim) float32 unit vectors of the guide model.
+            targets: (columns, rows, dim) float32 unit vectors of the teacher.
             in_batch: Whether other rows' texts are negatives.
 
         Raises:
@@ -233,10 +255,16 @@ class ContrastiveLoss(nn.Module):
         one = self._in_batch if in_batch else self._own_negatives
         # Cosines over a small temperature need all of float32.
         with torch.autocast(vectors.device.type, enabled=False):
-            loss = torch.stack([one(vectors[..., :dim].float(), columns) for dim in dims]).mean()
+            texts, loss = vectors.flatten(0, 1), vectors.new_zeros((), dtype=torch.float32)
+            if self.infonce_weight:
+                parts = [one(vectors[..., :dim].float(), columns) for dim in dims]
+                loss = loss + self.infonce_weight * torch.stack(parts).mean()
+            if self.teacher_weight and targets is not None:
+                ours, theirs = normalize(texts.float(), dim=-1), targets.flatten(0, 1)
+                # The neighbours are the other texts of the global batch.
+                loss = loss + self.teacher_weight * teacher_loss(ours, theirs, theirs[:0])
             if self.distill and guide is not None:
-                texts, theirs = vectors.flatten(0, 1), guide.flatten(0, 1)
-                tau = self.distill_temperature
+                theirs, tau = guide.flatten(0, 1), self.distill_temperature
                 parts = [neighbourhood_divergence(texts[:, :dim], theirs, temperature=tau) for dim in dims]
                 loss = loss + self.distill * torch.stack(parts).mean()
             return loss
@@ -277,6 +305,11 @@ def _keys(features: Features, columns: int) -> Tensor:
     return text_keys(features["input_ids"], features["attention_mask"]).unflatten(0, (columns, -1))
 
 
+def _targets(batch: dict[str, Any]) -> Tensor | None:
+    """(columns, rows, dim) float32 unit vectors of the teacher, where a batch has one."""
+    return batch["teacher"].unflatten(0, (batch["columns"], -1)) if "teacher" in batch else None
+
+
 def _joined(local: Tensor) -> Tensor:
     """(columns, rows, ...) of every rank to (columns, world * rows, ...), without gradient."""
     return gather(local).transpose(0, 1).flatten(1, 2)
@@ -289,7 +322,7 @@ def _check_agreement(batch: dict[str, Any], device: torch.device) -> None:
         return
     name, columns, flag = str(batch["dataset"]), batch["columns"], batch["in_batch_negatives"]
     digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-    shape = [digest, columns, int(flag), len(batch["input_ids"]), int("guide" in batch)]
+    shape = [digest, columns, int(flag), len(batch["input_ids"]), int("guide" in batch), int("teacher" in batch)]
     every = gather(torch.tensor(shape, device=device))
     if bool((every != every[0]).any()):
         raise LusiferError(

@@ -109,7 +109,7 @@ def _memory_gb(recipe: Recipe, stage: GradientStage, model: LusiferModel, kept: 
     for parameter in model.parameters():
         weights += parameter.numel() * (packed if packed and id(parameter) in linear else parameter.element_size())
     trainable = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    configs = [model.config.llm_config] + [model.config.encoder_config] * (stage.train_encoder != "frozen")
+    configs = [model.config.llm_config] + [model.config.token_config] * (stage.train_encoder != "frozen")
     size = 2 if stage.precision == "bfloat16" else 4
     activations = size * kept * sum(_values(config, stage.gradient_checkpointing) for config in configs)
     return {"weights": weights / shards / 1e9, "trainable": trainable / shards / 1e9, "activations": activations / 1e9}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lusifer.errors import LusiferError
 from lusifer.model.adapters import add_lora, merge_adapters
 from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.pooling import mean_pool
@@ -62,8 +63,10 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
         progress: Whether to show a progress bar.
 
     Raises:
-        LusiferError: If the LLM or the data cannot be read, or training has to stop.
+        LusiferError: If the LLM or the data cannot be read, the recipe has a teacher, or training has to stop.
     """
+    if recipe.contrast.teacher:
+        raise LusiferError("the LLM alone has no head to learn a teacher's vectors: leave contrast.teacher out")
     recipe = settle(recipe)
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.

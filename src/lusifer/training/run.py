@@ -18,7 +18,7 @@ from transformers import set_seed
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_pair import check_window
+from lusifer.model.backbone_pair import check_adapted, check_window
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
@@ -35,6 +35,7 @@ from lusifer.training.stages import (
     run_warm_start,
     stage_mixture,
 )
+from lusifer.training.teaching import check_teacher
 from lusifer.training.trainer import load_trained
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def check_inputs(recipe: Recipe) -> None:
     stages = {name: stage for name in ("align", "contrast") if (stage := getattr(recipe, name)).enabled}
     lengths = [chosen.max_seq_length, *(stage.max_seq_length or 0 for stage in stages.values())]
     check_window(chosen.encoder, encoder, max(lengths))
+    check_adapted(chosen.encoder, encoder, revision=chosen.encoder_revision)
     for adapter in chosen.llm_base_adapters:
         read_base_adapter(adapter)
     depth = chosen.llm_layers or llm.num_hidden_layers
@@ -62,8 +64,10 @@ def check_inputs(recipe: Recipe) -> None:
         read_texts(source, 1)
     for name in stages:
         stage_mixture(recipe, name)
+        check_teacher(recipe, name, encoder, llm)
 
 
+_LATER = {"teacher", "teacher_weight", "infonce_weight"}  # Fields that earlier versions had not.
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
 
@@ -76,6 +80,9 @@ def fingerprint(recipe: Recipe, stage: str) -> str:
         tree[name] = section.model_dump(exclude=_VOLATILE)
         for earlier, today in section.renamed.items():  # A run begun under the earlier names goes on.
             tree[name][earlier] = tree[name].pop(today)
+        for field in _LATER & section.model_fields.keys():  # And one begun before there were these.
+            if getattr(section, field) == type(section).model_fields[field].default:
+                del tree[name][field]
     return hashlib.sha256(json.dumps([recipe.seed, tree], sort_keys=True).encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from lusifer.data.collate import AlignCollator, ContrastCollator, llm_preprocess
+from lusifer.data.collate import AlignCollator, ContrastCollator, column_texts, llm_preprocess, source_texts
 from lusifer.data.mixture import Mixture
+from lusifer.data.prompts import Role, prompt_for
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.hooks.trainer import layer_class_names
@@ -28,10 +29,11 @@ from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
-from lusifer.model.sentence_transformer import lusifer_model, to_sentence_transformer
+from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_sentence_transformer
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
+from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
 
@@ -41,8 +43,8 @@ STAGES = ("warm_start", "align", "contrast")
 _HELD_OUT = 32  # Rows that are never trained on.
 # Fields of stage 2 that are arguments of its loss, and fields of a stage that are training arguments.
 _CONTRASTIVE = {
-    "temperature", "symmetric", "matryoshka_dims", "guide_margin", "distill", "distill_temperature", "max_tokens",
-    "graph_tokens",
+    "temperature", "symmetric", "matryoshka_dims", "guide_margin", "infonce_weight", "teacher_weight", "distill",
+    "distill_temperature", "max_tokens", "graph_tokens",
 }  # fmt: skip
 _ARGUMENTS = {
     "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "logging_steps",
@@ -61,8 +63,18 @@ def build_model(recipe: ModelRecipe) -> SentenceTransformer:
     wrapped = to_sentence_transformer(
         model, load_tokenizer("encoder", recipe.encoder, revision=recipe.encoder_revision)
     )
+    if model.config.adapted:
+        # Its space is that of texts behind its prompts.
+        copy_prompts(wrapped, recipe.encoder, revision=recipe.encoder_revision)
     wrapped.prompts.update(recipe.prompts)
     return wrapped
+
+
+def _encoder_prompts(model: SentenceTransformer) -> dict[Role, str]:
+    """What stands in front of training texts: an adapted encoder's prompts; nothing else but an instruction."""
+    if not lusifer_model(model).config.adapted:
+        return {}
+    return {"query": prompt_for(model, "query"), "document": prompt_for(model, "document")}
 
 
 def _llm_tokenizer(recipe: ModelRecipe) -> Any:
@@ -106,6 +118,12 @@ def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
     stage: GradientStage = getattr(recipe, name)
     train_llm = name == "contrast" and lora is not None
     model.set_trainable(encoder=stage.train_encoder, connector=stage.train_connector, llm=train_llm)
+    if name == "align" and config.adapted:
+        # A parameter without a gradient stops distributed training.
+        assert model.head is not None
+        model.head.requires_grad_(False)
+        if recipe.align.teacher is None:
+            model.encoder.head.requires_grad_(False)
 
 
 def stage_mixture(recipe: Recipe, name: str) -> Mixture:
@@ -128,12 +146,14 @@ def run_align(recipe: Recipe, model: SentenceTransformer, folder: Path, progress
         inner.llm_embeddings().float().mean(dim=0),
         mask_probability=stage.mask_probability,
         max_tokens=stage.max_tokens,
+        teacher_weight=stage.teacher_weight,
         seed=_seed(recipe, "align"),
     )
     limit = stage.max_seq_length or recipe.model.max_seq_length
     target = llm_preprocess(_llm_tokenizer(recipe.model), stage.target_max_seq_length)
-    collator = AlignCollator(model.tokenizer, limit, target)
     mixture = stage_mixture(recipe, "align")
+    teacher = vectors_of(stage.teacher, mixture, source_texts, progress=progress)
+    collator = AlignCollator(model.tokenizer, limit, target, _encoder_prompts(model), teacher)
     examples = [example for several in mixture.held_out_examples() for example in several]
     batch = collator(examples) if len(examples) > 1 else None
 
@@ -149,7 +169,7 @@ def run_align(recipe: Recipe, model: SentenceTransformer, folder: Path, progress
 def run_contrast(recipe: Recipe, model: SentenceTransformer, folder: Path, progress: bool) -> dict[str, Any]:
     """Stage 2; arguments and result as for `contrast`."""
     prepare_stage(recipe, "contrast", lusifer_model(model))
-    return contrast(recipe, lusifer_model(model), model.tokenizer, folder, progress)
+    return contrast(recipe, lusifer_model(model), model.tokenizer, folder, progress, prompts=_encoder_prompts(model))
 
 
 def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceEncoder | SentenceTransformer | None:
@@ -161,7 +181,13 @@ def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceEncode
 
 
 def contrast(
-    recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: bool
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: bool,
+    *,
+    prompts: Mapping[Role, str] | None = None,
 ) -> dict[str, Any]:
     """Contrastive training of a model whose forward gives ``pooler_output``, also of a baseline.
 
@@ -171,10 +197,12 @@ def contrast(
         tokenizer: Its tokenizer.
         folder: Where checkpoints go.
         progress: Whether to show a progress bar.
+        prompts: What the model reads in front of a text, by role.
 
     Returns:
         ``history``, what was logged; ``loss``, the mean over all steps; ``trained``, name to tensor on the CPU;
-        ``metrics``, a function of a model that measures held-out rows, or None without such rows.
+        ``metrics``, a function of a model that measures held-out rows, or None without such rows; with a teacher,
+        ``held_out_before``, what it measured before the stage.
 
     Raises:
         LusiferError: If the batch does not divide by the number of processes, a checkpoint cannot be read or
@@ -183,21 +211,30 @@ def contrast(
     limit = recipe.contrast.max_seq_length or recipe.model.max_seq_length
     guide = _guide(recipe, limit)
     loss = ContrastiveLoss(guide=guide, **recipe.contrast.model_dump(include=_CONTRASTIVE))
-    collator = ContrastCollator(tokenizer, limit, guide.preprocess if guide else None)
     mixture = stage_mixture(recipe, "contrast")
+    teacher = vectors_of(recipe.contrast.teacher, mixture, column_texts, progress=progress)
+    collator = ContrastCollator(tokenizer, limit, guide.preprocess if guide else None, prompts or {}, teacher)
     batches = [collator(examples) for examples in mixture.held_out_examples()]
 
     def measure(wrapped: Any) -> dict[str, float]:
         device = next(model.parameters()).device
         mode = wrapped.training
         wrapped.eval()
+        moved = [send_to_device(batch, device) for batch in batches]
         with torch.no_grad():
-            losses = [float(loss(wrapped, send_to_device(batch, device))) for batch in batches]
+            figures = {"loss": [float(loss(wrapped, batch)) for batch in moved]}
+        if teacher is not None:
+            figures["teacher_cosine"] = [loss.teacher_cosine(wrapped, batch) for batch in moved]
         wrapped.train(mode)
-        return {"loss": sum(losses) / len(losses)}
+        return {name: sum(values) / len(values) for name, values in figures.items()}
 
     metrics = measure if batches else None
-    return _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
+    if teacher is None:
+        return _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
+    loss.to(next(model.parameters()).device)
+    before = measure(model) if batches else {}
+    result = _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
+    return {**result, "held_out_before": before, "teacher_hash": teacher.hash}
 
 
 def _train(
@@ -261,7 +298,7 @@ def _training_arguments(
         eval_strategy="steps" if eval_steps else "no",
         eval_steps=eval_steps,
         metric_for_best_model=stage.best_metric,
-        greater_is_better=stage.best_metric is not None and "accuracy" in stage.best_metric,
+        greater_is_better=stage.best_metric is not None and stage.best_metric.endswith(("accuracy", "cosine")),
         report_to=list(stage.report_to) or "none",
         remove_unused_columns=False,
         dataloader_drop_last=True,

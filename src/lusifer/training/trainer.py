@@ -129,7 +129,7 @@ class AtomicTrainer(OpenTrainer):
         """AdamW over the trainable parameters, connector and head at their own rate."""
         if self.optimizer is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
-            own = [p for n, p in named if "connector." in n or n.startswith("head.") or ".head." in n]
+            own = [p for n, p in named if n.removeprefix("module.").startswith(("connector.", "head."))]
             chosen, rate = {id(p) for p in own}, self.args.learning_rate
             groups = [{"params": [p for _, p in named if id(p) not in chosen], "lr": rate}]
             groups.append({"params": own, "lr": self.stage.connector_learning_rate or rate})

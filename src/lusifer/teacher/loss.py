@@ -1,4 +1,4 @@
-"""What the student is trained for: the teacher's vector, and the teacher's neighbourhoods."""
+"""What a model is trained for: the teacher's vector, and the teacher's neighbourhoods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def teacher_loss(vectors: Tensor, targets: Tensor, bank: Tensor, *, neighbours: 
     loses two points (docs/LOG.md, "towards a teacher").
 
     Args:
-        vectors: (batch, dim) unit vectors of the student.
+        vectors: (batch, dim) unit vectors of the model.
         targets: (batch, dim) unit vectors of the teacher.
         bank: (n, dim) the teacher's unit vectors of other texts.
         neighbours: Weight of the divergence.
