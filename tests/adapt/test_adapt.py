@@ -26,6 +26,8 @@ from lusifer.adapt.work import Work
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import Choice, TextEncoder
+from lusifer.recipes.schema import Recipe
+from lusifer.training.llm_baseline import train_llm_alone
 from support.teachers import save_teacher, sentences
 
 
@@ -259,6 +261,24 @@ def test_queries_and_documents_of_a_teacher_with_prompts(options, tmp_path):
         for pairs in ((("query", "query"), ("document", "document")), (("query", "document"), ("document", "query")))
     )
     assert own > other
+
+
+def test_a_decoder_teaches_too(tiny_encoder, tiny_llm, options, texts, tmp_path):
+    rows = {"source": texts, "columns": {"query": "text", "positive": "text"}}
+    contrast = {"data": [rows], "steps": 2, "batch_size": 8, "learning_rate": 1e-2}
+    model = {"encoder": tiny_encoder, "llm": tiny_llm}
+    tree = {"output": str(tmp_path / "run"), "model": model, "warm_start": {"enabled": False}, "contrast": contrast}
+    teacher = train_llm_alone(Recipe.model_validate(tree), progress=False)
+    original = SentenceTransformer(str(teacher), device="cpu")
+    run(str(teacher), tmp_path / "out", replace(options, encoder_steps=0))
+    unseen = sentences(60, seed=5)
+    ours = lusifer.load(str(tmp_path / "out" / "model")).encode_query(unseen)
+    theirs = original.encode(unseen, normalize_embeddings=True)
+    assert ours.shape == theirs.shape
+    mean = theirs.mean(0) / np.linalg.norm(theirs.mean(0))
+    own = (ours * theirs).sum(1).mean()
+    assert own > (theirs @ mean).mean()  # As for any random teacher.
+    assert own > (ours * np.roll(theirs, 1, axis=0)).sum(1).mean() + 0.02
 
 
 def test_prefixes_of_a_matryoshka_teacher_hold(adapted, teacher):
