@@ -24,6 +24,7 @@ from lusifer.adapt.closed_form import ClosedForm
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
 from lusifer.adapt.work import Work
 from lusifer.errors import LusiferError
+from lusifer.model.backbones import load_config, load_encoder
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import Choice, TextEncoder
 from lusifer.recipes.schema import Recipe
@@ -58,6 +59,21 @@ def test_the_student_comes_near_the_teacher(adapted, teacher):
     assert json.loads((folder / "report.json").read_text()) == report
     origin = json.loads((folder / "model" / "adapted.json").read_text())
     assert origin == {"teacher": teacher, "teacher_hash": weights_hash(original), "dimension": 32}
+
+
+def test_a_part_of_what_the_encoder_learnt_is_kept(adapted, tiny_encoder):
+    folder, _ = adapted
+    learnt = load_file(folder / "work" / "encoder.safetensors")
+    untrained = load_encoder(tiny_encoder, load_config("encoder", tiny_encoder))
+    model = lusifer.load(str(folder / "model"))[0].auto_model
+    stacks = [list(encoder.encoder.layer) for encoder in (model.encoder, untrained)]
+    last, before = ([p for layer in layers[len(layers) // 2 :] for p in layer.parameters()] for layers in stacks)
+    moved = 0.0
+    for number, (kept, start) in enumerate(zip(last, before, strict=True)):
+        step = learnt[f"{number}.value"] - start
+        moved += float(step.abs().sum())
+        torch.testing.assert_close(kept.detach() - start, 0.8 * step, rtol=1e-4, atol=1e-6)
+    assert moved > 0
 
 
 def test_the_model_is_an_ordinary_one(adapted):

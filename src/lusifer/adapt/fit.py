@@ -37,8 +37,15 @@ _POOL = 16  # Batches that are drawn together and sorted by length.
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates of AdamW, the share of its schedule that warms up, that of texts that are switched, and
-    whether the encoder's own dropout is on: it helps nobody who sees every text once.
+    """How a run trains.
+
+    Attributes:
+        encoder: Peak learning rate of AdamW for the encoder's upper half.
+        linear: That of the head's linear map.
+        mlp: That of its MLP.
+        warm_up: Share of the schedule in which the rates rise.
+        switched: Share of the texts that are code-switched.
+        dropout: Whether the encoder's own dropout is on, for runs that see a text many times.
     """
 
     encoder: float = 4e-5
@@ -273,7 +280,8 @@ def train_encoder(
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        torch.manual_seed(seed * 1_000_003 + step)  # Dropout draws from the global generator.
+        if rates.dropout:  # It draws from the global generator.
+            torch.manual_seed(seed * 1_000_003 + step)
         rows = draw(step).to(device)
         ids, mask = switcher(*texts.batch(rows, student.pad, device), rates.switched, generator)
         with student.autocast():
