@@ -31,7 +31,7 @@ def adapt(
         bool, typer.Option("--general/--no-general", help="The bundled English text beside your own.")
     ] = True,
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="Time for everything; from 15 minutes on the encoder learns too.")
+        float | None, typer.Option(min=0.1, help="Time for everything; from 15 on, 2 on a GPU, the encoder learns too.")
     ] = 10.0,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts to learn from.")] = 200_000,
     encoder_steps: Annotated[
