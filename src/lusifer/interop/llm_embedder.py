@@ -21,6 +21,7 @@ from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbone_alone import is_sentence_model
 from lusifer.model.backbones import build_llm, load_config, load_tokenizer
+from lusifer.model.direction.families import causal_layers, check_family
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.starter.names import resolve_backbone
 
@@ -83,7 +84,7 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
         adapters: PEFT adapters on top of it, in order.
 
     Raises:
-        LusiferError: If it cannot be read, or is no decoder LLM.
+        LusiferError: If it cannot be read, is no decoder LLM, or is of a family that cannot read both ways.
     """
     llm, own, notes = _follow_adapters(name)
     merged = [*own, *(adapters or [])]
@@ -93,6 +94,7 @@ def inspect_embedder(name: str, adapters: list[str] | None = None) -> LLMEmbedde
         if is_sentence_model(llm):
             raise LusiferError(f"{error}; `lusifer adapt {name} OUT` adds languages to any embedder") from error
         raise
+    check_family(llm, config)
     embedder = LLMEmbedder(llm, config, merged, notes=notes)
     with torch.device("meta"):
         embedder.parameters = sum(parameter.numel() for parameter in build_llm(deepcopy(config)).parameters())
@@ -190,6 +192,8 @@ def _attention(embedder: LLMEmbedder, name: str, read: Any) -> None:
     else:
         after = "stage 2 makes it bidirectional, which its adapter has to learn" if stated else "as in stage 2"
         embedder.note(f"attention {'causal' if stated else 'in both directions'}", where, after)
+    if stay := causal_layers(embedder.config):
+        embedder.note(stay, where, "only its attention becomes bidirectional")
     if config.get("auto_map"):
         embedder.note("has code of its own", where, "not run: transformers' own class is taken")
 

@@ -16,6 +16,8 @@ from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbone_pair import position_table
 from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
 from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.model.direction.families import check_family
+from lusifer.model.direction.measured import check_alone
 from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.names import resolve_backbone
@@ -48,9 +50,11 @@ def mean_pooled_llm(
         adapters: LoRA adapters of PEFT to merge into it, in this order.
 
     Raises:
-        LusiferError: If it cannot be loaded, or is no decoder LLM.
+        LusiferError: If it cannot be loaded, is no decoder LLM, or does not read in that direction by itself.
     """
     config = load_config("llm", name, revision=revision)
+    if not causal:
+        check_family(name, config)
     tokenizer = load_tokenizer("llm", name, revision=revision, config=config)
     check_files(f"the llm {name!r}", resolve_backbone(name), **({"revision": revision} if revision else {}))
     try:
@@ -68,7 +72,9 @@ def mean_pooled_llm(
     module.auto_model.config.is_causal = causal
     module.tokenizer.pad_token = tokenizer.pad_token
     modules = [module, Pooling(module.get_embedding_dimension()), Normalize()]
-    return SentenceTransformer(modules=modules, device=device)
+    model = SentenceTransformer(modules=modules, device=device)
+    check_alone(name, module.auto_model.eval(), is_causal=causal)
+    return model
 
 
 class EncoderAlone(nn.Module):

@@ -15,6 +15,7 @@ from lusifer.errors import LusiferError
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.backbones import build_encoder, keep_layers, load_config, load_encoder, load_llm, load_tokenizer
 from lusifer.model.configuration import ADAPTED, ADAPTED_TYPE, LusiferConfig
+from lusifer.model.direction.families import check_family
 from lusifer.model.fingerprint import files_fingerprint
 from lusifer.starter.fetch import PREFIX
 from lusifer.starter.names import resolve_backbone
@@ -30,12 +31,13 @@ def configure(encoder: str, llm: str, *, llm_layers: int | None = None, **fields
         **fields: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
     Raises:
-        LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, or the encoder reads
-            fewer tokens than ``max_seq_length``.
+        LusiferError: If a backbone is missing, of the wrong kind or without a fitting tokenizer, the encoder reads
+            fewer tokens than ``max_seq_length``, or the LLM's family cannot read both ways.
     """
     names = {"encoder": _recorded_name(encoder), "llm": _recorded_name(llm)}
     configs = {part: load_config(part, name, revision=fields.get(f"{part}_revision")) for part, name in names.items()}
     check_adapted(encoder, configs["encoder"], revision=fields.get("encoder_revision"))
+    check_family(llm, configs["llm"])
     if "max_seq_length" in fields:
         check_window(encoder, configs["encoder"], fields["max_seq_length"])
     else:

@@ -18,7 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import has_pooler, no_load_report
@@ -73,8 +78,10 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
         raise LusiferError(f"{name!r} ({family}) is not a decoder LLM; give a causal language model as llm")
     if what == "encoder" and causal and not masked and not config.is_encoder_decoder:
         raise LusiferError(f"{name!r} ({family}) is a decoder LLM; give a bidirectional encoder as encoder")
-    if what == "llm" and config.get_text_config() is not config:
-        raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as llm")
+    if not config.is_encoder_decoder and config.get_text_config() is not config:
+        raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as {what}")
+    if family not in (MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES if config.is_encoder_decoder else MODEL_MAPPING_NAMES):
+        raise LusiferError(f"{name!r} ({family}) cannot be loaded without its head or decoder; give another {what}")
     return config
 
 
@@ -188,14 +195,25 @@ def quantized(kind: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
 def _no_sliding_window(config: PretrainedConfig) -> None:
     # Families with layer_types (Gemma 3, Qwen) choose the window layer by layer and handle
     # is_causal=False there; only a window for all layers has to go.
-    if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
+    if getattr(config, "sliding_window", None) is None or getattr(config, "layer_types", None):
+        return
+    try:
         config.sliding_window = None
+    except Exception:  # A family whose configuration wants a number there: one that no text outgrows.
+        config.sliding_window = config.max_position_embeddings
 
 
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
-    """An encoder with random weights, for loading a state dict into."""
+    """An encoder with random weights, for loading a state dict into.
+
+    Raises:
+        LusiferError: If transformers has no encoder by itself for such a configuration.
+    """
     kind, options = _encoder_kind(config)
-    return kind.from_config(config, **options)
+    try:
+        return kind.from_config(config, **options)
+    except ValueError as error:
+        raise LusiferError(f"cannot build an encoder of the family {config.model_type}: {first_line(error)}") from error
 
 
 def build_llm(config: PretrainedConfig) -> PreTrainedModel:

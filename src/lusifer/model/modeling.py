@@ -28,6 +28,8 @@ from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tok
 from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.connector import FeedForwardConnector, build_head, connector_shapes
+from lusifer.model.direction.masks import masked_directions, set_needs_mask
+from lusifer.model.direction.measured import check_encoder, settle_direction
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
 from lusifer.model.token_batches import padding_groups, run_groups
@@ -101,10 +103,13 @@ class LusiferModel(PreTrainedModel):
 
         Raises:
             LusiferError: If a backbone cannot be loaded, is of the wrong kind, has no fitting tokenizer, or cannot read
-                as many tokens as ``max_seq_length`` says.
+                as many tokens as ``max_seq_length`` says, or the LLM cannot read both ways and causally.
         """
         built = configure(encoder, llm, llm_layers=llm_layers, **config)
         parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
+        check_encoder(encoder, parts[0], built.token_config.hidden_size)
+        settle_direction(llm, parts[1])
+        set_needs_mask(built.llm_config, masked_directions(parts[1].config))  # The checkpoint reads as it was trained.
         model = cls(built, *parts)
         model.tokenizer_source = (str(built.encoder), {"revision": built.encoder_revision})
         embeddings = model.llm_embeddings().float()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from lusifer.model.backbone_pair import position_table
+from lusifer.model.direction.masks import attention_mask, needs_mask
 
 if TYPE_CHECKING:
     from lusifer.model.modeling import LusiferModel
@@ -57,10 +58,16 @@ def run_llm(llm: Any, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tenso
 
     Returns:
         (batch, seq, llm_dim) states in the LLM's data type; what lies behind a row's end means nothing.
+
+    Raises:
+        LusiferError: If the decoder needs a mask for this direction and its attention takes none.
     """
     embeds = embeds.to(llm.dtype)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     shared = {"is_causal": is_causal, "use_cache": False}
+    if needs_mask(llm.config, is_causal=is_causal):
+        seen = attention_mask(llm.config, embeds, mask, is_causal=is_causal)
+        return llm(inputs_embeds=embeds, attention_mask=seen, position_ids=positions, **shared).last_hidden_state
     if not is_flash_attention_requested(llm.config):
         # Attention without a mask takes the faster kernel, and grouped heads as they are.
         real = None if bool(mask.all()) else mask.long()
@@ -74,7 +81,7 @@ def run_llm(llm: Any, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tenso
 def can_pack(model: LusiferModel) -> bool:
     """Whether both backbones have attention of the varlen kind and the encoder's positions are known."""
     varlen = all(is_flash_attention_requested(part.config) for part in (model.encoder, model.llm))
-    return varlen and _first_position(model.encoder) is not None
+    return varlen and _first_position(model.encoder) is not None and not needs_mask(model.llm.config, is_causal=False)
 
 
 def _first_position(encoder: nn.Module) -> int | None:

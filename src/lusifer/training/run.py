@@ -20,6 +20,7 @@ from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_pair import check_adapted, check_window
 from lusifer.model.backbones import load_config, load_tokenizer
+from lusifer.model.direction.families import check_family
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
@@ -50,6 +51,7 @@ def check_inputs(recipe: Recipe) -> None:
     chosen, wanted = recipe.model, recipe.contrast.llm_layers
     encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
     llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
+    check_family(chosen.llm, llm)
     stages = {name: stage for name in ("align", "contrast") if (stage := getattr(recipe, name)).enabled}
     lengths = [chosen.max_seq_length, *(stage.max_seq_length or 0 for stage in stages.values())]
     check_window(chosen.encoder, encoder, max(lengths))
