@@ -21,8 +21,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
 )
 
 from lusifer.errors import LusiferError, first_line
@@ -80,7 +80,7 @@ def load_config(what: str, name: str, *, revision: str | None = None, **hub: Any
         raise LusiferError(f"{name!r} ({family}) is a decoder LLM; give a bidirectional encoder as encoder")
     if not config.is_encoder_decoder and config.get_text_config() is not config:
         raise LusiferError(f"{name!r} ({family}) is a multimodal model; give its text-only checkpoint as {what}")
-    if family not in (MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES if config.is_encoder_decoder else MODEL_MAPPING_NAMES):
+    if type(config) not in (MODEL_FOR_TEXT_ENCODING_MAPPING if config.is_encoder_decoder else MODEL_MAPPING):
         raise LusiferError(f"{name!r} ({family}) cannot be loaded without its head or decoder; give another {what}")
     return config
 
