@@ -115,17 +115,21 @@ def test_a_batch_that_does_not_divide_is_refused(recipe, tmp_path):
     assert "batch_size is 7, which 2 processes cannot share evenly" in done.stderr
 
 
-def test_sharding_takes_bfloat16_backbones_beside_float32_adapters(recipe, tmp_path):
+@pytest.mark.parametrize("encoder", ["lora", "full"])
+def test_sharding_takes_bfloat16_backbones_beside_float32_adapters(recipe, tmp_path, encoder):
     """FSDP2 shards a group of parameters of one data type; the paper's recipe has two in every layer."""
     outputs = []
     for ranks in (1, 2):
         output = tmp_path / str(ranks)
         overrides = ["--scale.strategy", "fsdp2", "--model.llm_dtype", "bfloat16", "--model.encoder_dtype", "bfloat16"]
         overrides += ["--align.precision", "bfloat16", "--contrast.precision", "bfloat16"]
+        overrides += ["--align.train_encoder", encoder]
         overrides += ["--contrast.temperature", "1"]  # A small one magnifies rounding.
         done = run(recipe, output, ranks=ranks, overrides=overrides)
         assert done.returncode == 0, done.stderr[-3000:]
         outputs.append(output)
+    stored = [load_file(output / "model" / "model.safetensors") for output in outputs]
+    assert {n: v.dtype for n, v in stored[0].items()} == {n: v.dtype for n, v in stored[1].items()}
     for stage in ("align", "contrast"):
         # bfloat16 keeps three digits, and the ranks' passes have other shapes.
         torch.testing.assert_close(losses(outputs[1], stage), losses(outputs[0], stage), rtol=3e-2, atol=3e-2)

@@ -146,7 +146,7 @@ class GradientStage(_Strict):
     max_tokens: PositiveInt = 16384  # Padded tokens of one forward pass.
     # Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
     graph_tokens: PositiveInt = 65536
-    # What it computes in; adapters, losses and optimizer are float32 in any case. `auto`: decided as the run begins.
+    # What it computes in; what is trained, losses and optimizer are float32 anyway. `auto`: decided as the run begins.
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     # Compute activations again in the backward pass: less memory, a third more time.
     gradient_checkpointing: bool = False

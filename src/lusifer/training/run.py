@@ -25,7 +25,7 @@ from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import Recipe
 from lusifer.storage import without_paths
-from lusifer.training.precision import processes, settle
+from lusifer.training.precision import data_types, processes, restore_data_types, settle
 from lusifer.training.stages import (
     STAGES,
     build_model,
@@ -160,6 +160,7 @@ def _run_stage(
     """Runs one stage on the model of the folder before, and writes and returns its own."""
     folder = Path(recipe.output) / name
     started, state, inputs = time.monotonic(), processes(), fingerprint(recipe, name)
+    types = data_types(lusifer_model(model))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with publish_file(folder / "fingerprint") as staging:
@@ -177,6 +178,7 @@ def _run_stage(
             model = _model_before(recipe, previous)  # A sharded model cannot be put together in place.
             prepare_stage(recipe, name, lusifer_model(model))
             load_trained(lusifer_model(model), trained)
+        restore_data_types(lusifer_model(model), types)
     seconds = time.monotonic() - started
     config = lusifer_model(model).config
     outcome = {**{key: value for key, value in result.items() if key != "history"}, "seconds": round(seconds, 1)}

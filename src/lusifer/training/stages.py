@@ -33,6 +33,7 @@ from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_s
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
+from lusifer.training.precision import hold_trained_in_float32
 from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
@@ -102,6 +103,8 @@ def run_warm_start(recipe: Recipe, model: SentenceTransformer, progress: bool) -
 def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
     """Gives a model the adapters and the depth of a stage, in place, and chooses its trainable parameters.
 
+    These are float32 from then on; whoever saves the model gives them back their data types.
+
     Args:
         recipe: The recipe.
         name: ``align`` or ``contrast``.
@@ -124,6 +127,7 @@ def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
         model.head.requires_grad_(False)
         if recipe.align.teacher is None:
             model.encoder.head.requires_grad_(False)
+    hold_trained_in_float32(model)
 
 
 def stage_mixture(recipe: Recipe, name: str) -> Mixture:
