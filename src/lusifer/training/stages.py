@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import send_to_device
@@ -184,6 +184,17 @@ def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceEncode
     return load_checkpoint(name) if name else None
 
 
+def _guide_preprocess(guide: EncoderAlone | SentenceEncoder | SentenceTransformer) -> Any:
+    """Maps texts and their roles to a guide's features; it reads its own prompts, if it has any."""
+    if isinstance(guide, EncoderAlone):
+        return lambda texts, roles: guide.preprocess(texts)
+    model = guide.model if isinstance(guide, SentenceEncoder) else guide
+    prompts = {role: prompt_for(model, role) for role in get_args(Role)}
+    return lambda texts, roles: model.preprocess(
+        [prompts[role] + text for text, role in zip(texts, roles, strict=True)]
+    )
+
+
 def contrast(
     recipe: Recipe,
     model: nn.Module,
@@ -217,7 +228,7 @@ def contrast(
     loss = ContrastiveLoss(guide=guide, **recipe.contrast.model_dump(include=_CONTRASTIVE))
     mixture = stage_mixture(recipe, "contrast")
     teacher = vectors_of(recipe.contrast.teacher, mixture, column_texts, progress=progress)
-    collator = ContrastCollator(tokenizer, limit, guide.preprocess if guide else None, prompts or {}, teacher)
+    collator = ContrastCollator(tokenizer, limit, _guide_preprocess(guide) if guide else None, prompts or {}, teacher)
     batches = [collator(examples) for examples in mixture.held_out_examples()]
 
     def measure(wrapped: Any) -> dict[str, float]:
