@@ -314,6 +314,64 @@ def test_a_key_of_before_is_refused_with_its_new_name(tmp_path, section, earlier
     assert today in Recipe.model_fields[section].annotation.model_fields
 
 
+VOLATILE = [
+    ("gradient_checkpointing", True),
+    ("max_tokens", 64),
+    ("graph_tokens", 64),
+    ("save_steps", 7),
+    ("save_total_limit", 7),
+    ("eval_steps", 7),
+    ("logging_steps", 7),
+    ("report_to", ["wandb"]),
+    ("max_loss", 7.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "attn_implementation", "eager"),
+        *((stage, *change) for stage in ("align", "contrast") for change in VOLATILE),
+    ],
+)
+def test_what_decides_speed_memory_and_logs_may_change_when_a_run_goes_on(section, field, value):
+    one, other = (Recipe.model_validate(changed(**change)) for change in ({}, {section: {field: value}}))
+    assert getattr(getattr(one, section), field) != getattr(getattr(other, section), field)
+    for stage in ("warm_start", "align", "contrast"):
+        assert fingerprint(one, stage) == fingerprint(other, stage)
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("align", "hidden_own_accuracy"), ("contrast", "loss")])
+def test_another_best_metric_is_the_same_run(stage, metric):
+    one = Recipe.model_validate(changed(**{stage: {"eval_steps": 5}}))
+    other = Recipe.model_validate(changed(**{stage: {"eval_steps": 5, "best_metric": metric}}))
+    assert fingerprint(one, "contrast") == fingerprint(other, "contrast")
+
+
+def test_fields_of_a_disabled_stage_may_change_but_not_the_data_that_stage_0_reads():
+    one, other, read = (
+        Recipe.model_validate(changed(align={"enabled": False, **fields}))
+        for fields in ({}, {"steps": 7, "learning_rate": 1.0}, {"data": [{"source": "x", "task": "complete"}]})
+    )
+    assert fingerprint(one, "contrast") == fingerprint(other, "contrast")
+    assert fingerprint(one, "contrast") != fingerprint(read, "contrast")
+    assert fingerprint(one, "contrast") != fingerprint(Recipe.model_validate(BASE), "contrast")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "encoder_dtype", "bfloat16"),
+        ("warm_start", "ridge", 7.0),
+        ("align", "precision", "bfloat16"),
+        ("contrast", "temperature", 7.0),
+    ],
+)
+def test_what_decides_the_result_may_not_change(section, field, value):
+    other = Recipe.model_validate(changed(**{section: {field: value}}))
+    assert fingerprint(other, "contrast") != fingerprint(Recipe.model_validate(BASE), "contrast")
+
+
 def test_a_run_begun_under_the_earlier_keys_goes_on():
     """The fingerprints are those that the earlier keys gave: a run's folder keeps its stages."""
     tree = changed(

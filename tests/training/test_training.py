@@ -17,7 +17,7 @@ import lusifer.training.run
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
-from lusifer.training.run import train
+from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
 from support.texts import TEXTS
 
@@ -325,6 +325,42 @@ def test_another_recipe_on_an_unfinished_stage_is_refused_too(finished, make, mo
         train(make(tmp_path / "run"), progress=False)
     with pytest.raises(LusiferError, match="holds a run of another recipe"):
         train(make(tmp_path / "run", align={"learning_rate": 1e-3}), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contrast": {"gradient_checkpointing": True, "max_loss": 1e6, "best_metric": "loss", "eval_steps": 2}},
+        {"model": {"attn_implementation": "eager"}},
+    ],
+)
+def test_a_run_goes_on_with_other_settings_of_speed_and_memory(finished, make, monkeypatch, tmp_path, change):
+    output, _ = finished
+    for name in ("warm_start", "align"):
+        shutil.copytree(output / name, tmp_path / "run" / name)
+    with monkeypatch.context() as patch:
+        kill_in(patch, "contrast", 5)
+        with pytest.raises(Killed):
+            train(make(tmp_path / "run"), progress=False)
+    train(make(tmp_path / "run", **change), progress=False)
+    one, two = (weights(run)["model.safetensors"] for run in (tmp_path / "run" / "model", output / "model"))
+    for name, value in two.items():  # float32 sums in another order, behind Adam's division.
+        torch.testing.assert_close(one[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished, make, monkeypatch, tmp_path):
+    """Its fingerprints count settings that decide nothing."""
+    settings = {"gradient_checkpointing": True, "max_loss": 1e6, "best_metric": "loss", "eval_steps": 4}
+    recipe = make(tmp_path / "run", contrast=settings)
+    before = fingerprint(recipe, "contrast", earlier=True)
+    assert before != fingerprint(recipe, "contrast")
+    shutil.copytree(finished[0], tmp_path / "run")
+    report = tmp_path / "run" / "contrast" / "stage.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "fingerprint": before}))
+    monkeypatch.setattr(lusifer.training.run, "run_contrast", lambda *_: pytest.fail("trained again"))
+    train(recipe, progress=False)
+    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+        train(make(tmp_path / "run", contrast={**settings, "temperature": 0.1}), progress=False)
 
 
 def test_data_smaller_than_a_batch(make, tmp_path):

@@ -70,16 +70,32 @@ def check_inputs(recipe: Recipe) -> None:
 _LATER = {"teacher", "teacher_weight", "infonce_weight"}  # Fields that earlier versions had not.
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
+# So do these, which earlier versions took for the result's: at their defaults they give the fingerprints of before.
+_SINCE_VOLATILE = {"gradient_checkpointing", "best_metric", "max_loss", "attn_implementation"}
 
 
-def fingerprint(recipe: Recipe, stage: str) -> str:
-    """SHA-256 in hex of all that decides the result of a stage of `STAGES`: the model and every stage up to it."""
+def _deciding(section: Any) -> Any:
+    """A section with the defaults in place of what decides nothing; of a disabled stage, its data alone are read."""
+    if not getattr(section, "enabled", True):
+        return type(section)(enabled=False, data=section.data)
+    fields = type(section).model_fields
+    return section.model_copy(update={name: fields[name].default for name in _SINCE_VOLATILE & fields.keys()})
+
+
+def fingerprint(recipe: Recipe, stage: str, *, earlier: bool = False) -> str:
+    """SHA-256 in hex of all that decides the result of a stage of `STAGES`: the model and every stage up to it.
+
+    Args:
+        recipe: The recipe.
+        stage: The stage.
+        earlier: Whether to count also what earlier versions counted, whose runs are known by it.
+    """
     tree = {}
     for name in ("model", *STAGES[: STAGES.index(stage) + 1]):
-        section = getattr(recipe, name)
+        section = getattr(recipe, name) if earlier else _deciding(getattr(recipe, name))
         tree[name] = section.model_dump(exclude=_VOLATILE)
-        for earlier, today in section.renamed.items():  # A run begun under the earlier names goes on.
-            tree[name][earlier] = tree[name].pop(today)
+        for former, today in section.renamed.items():  # A run begun under the earlier names goes on.
+            tree[name][former] = tree[name].pop(today)
         for field in _LATER & section.model_fields.keys():  # And one begun before there were these.
             if getattr(section, field) == type(section).model_fields[field].default:
                 del tree[name][field]
@@ -104,7 +120,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     for number, name in enumerate(STAGES):
         if not getattr(recipe, name).enabled:
             continue
-        if _finished(output / name, fingerprint(recipe, name)):
+        if _finished(recipe, name):
             logger.info("%s is finished, skipping it", name)
             model = None
         else:
@@ -136,19 +152,21 @@ def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
     return load_checkpoint(str(previous), model_kwargs=chosen)
 
 
-def _finished(folder: Path, expected: str) -> bool:
+def _finished(recipe: Recipe, name: str) -> bool:
     """Whether a stage's folder holds its result; an unfinished one only has the fingerprint it was begun with.
 
     Raises:
         LusiferError: If it was begun with another recipe.
     """
+    folder = Path(recipe.output) / name
     report, begun = folder / "stage.json", folder / "fingerprint"
-    finished, stored = report.is_file(), expected
+    known = [fingerprint(recipe, name, earlier=earlier) for earlier in (False, True)]
+    finished, stored = report.is_file(), known[0]
     if finished:
         stored = json.loads(report.read_text(encoding="utf-8"))["fingerprint"]
     elif begun.is_file():
         stored = begun.read_text(encoding="utf-8")
-    if stored != expected:
+    if stored not in known:
         refusal = "holds a run of another recipe; choose another output, or remove that folder to start again"
         raise LusiferError(f"{str(folder)!r} {refusal}")
     return finished
