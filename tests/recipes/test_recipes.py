@@ -144,6 +144,28 @@ def test_wrong_values_name_the_field(tmp_path, tree, field):
     assert f": {field}" in refused(tmp_path, tree)
 
 
+def numbers(model, path=()):
+    """Every field that takes a decimal number, by its path."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        kinds += [inner for kind in kinds for inner in getattr(kind, "__args__", ())]
+        if float in kinds:
+            yield (*path, name)
+        for kind in kinds:
+            if isinstance(kind, type) and hasattr(kind, "model_fields"):
+                yield from numbers(kind, (*path, name, *(["0"] if "list" in str(field.annotation) else [])))
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_no_number_of_a_recipe_is_infinite_or_nan(tmp_path, value):
+    paths = [".".join(path) for path in numbers(Recipe)]
+    assert {"align.learning_rate", "contrast.temperature", "contrast.data.0.weight", "model.llm_lora.dropout"} <= {
+        *paths
+    }
+    for path in paths:
+        assert path in refused(tmp_path, changed(model={"llm_lora": {}, "encoder_lora": {}}), [f"--{path}={value}"])
+
+
 def test_a_missing_field_is_called_missing_without_printing_the_section(tmp_path):
     tree = changed()
     del tree["model"]["llm"]
@@ -226,6 +248,11 @@ def test_bad_overrides(tmp_path, overrides, words):
         (with_sets("align", {"end": 0.4}, {"start": 0.5}), "align: no data set is drawn after 0.4 of the steps"),
         (changed(contrast={"matryoshka_dims": [64, 32]}), "matryoshka_dims must increase: [32, 64]"),
         (changed(contrast={"guide_margin": 0.1}), "guide_margin needs guide"),
+        (changed(contrast={"batch_size": 1}), "batch_size is 1: a row has no negatives"),
+        (changed(contrast={"best_metric": "loss"}), "best_metric needs eval_steps"),
+        (changed(contrast={"best_metric": "los", "eval_steps": 5}), "nothing measures 'los'; there are loss"),
+        (changed(contrast={"best_metric": "teacher_cosine", "eval_steps": 5}), "nothing measures 'teacher_cosine'"),
+        (changed(align={"best_metric": "loss", "eval_steps": 5}), "there are visible_own_accuracy, visible_own_cross"),
         (changed(contrast={"distill": 1.0}), "distill needs guide"),
         (changed(contrast={"distill": -1.0, "guide": "encoder"}), "distill"),
         (changed(contrast={"guide": "encoder"}), "guide is of no use without"),

@@ -17,6 +17,7 @@ import lusifer.training.run
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
+from lusifer.training.dry_run import dry_run
 from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
 from support.texts import TEXTS
@@ -137,7 +138,7 @@ def test_layout_of_a_finished_run(finished):
     assert vectors.shape == (2, 48)
 
 
-def test_what_each_stage_reports(finished):
+def test_what_each_stage_reports(finished, make):
     output, _ = finished
     reports = {name: json.loads((output / name / "stage.json").read_text()) for name in lusifer.training.run.STAGES}
     for name, report in reports.items():
@@ -148,6 +149,8 @@ def test_what_each_stage_reports(finished):
     for name in ("align", "contrast"):
         logged = [entry for entry in reports[name]["history"] if "loss" in entry]
         assert [entry["step"] for entry in logged] == [3, 6] and reports[name]["loss"] > 0
+    for name in ("align", "contrast"):
+        assert {*reports[name]["held_out"]} == {*getattr(make("unused"), name).metrics()}
     for key in ("held_out", "held_out_before"):
         found = reports["align"][key]
         assert {"hidden_own_accuracy", "hidden_other_cross_entropy", "visible_none_accuracy"} <= found.keys()
@@ -383,6 +386,38 @@ def test_missing_inputs_are_found_before_any_work(make, tmp_path, changes, words
     with pytest.raises(LusiferError, match=words):
         train(make(tmp_path / "run", **changes), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contrast": {"matryoshka_dims": [16, 64]}}, "matryoshka_dims asks for 64 dimensions, the embedding has 48"),
+        ({"model": {"head_dim": 40}, "contrast": {"matryoshka_dims": [48]}}, "the embedding has 40"),
+        ({"align": {"max_seq_length": 999}}, "max_seq_length is 999, but the encoder"),
+        ({"model": {"llm_layers": 9}}, "model.llm_layers is 9, but the LLM has 3 layers"),
+        (
+            {"model": {"llm_lora": {"target_modules": ["q_proj", "v_prjo"]}}},
+            "llm_lora.target_modules: no layer is .*v_pr",
+        ),
+        (
+            {"model": {"encoder_lora": {"target_modules": ["q_proj"]}}},
+            "no layer is called 'q_proj'; there are dense, key",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_backbones_is_found_before_any_work(make, tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(lusifer.training.run, "build_model", lambda *_: pytest.fail("a model was loaded"))
+    recipe = make(tmp_path / "run", **changes)
+    for work in (lambda: train(recipe, progress=False), lambda: dry_run(recipe, "r")):
+        with pytest.raises(LusiferError, match=words) as caught:
+            work()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_named_with_their_parents_are_found(make, tmp_path):
+    names = {"llm_lora": {"target_modules": ["self_attn.q_proj", "v_proj"]}}
+    dry_run(make(tmp_path / "run", model={**names, "encoder_lora": {"target_modules": ["attention.self.query"]}}), "r")
 
 
 def test_stages_can_be_left_out(make, tmp_path):

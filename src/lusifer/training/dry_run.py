@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from lusifer.model.adapters import parameters_by_part
-from lusifer.model.backbone_pair import check_window
-from lusifer.model.backbones import keep_layers, load_config
+from lusifer.model.backbones import keep_layers
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, foresee, restore_data_types
 from lusifer.training.stages import prepare_stage
 
@@ -32,9 +32,7 @@ _CHUNK = 256
 
 def _model_on_meta(recipe: Recipe) -> LusiferModel:
     chosen = recipe.model
-    encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
-    check_window(chosen.encoder, encoder, chosen.max_seq_length)
-    llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
+    encoder, llm = check_model(recipe)
     if chosen.llm_layers is not None:
         keep_layers(llm, chosen.llm_layers)
     encoder.dtype, llm.dtype = getattr(torch, chosen.encoder_dtype), getattr(torch, chosen.llm_dtype)

@@ -18,13 +18,13 @@ from transformers import set_seed
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_pair import check_adapted, check_window
-from lusifer.model.backbones import load_config, load_tokenizer
+from lusifer.model.backbones import load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import Recipe
 from lusifer.storage import without_paths
+from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, processes, restore_data_types, settle
 from lusifer.training.stages import (
     STAGES,
@@ -47,22 +47,15 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         LusiferError: If one is missing, broken or of the wrong kind.
     """
-    chosen, wanted = recipe.model, recipe.contrast.llm_layers
-    encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
-    llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
-    stages = {name: stage for name in ("align", "contrast") if (stage := getattr(recipe, name)).enabled}
-    lengths = [chosen.max_seq_length, *(stage.max_seq_length or 0 for stage in stages.values())]
-    check_window(chosen.encoder, encoder, max(lengths))
-    check_adapted(chosen.encoder, encoder, revision=chosen.encoder_revision)
-    for adapter in chosen.llm_base_adapters:
+    encoder, llm = check_model(recipe)
+    for adapter in recipe.model.llm_base_adapters:
         read_base_adapter(adapter)
-    depth = chosen.llm_layers or llm.num_hidden_layers
-    if recipe.contrast.enabled and (wanted or 0) > depth:
-        raise LusiferError(f"contrast.llm_layers is {wanted}, but the LLM has {depth} layers")
     source = recipe.warm_start_data()
     if recipe.warm_start.enabled and source is not None:
         read_texts(source, 1)
-    for name in stages:
+    for name in ("align", "contrast"):
+        if not getattr(recipe, name).enabled:
+            continue
         stage_mixture(recipe, name)
         check_teacher(recipe, name, encoder, llm)
 
