@@ -96,6 +96,19 @@ def test_two_processes_equal_one(recipe, whole, tmp_path, strategy):
     assert_equal_runs(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_head_that_stage_1_does_not_use_stops_no_process(recipe, tmp_path, strategy):
+    overrides = ["--model.head_dim", "24", "--contrast.enabled", "false", "--scale.strategy", strategy]
+    for ranks in (1, 2):
+        done = run(recipe, tmp_path / str(ranks), ranks=ranks, overrides=overrides)
+        assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(*(losses(tmp_path / ranks, "align") for ranks in "12"), rtol=1e-3, atol=1e-4)
+    mine, theirs = (load_file(tmp_path / ranks / "model" / "model.safetensors") for ranks in "12")
+    assert any(name.startswith("head.") for name in mine)
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize(("strategy", "before", "after"), [("ddp", 2, 1), ("ddp", 1, 2), ("fsdp2", 2, 1)])
 def test_another_number_of_ranks_goes_on(recipe, whole, tmp_path, strategy, before, after):
     overrides = ["--scale.strategy", strategy]

@@ -366,6 +366,28 @@ def test_a_run_of_an_earlier_version_goes_on(finished, make, monkeypatch, tmp_pa
         train(make(tmp_path / "run", contrast={**settings, "temperature": 0.1}), progress=False)
 
 
+def test_a_checkpoint_of_stage_1_that_holds_an_idle_head_goes_on(make, monkeypatch, tmp_path):
+    """Earlier versions counted the head among what stage 1 trains."""
+    off = {"model": {"head_dim": 24}, "contrast": {"enabled": False}}
+    train(make(tmp_path / "whole", **off), progress=False)
+    real = lusifer.training.stages.prepare_stage
+
+    def as_before(recipe, name, model):
+        real(recipe, name, model)
+        model.head.requires_grad_(True)
+
+    recipe = make(tmp_path / "run", **off)
+    with monkeypatch.context() as patch:
+        patch.setattr(lusifer.training.stages, "prepare_stage", as_before)
+        kill_in(patch, "align", 5)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    checkpoint = tmp_path / "run" / "align" / "checkpoints" / "checkpoint-3"
+    assert any(name.startswith("head.") for name in load_file(checkpoint / "learning.safetensors"))
+    train(recipe, progress=False)
+    assert_same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+
+
 def test_data_smaller_than_a_batch(make, tmp_path):
     recipe = make(tmp_path / "run", contrast={"batch_size": 25}, align={"enabled": False})
     with pytest.raises(LusiferError, match="24 rows, fewer than the batch of 25"):

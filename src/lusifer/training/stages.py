@@ -121,11 +121,11 @@ def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
     stage: GradientStage = getattr(recipe, name)
     train_llm = name == "contrast" and lora is not None
     model.set_trainable(encoder=stage.train_encoder, connector=stage.train_connector, llm=train_llm)
-    if name == "align" and config.adapted:
-        # A parameter without a gradient stops distributed training.
-        assert model.head is not None
-        model.head.requires_grad_(False)
-        if recipe.align.teacher is None:
+    if name == "align":
+        # Stage 1 reads the states before it, and a parameter without a gradient stops distributed training.
+        if model.head is not None:
+            model.head.requires_grad_(False)
+        if config.adapted and recipe.align.teacher is None:
             model.encoder.head.requires_grad_(False)
     hold_trained_in_float32(model)
 
