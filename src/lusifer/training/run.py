@@ -22,7 +22,7 @@ from lusifer.model.backbones import load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
-from lusifer.recipes.schema import Recipe
+from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, processes, restore_data_types, settle
@@ -56,10 +56,22 @@ def check_inputs(recipe: Recipe) -> None:
     for name in ("align", "contrast"):
         if not getattr(recipe, name).enabled:
             continue
-        stage_mixture(recipe, name)
+        _check_held_out(name, getattr(recipe, name), stage_mixture(recipe, name).held_out_rows)
         check_teacher(recipe, name, encoder, llm)
 
 
+def _check_held_out(name: str, stage: GradientStage, rows: int) -> None:
+    """Says what the measurements of a stage rest on; refuses a best metric that rests on nothing."""
+    if stage.best_metric is not None and not rows:
+        what = f"{name}.best_metric: no rows can be held out to measure it on"
+        raise LusiferError(f"{what}; leave it out, or give sets of at least 20 rows that are not streamed")
+    if stage.eval_steps is not None:
+        chosen = f", and {stage.best_metric} on them chooses the best checkpoint" if stage.best_metric else ""
+        tell = logger.warning if stage.best_metric and rows < _FEW else logger.info
+        tell("%s: %d rows are held out and measured%s", name, rows, chosen)
+
+
+_FEW = 32  # Held-out rows, below which a choice among checkpoints is mostly chance.
 _LATER = {"teacher", "teacher_weight", "infonce_weight"}  # Fields that earlier versions had not.
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
