@@ -39,8 +39,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, XLMRobertaConfig
 
 from lusifer import LusiferConfig, LusiferModel
+from lusifer.data.collate import text_keys
 from lusifer.training.alignment import AlignmentLoss, LMHead
-from lusifer.training.contrastive import ContrastiveLoss, text_keys
+from lusifer.training.contrastive import ContrastiveLoss
 
 OUT = Path("runs/bench")
 TURNS, STEPS = 3, 2
@@ -105,7 +106,9 @@ def batch(stage: str) -> dict[str, Any]:
     if stage == "align":
         source, target = tokens(lengths, generator), tokens((lengths * 1.2).long(), generator)
         return {**shared, "source": source, "target": target, "task": "reconstruct"}
-    return {**shared, **tokens(lengths, generator), "columns": 9, "in_batch_negatives": True, "task": "contrast"}
+    features = tokens(lengths, generator)
+    shared |= {"columns": 9, "in_batch_negatives": True, "task": "contrast", "keys": text_keys(**features)}
+    return {**shared, **features}
 
 
 def naive_states(

@@ -125,6 +125,24 @@ def test_clusters_and_negatives_are_counted(tmp_path, recipe):
     assert any("hard_negatives is 2, rows have 1.5" in line for line in report["warnings"])
 
 
+def test_negatives_that_are_the_query_or_the_positive_are_left_out_and_counted(tmp_path, recipe, caplog):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": ["n", "m"]} for i in range(9)]
+    rows[2]["negative"] = ["n", "p2", "q2"]
+    rows[5]["negative"] = "p5"
+    source = jsonl(tmp_path / "d.jsonl", rows)
+    recipe["contrast"]["data"] = [{"source": source, "hard_negatives": 1}]
+    report = checked(recipe)
+    assert report["ok"] and (report["sets"][2]["copies"], report["sets"][2]["left_out"]) == (3, 1)
+    line = "3 texts of 'negative' are the query or a positive of their own row and are left out"
+    assert any(line in warning for warning in report["warnings"]) and line in caplog.text
+    assert any("1 rows have no 'negative'" in warning for warning in report["warnings"])
+    options = ({"hard_negatives": 1}, {"hard_negatives": 1, "streaming": True, "cap": 8})
+    for opened in (open_set(DataRecipe(source=source, **fields)) for fields in options):
+        assert [opened[row]["query"] for row in range(8)] == [f"q{i}" for i in range(9) if i != 5]
+        assert opened[2]["negative"] == ["n"] and opened[3]["negative"] == ["n", "m"] and opened.copies == 3
+    assert len(open_set(DataRecipe(source=source))) == 9
+
+
 @pytest.mark.parametrize("column", ["query", "positive", "negative"])
 def test_a_text_of_the_everyday_set_is_a_leak(tmp_path, recipe, column):
     row = {"query": "q", "positive": "p", "negative": ["n"]}

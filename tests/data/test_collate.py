@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lusifer.data.collate import AlignCollator, ContrastCollator, llm_preprocess, tokenize
+from lusifer.data.collate import AlignCollator, ContrastCollator, llm_preprocess, text_keys, tokenize
+from support.batches import tokens
 
 LONG = "a small house stood near the river in the green valley"
 
@@ -28,7 +29,7 @@ def aligned(position, source, target):
 def contrasted(position, query, positive, *negatives):
     return {
         "task": "contrast", "dataset": "d", "position": position, "in_batch_negatives": False,
-        "query": query, "positive": positive, "negatives": list(negatives),
+        "query": query, "plain_query": query, "positive": positive, "negatives": list(negatives),
     }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_texts_of_stage_2_are_stacked_column_by_column(encoder_tokenizer):
     rows = [contrasted(4, "cat", "dog", "rain", "sea"), contrasted(5, "train", LONG, "milk", "bread")]
     batch = ContrastCollator(encoder_tokenizer, 64)(rows)
     assert set(batch) == {
-        "input_ids", "attention_mask", "columns", "in_batch_negatives", "positions", "task", "dataset",
+        "input_ids", "attention_mask", "keys", "columns", "in_batch_negatives", "positions", "task", "dataset",
     }  # fmt: skip
     assert batch["columns"] == 4 and batch["in_batch_negatives"] is False
     assert (batch["task"], batch["positions"].tolist()) == ("contrast", [4, 5])
@@ -94,15 +95,44 @@ def test_texts_of_stage_2_are_stacked_column_by_column(encoder_tokenizer):
 def test_the_guide_sees_the_same_texts_in_the_same_order(encoder_tokenizer):
     seen = []
 
-    def features(texts):
-        seen.append(texts)
+    def features(texts, roles):
+        seen.append((texts, roles))
         return {"guide_ids": torch.zeros(len(texts), 2)}
 
-    batch = ContrastCollator(encoder_tokenizer, 64, features)(
-        [contrasted(0, "a", "b", "c"), contrasted(1, "d", "e", "f")]
+    rows = [contrasted(0, "a", "b", "c"), contrasted(1, "d", "e", "f")]
+    batch = ContrastCollator(encoder_tokenizer, 64, features, {"query": "the "})(
+        [{**row, "query": f"Find it: {row['query']}"} for row in rows]
     )
-    assert seen == [["a", "d", "b", "e", "c", "f"]]
+    assert seen == [(["a", "d", "b", "e", "c", "f"], ["query"] * 2 + ["document"] * 4)]
     assert batch["guide"]["guide_ids"].shape == (6, 2)
+
+
+def test_text_keys_ignore_padding_only():
+    features = tokens([5, 9, 5])
+    for name in features:
+        features[name][2] = features[name][0]
+    keys = text_keys(**features)
+    assert keys[0] == keys[2] == text_keys(features["input_ids"][:1, :5], features["attention_mask"][:1, :5])
+    assert keys[0] != keys[1]
+    swapped = features["input_ids"][:1].clone()
+    swapped[0, :2] = swapped[0, :2].flip(0)
+    assert text_keys(swapped, features["attention_mask"][:1]) != keys[0]
+    left = {name: tensor[:1, :5].roll(3) for name, tensor in features.items()}
+    assert text_keys(**left) != keys[0]
+    wide = torch.nn.functional.pad(features["input_ids"][:1, :5], (4, 0)), torch.tensor([[0] * 4 + [1] * 5])
+    assert text_keys(*wide) == keys[0]
+
+
+def test_keys_are_those_of_the_texts_alone(encoder_tokenizer):
+    plain = ContrastCollator(encoder_tokenizer, 8)
+    prompted = ContrastCollator(encoder_tokenizer, 8, prompts={"query": "the ", "document": "a "})
+    rows = [contrasted(0, "cat", "dog", LONG + " rain"), contrasted(1, "dog", "sea", LONG + " milk")]
+    keys = plain(rows)["keys"]
+    assert keys.dtype == torch.int64 and keys.shape == (6,)
+    assert keys[1] == keys[2] and len(set(keys.tolist())) == 4  # What differs behind the last token read is the same.
+    instructed = [{**row, "query": f"Find it: {row['query']}"} for row in rows]
+    for collator, others in ((plain, instructed), (prompted, rows), (prompted, instructed)):
+        assert torch.equal(collator(others)["keys"], keys)
 
 
 def test_the_tokenizer_is_called_once_for_a_batch(encoder_tokenizer):

@@ -144,6 +144,28 @@ def test_wrong_values_name_the_field(tmp_path, tree, field):
     assert f": {field}" in refused(tmp_path, tree)
 
 
+def numbers(model, path=()):
+    """Every field that takes a decimal number, by its path."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        kinds += [inner for kind in kinds for inner in getattr(kind, "__args__", ())]
+        if float in kinds:
+            yield (*path, name)
+        for kind in kinds:
+            if isinstance(kind, type) and hasattr(kind, "model_fields"):
+                yield from numbers(kind, (*path, name, *(["0"] if "list" in str(field.annotation) else [])))
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_no_number_of_a_recipe_is_infinite_or_nan(tmp_path, value):
+    paths = [".".join(path) for path in numbers(Recipe)]
+    assert {"align.learning_rate", "contrast.temperature", "contrast.data.0.weight", "model.llm_lora.dropout"} <= {
+        *paths
+    }
+    for path in paths:
+        assert path in refused(tmp_path, changed(model={"llm_lora": {}, "encoder_lora": {}}), [f"--{path}={value}"])
+
+
 def test_a_missing_field_is_called_missing_without_printing_the_section(tmp_path):
     tree = changed()
     del tree["model"]["llm"]
@@ -226,6 +248,11 @@ def test_bad_overrides(tmp_path, overrides, words):
         (with_sets("align", {"end": 0.4}, {"start": 0.5}), "align: no data set is drawn after 0.4 of the steps"),
         (changed(contrast={"matryoshka_dims": [64, 32]}), "matryoshka_dims must increase: [32, 64]"),
         (changed(contrast={"guide_margin": 0.1}), "guide_margin needs guide"),
+        (changed(contrast={"batch_size": 1}), "batch_size is 1: a row has no negatives"),
+        (changed(contrast={"best_metric": "loss"}), "best_metric needs eval_steps"),
+        (changed(contrast={"best_metric": "los", "eval_steps": 5}), "nothing measures 'los'; there are loss"),
+        (changed(contrast={"best_metric": "teacher_cosine", "eval_steps": 5}), "nothing measures 'teacher_cosine'"),
+        (changed(align={"best_metric": "loss", "eval_steps": 5}), "there are visible_own_accuracy, visible_own_cross"),
         (changed(contrast={"distill": 1.0}), "distill needs guide"),
         (changed(contrast={"distill": -1.0, "guide": "encoder"}), "distill"),
         (changed(contrast={"guide": "encoder"}), "guide is of no use without"),
@@ -312,6 +339,64 @@ def test_a_key_of_before_is_refused_with_its_new_name(tmp_path, section, earlier
     assert message in refused(tmp_path, changed(**{section: {earlier: True}}))
     assert message in refused(tmp_path, BASE, [f"--{section}.{earlier}", "true"])
     assert today in Recipe.model_fields[section].annotation.model_fields
+
+
+VOLATILE = [
+    ("gradient_checkpointing", True),
+    ("max_tokens", 64),
+    ("graph_tokens", 64),
+    ("save_steps", 7),
+    ("save_total_limit", 7),
+    ("eval_steps", 7),
+    ("logging_steps", 7),
+    ("report_to", ["wandb"]),
+    ("max_loss", 7.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "attn_implementation", "eager"),
+        *((stage, *change) for stage in ("align", "contrast") for change in VOLATILE),
+    ],
+)
+def test_what_decides_speed_memory_and_logs_may_change_when_a_run_goes_on(section, field, value):
+    one, other = (Recipe.model_validate(changed(**change)) for change in ({}, {section: {field: value}}))
+    assert getattr(getattr(one, section), field) != getattr(getattr(other, section), field)
+    for stage in ("warm_start", "align", "contrast"):
+        assert fingerprint(one, stage) == fingerprint(other, stage)
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("align", "hidden_own_accuracy"), ("contrast", "loss")])
+def test_another_best_metric_is_the_same_run(stage, metric):
+    one = Recipe.model_validate(changed(**{stage: {"eval_steps": 5}}))
+    other = Recipe.model_validate(changed(**{stage: {"eval_steps": 5, "best_metric": metric}}))
+    assert fingerprint(one, "contrast") == fingerprint(other, "contrast")
+
+
+def test_fields_of_a_disabled_stage_may_change_but_not_the_data_that_stage_0_reads():
+    one, other, read = (
+        Recipe.model_validate(changed(align={"enabled": False, **fields}))
+        for fields in ({}, {"steps": 7, "learning_rate": 1.0}, {"data": [{"source": "x", "task": "complete"}]})
+    )
+    assert fingerprint(one, "contrast") == fingerprint(other, "contrast")
+    assert fingerprint(one, "contrast") != fingerprint(read, "contrast")
+    assert fingerprint(one, "contrast") != fingerprint(Recipe.model_validate(BASE), "contrast")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "encoder_dtype", "bfloat16"),
+        ("warm_start", "ridge", 7.0),
+        ("align", "precision", "bfloat16"),
+        ("contrast", "temperature", 7.0),
+    ],
+)
+def test_what_decides_the_result_may_not_change(section, field, value):
+    other = Recipe.model_validate(changed(**{section: {field: value}}))
+    assert fingerprint(other, "contrast") != fingerprint(Recipe.model_validate(BASE), "contrast")
 
 
 def test_a_run_begun_under_the_earlier_keys_goes_on():

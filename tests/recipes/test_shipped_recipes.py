@@ -13,7 +13,8 @@ from lusifer.cli.app import app
 from lusifer.recipes.files import load_recipe
 from lusifer.training.dry_run import dry_run
 
-WINDOW = ["--model.max_seq_length", "128"]  # What the stand-in of the encoder reads.
+# What the stand-in of the encoder reads, and that the stand-in of the LLM is narrow.
+WINDOW = ["--model.max_seq_length", "128", "--contrast.matryoshka_dims", "[]"]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 

@@ -28,6 +28,7 @@ def contrast_batch(rows=4, columns=3, *, in_batch=True, seed=1):
     lengths = torch.randint(3, 20, (rows * columns,), generator=torch.Generator().manual_seed(seed)).tolist()
     return {
         **tokens(lengths, seed=seed),
+        "keys": torch.arange(rows * columns),
         "columns": columns,
         "in_batch_negatives": in_batch,
         "positions": torch.arange(rows),

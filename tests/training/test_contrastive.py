@@ -11,7 +11,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from lusifer import LusiferError
-from lusifer.training.contrastive import ContrastiveLoss, info_nce, text_keys
+from lusifer.data.collate import ContrastCollator
+from lusifer.model.backbones import load_tokenizer
+from lusifer.training.contrastive import ContrastiveLoss, info_nce
 from lusifer.training.distillation import neighbourhood_divergence
 from support.batches import (
     assert_same,
@@ -116,22 +118,6 @@ def test_every_kind_of_copy_is_no_negative():
     compare(own, expected, vectors)
 
 
-def test_text_keys_ignore_padding_only():
-    features = tokens([5, 9, 5])
-    for name in features:
-        features[name][2] = features[name][0]
-    keys = text_keys(**features)
-    assert keys[0] == keys[2] == text_keys(features["input_ids"][:1, :5], features["attention_mask"][:1, :5])
-    assert keys[0] != keys[1]
-    swapped = features["input_ids"][:1].clone()
-    swapped[0, :2] = swapped[0, :2].flip(0)
-    assert text_keys(swapped, features["attention_mask"][:1]) != keys[0]
-    left = {name: tensor[:1, :5].roll(3) for name, tensor in features.items()}
-    assert text_keys(**left) != keys[0]
-    wide = torch.nn.functional.pad(features["input_ids"][:1, :5], (4, 0)), torch.tensor([[0] * 4 + [1] * 5])
-    assert text_keys(*wide) == keys[0]
-
-
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_matryoshka_is_the_mean_over_truncated_embeddings(in_batch):
     vectors = embeddings()
@@ -210,7 +196,7 @@ def test_the_guide_reads_its_own_features_and_learns_nothing(tiny_model):
     with torch.no_grad():
         guide = normalize(guided.guide(features)["sentence_embedding"], dim=-1).unflatten(0, (3, -1))
         vectors = model(batch["input_ids"], batch["attention_mask"]).pooler_output.unflatten(0, (3, -1))
-        keys = text_keys(batch["input_ids"], batch["attention_mask"]).unflatten(0, (3, -1))
+        keys = batch["keys"].unflatten(0, (3, -1))
         assert value == pytest.approx(float(guided.of_embeddings(vectors, keys, guide)), rel=1e-5)  # float32
         assert abs(value - float(plain(model, batch))) > 0.01
     assert_same(step_gradients(guided, model, batch)[1], gradients)
@@ -247,6 +233,33 @@ def test_step_equals_the_naive_form(tiny_model, in_batch, symmetric, budgets):
     assert_same(found, gradients)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "prompts"),
+    [("", {}), ("Find it: ", {}), ("", {"query": "query: ", "document": "passage: "})],
+)
+def test_copies_are_found_behind_instructions_and_prompts(tiny_model, tiny_encoder, instruction, prompts):
+    """Row 0's query is row 1's positive; row 2 asks what row 1 asks."""
+    texts = [("the cat", "the dog"), ("rain", "the cat"), ("rain", "milk"), ("a small house", "the sea")]
+    rows = [
+        {
+            "query": instruction + query,
+            "plain_query": query,
+            "positive": positive,
+            "negatives": [],
+            "position": place,
+            "dataset": "d",
+            "in_batch_negatives": True,
+        }
+        for place, (query, positive) in enumerate(texts)
+    ]
+    batch = ContrastCollator(load_tokenizer("encoder", tiny_encoder), 32, prompts=prompts)(rows)
+    vectors = tiny_model(batch["input_ids"], batch["attention_mask"]).pooler_output.unflatten(0, (2, -1)).detach()
+    copies = {0: [1], 1: [2], 2: [1], 3: []}
+    expected = naive(*vectors, 0.1, lambda i, j: j in copies[i])
+    found = ContrastiveLoss(temperature=0.1)(tiny_model, batch)
+    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_single_process_uses_in_batch_negatives():
     """The published code does so on several processes only."""
     vectors = embeddings(2)
@@ -267,7 +280,7 @@ CASES = [
 def case_batch(settings):
     batch = contrast_batch(rows=6, seed=4, **settings)
     # A copy of a text of the other rank must be found there.
-    for name in ("input_ids", "attention_mask"):
+    for name in ("input_ids", "attention_mask", "keys"):
         batch[name][11] = batch[name][6]
     batch["guide"] = tokens([3 + i % 7 for i in range(18)], high=100, seed=9)
     return batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn.functional import kl_div, normalize
@@ -9,8 +11,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import lusifer.training.distillation
 from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
+from lusifer.model.backbones import load_tokenizer
+from lusifer.recipes.schema import Recipe
+from lusifer.training import stages
 from lusifer.training.distillation import neighbourhood_divergence
 from support.backbones import save_sentence_encoder
+from support.texts import TEXTS
 
 
 def naive(vectors, guide, temperature):
@@ -90,3 +96,38 @@ def test_it_reads_no_more_than_it_is_told_to(sentence_encoder):
     short = encoder_alone(sentence_encoder, max_seq_length=6)
     assert short.max_seq_length == 6 and short.preprocess(["word " * 40])["input_ids"].shape == (1, 6)
     assert encoder_alone(sentence_encoder, max_seq_length=100_000).max_seq_length < 1000
+
+
+@pytest.mark.parametrize("guide", ["encoder", "another"])
+def test_a_guide_reads_the_texts_alone_behind_its_own_prompts(tiny_encoder, tiny_llm, tmp_path, monkeypatch, guide):
+    """No instruction, which is for the model that learns."""
+    monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
+    name = save_sentence_encoder(tiny_encoder, tmp_path / "sentences")
+    rows = [{"query": text, "positive": text.upper()} for text in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"source": str(tmp_path / "pairs.jsonl"), "instruction": "Find it"}]
+    recipe = Recipe.model_validate(
+        {
+            "output": str(tmp_path),
+            "model": {"encoder": name, "llm": tiny_llm, "max_seq_length": 64},
+            "warm_start": {"enabled": False},
+            "contrast": {
+                "data": data,
+                "batch_size": 4,
+                "distill": 1.0,
+                "guide": guide if guide == "encoder" else str(tmp_path / "sentences"),
+            },
+        }
+    )
+    seen = []
+    monkeypatch.setattr(stages, "_train", lambda *arguments: seen.extend(arguments) or {})
+    tokenizer = load_tokenizer("encoder", tiny_encoder)
+    stages.contrast(recipe, torch.nn.Linear(1, 1), tokenizer, tmp_path, False)
+    mixture, collator = seen[4:6]
+    examples = [mixture[place] for place in range(4)]
+    ids = collator(examples)["guide"]["input_ids"]
+    expected = ["the query: " + example["plain_query"] for example in examples]
+    expected += ["a passage: " + example["positive"] for example in examples]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == tokenizer.batch_decode(
+        tokenizer(expected)["input_ids"], skip_special_tokens=True
+    )

@@ -96,6 +96,19 @@ def test_two_processes_equal_one(recipe, whole, tmp_path, strategy):
     assert_equal_runs(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_head_that_stage_1_does_not_use_stops_no_process(recipe, tmp_path, strategy):
+    overrides = ["--model.head_dim", "24", "--contrast.enabled", "false", "--scale.strategy", strategy]
+    for ranks in (1, 2):
+        done = run(recipe, tmp_path / str(ranks), ranks=ranks, overrides=overrides)
+        assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(*(losses(tmp_path / ranks, "align") for ranks in "12"), rtol=1e-3, atol=1e-4)
+    mine, theirs = (load_file(tmp_path / ranks / "model" / "model.safetensors") for ranks in "12")
+    assert any(name.startswith("head.") for name in mine)
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize(("strategy", "before", "after"), [("ddp", 2, 1), ("ddp", 1, 2), ("fsdp2", 2, 1)])
 def test_another_number_of_ranks_goes_on(recipe, whole, tmp_path, strategy, before, after):
     overrides = ["--scale.strategy", strategy]
@@ -115,17 +128,21 @@ def test_a_batch_that_does_not_divide_is_refused(recipe, tmp_path):
     assert "batch_size is 7, which 2 processes cannot share evenly" in done.stderr
 
 
-def test_sharding_takes_bfloat16_backbones_beside_float32_adapters(recipe, tmp_path):
+@pytest.mark.parametrize("encoder", ["lora", "full"])
+def test_sharding_takes_bfloat16_backbones_beside_float32_adapters(recipe, tmp_path, encoder):
     """FSDP2 shards a group of parameters of one data type; the paper's recipe has two in every layer."""
     outputs = []
     for ranks in (1, 2):
         output = tmp_path / str(ranks)
         overrides = ["--scale.strategy", "fsdp2", "--model.llm_dtype", "bfloat16", "--model.encoder_dtype", "bfloat16"]
         overrides += ["--align.precision", "bfloat16", "--contrast.precision", "bfloat16"]
+        overrides += ["--align.train_encoder", encoder]
         overrides += ["--contrast.temperature", "1"]  # A small one magnifies rounding.
         done = run(recipe, output, ranks=ranks, overrides=overrides)
         assert done.returncode == 0, done.stderr[-3000:]
         outputs.append(output)
+    stored = [load_file(output / "model" / "model.safetensors") for output in outputs]
+    assert {n: v.dtype for n, v in stored[0].items()} == {n: v.dtype for n, v in stored[1].items()}
     for stage in ("align", "contrast"):
         # bfloat16 keeps three digits, and the ranks' passes have other shapes.
         torch.testing.assert_close(losses(outputs[1], stage), losses(outputs[0], stage), rtol=3e-2, atol=3e-2)

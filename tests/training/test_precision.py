@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import lusifer
+import lusifer.training.dry_run
 import lusifer.training.precision
 import lusifer.training.run
 from lusifer import LusiferError
@@ -114,6 +116,8 @@ def losses(output, stage):
         ("float32", "bfloat16", "bfloat16", {}),
         ("auto", "auto", "auto", {}),
         ("float32", "float32", "float32", {"train_encoder": "full"}),
+        ("bfloat16", "bfloat16", "bfloat16", {"train_encoder": "full"}),
+        ("bfloat16", "float32", "float32", {"train_encoder": "full"}),
     ],
 )
 def test_a_run_that_goes_on_has_the_data_types_of_one_that_never_stopped(
@@ -147,6 +151,84 @@ def test_a_run_that_goes_on_has_the_data_types_of_one_that_never_stopped(
     # Whoever loads the result gets the weights it was trained with, not those of the encoder's own file.
     loaded = dtypes(lusifer.load(str(cut / "model"), device="cpu"))
     assert found[-1][1].items() <= loaded.items()
+
+
+def small_steps(make, output, precision, encoder="bfloat16"):
+    """A recipe whose updates are far below what bfloat16 tells apart in weights as large as these."""
+    return make(output, encoder, "bfloat16", precision, train_encoder="full", learning_rate=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_small_updates_of_a_bfloat16_encoder_are_not_lost(make, half_encoder, tmp_path, precision):
+    model = train(small_steps(make, tmp_path / "run", precision), progress=False)
+    start = AutoModel.from_pretrained(half_encoder, add_pooling_layer=False).bfloat16().state_dict()
+    for stage in ("align", "contrast"):
+        checkpoint = tmp_path / "run" / stage / "checkpoints" / "checkpoint-4"
+        learned = load_file(checkpoint / "learning.safetensors")
+        assert {value.dtype for value in learned.values()} == {torch.float32}
+        moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        assert {state[name].dtype for state in moments.values() for name in ("exp_avg", "exp_avg_sq")} == {
+            torch.float32
+        }
+        layer = "encoder.layer.0.attention.self.query"
+        moved = learned[f"encoder.{layer}.base_layer.weight"] != start[f"{layer}.weight"].float()
+        assert moved.float().mean() > 0.95
+    stored = load_file(next(model.rglob("model.safetensors")))
+    kept = {value.dtype for name, value in stored.items() if name.startswith("encoder.") and "lora_" not in name}
+    assert kept == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_bfloat16_weights_and_moments_goes_on(make, tmp_path, monkeypatch):
+    """Earlier versions wrote such ones."""
+    recipe = small_steps(make, tmp_path / "run", "bfloat16")
+    cut_in_stage_2(recipe, monkeypatch)
+    checkpoint = tmp_path / "run" / "contrast" / "checkpoints" / "checkpoint-2"
+    with safe_open(checkpoint / "learning.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(checkpoint / "learning.safetensors")
+    halves = {name: value.bfloat16() if name.startswith("encoder.") else value for name, value in weights.items()}
+    save_file(halves, checkpoint / "learning.safetensors", metadata=metadata)
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for moments in state["state"].values():
+        moments |= {name: moments[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+    torch.save(state, checkpoint / "optimizer.pt")
+    train(recipe, progress=False)
+    last = tmp_path / "run" / "contrast" / "checkpoints" / "checkpoint-4"
+    assert {value.dtype for value in load_file(last / "learning.safetensors").values()} == {torch.float32}
+    state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    assert {moments["exp_avg"].dtype for moments in state.values()} == {torch.float32}
+
+
+def test_a_frozen_encoder_stays_as_the_recipe_loads_it(make, tmp_path, monkeypatch):
+    """Also after a stage that trained it."""
+    seen = []
+    real = ContrastiveLoss.step
+
+    def step(self, model, *args, **kwargs):
+        seen.append({p.dtype for n, p in model.named_parameters() if n.startswith("encoder.") and "lora_" not in n})
+        return real(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(ContrastiveLoss, "step", step)
+    recipe = small_steps(make, tmp_path / "run", "bfloat16")
+    recipe.contrast.train_encoder = "frozen"
+    train(recipe, progress=False)
+    assert seen == [{torch.bfloat16}] * 4
+
+
+def test_a_dry_run_counts_what_is_trained_in_float32(make, tmp_path, monkeypatch):
+    memory, real = [], lusifer.training.dry_run._memory_gb
+    monkeypatch.setattr(lusifer.training.dry_run, "_memory_gb", lambda *a: memory.append(real(*a)) or real(*a))
+    recipe = small_steps(make, tmp_path / "run", "bfloat16")
+    recipe.contrast.train_encoder = "frozen"
+    facts = dry_run(recipe, "r")
+    parts = facts["parameters"]
+    frozen = 2 * (parts["encoder"]["total"] + parts["llm"]["total"])
+    own = sum(row["total"] for part, row in parts.items() if part not in ("encoder", "llm"))
+    align, contrast = (1e9 * stage["weights"] for stage in memory)
+    assert contrast == pytest.approx(frozen + 4 * own)
+    # Stage 1 has no adapter on the LLM yet.
+    own -= parts["llm adapter"]["total"]
+    assert align == pytest.approx(frozen + 2 * parts["encoder"]["total"] + 4 * own)
 
 
 def test_auto_is_decided_once(make, tmp_path, monkeypatch, chooses, caplog):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import lusifer.training.stages
 from lusifer import LusiferError
 from lusifer.recipes.schema import Recipe
-from lusifer.training.run import train
+from lusifer.training.run import check_inputs, train
 from support.launch import run
 from support.texts import TEXTS
 
@@ -116,6 +116,22 @@ def test_the_best_checkpoint_stays_beside_the_last(tree, monkeypatch, tmp_path):
     found = [row["eval_loss"] for row in report["history"] if "eval_loss" in row]
     assert found[:6] == [3.0, 1.0, 2.0, 2.5, 2.0, 4.0]
     assert report["held_out"] == {"loss": 4.0}
+
+
+def test_the_log_says_how_many_rows_a_best_metric_rests_on(tree, tmp_path, caplog):
+    tree["contrast"] |= {"eval_steps": 2, "best_metric": "loss"}
+    check_inputs(Recipe.model_validate(tree))
+    assert "contrast: 2 rows are held out and measured, and loss on them chooses the best checkpoint" in caplog.text
+    caplog.clear()
+    del tree["contrast"]["best_metric"]
+    check_inputs(Recipe.model_validate(tree))
+    assert not caplog.text  # What is only shown needs no warning.
+
+
+def test_a_best_metric_without_held_out_rows_is_refused(tree, tmp_path):
+    tree["contrast"] |= {"eval_steps": 2, "best_metric": "loss", "batch_size": 24}
+    with pytest.raises(LusiferError, match="contrast.best_metric: no rows can be held out"):
+        check_inputs(Recipe.model_validate(tree))
 
 
 def test_held_out_rows_are_never_trained_on(tree):

@@ -17,7 +17,8 @@ import lusifer.training.run
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
-from lusifer.training.run import train
+from lusifer.training.dry_run import dry_run
+from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
 from support.texts import TEXTS
 
@@ -137,7 +138,7 @@ def test_layout_of_a_finished_run(finished):
     assert vectors.shape == (2, 48)
 
 
-def test_what_each_stage_reports(finished):
+def test_what_each_stage_reports(finished, make):
     output, _ = finished
     reports = {name: json.loads((output / name / "stage.json").read_text()) for name in lusifer.training.run.STAGES}
     for name, report in reports.items():
@@ -148,6 +149,8 @@ def test_what_each_stage_reports(finished):
     for name in ("align", "contrast"):
         logged = [entry for entry in reports[name]["history"] if "loss" in entry]
         assert [entry["step"] for entry in logged] == [3, 6] and reports[name]["loss"] > 0
+    for name in ("align", "contrast"):
+        assert {*reports[name]["held_out"]} == {*getattr(make("unused"), name).metrics()}
     for key in ("held_out", "held_out_before"):
         found = reports["align"][key]
         assert {"hidden_own_accuracy", "hidden_other_cross_entropy", "visible_none_accuracy"} <= found.keys()
@@ -327,6 +330,64 @@ def test_another_recipe_on_an_unfinished_stage_is_refused_too(finished, make, mo
         train(make(tmp_path / "run", align={"learning_rate": 1e-3}), progress=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"contrast": {"gradient_checkpointing": True, "max_loss": 1e6, "best_metric": "loss", "eval_steps": 2}},
+        {"model": {"attn_implementation": "eager"}},
+    ],
+)
+def test_a_run_goes_on_with_other_settings_of_speed_and_memory(finished, make, monkeypatch, tmp_path, change):
+    output, _ = finished
+    for name in ("warm_start", "align"):
+        shutil.copytree(output / name, tmp_path / "run" / name)
+    with monkeypatch.context() as patch:
+        kill_in(patch, "contrast", 5)
+        with pytest.raises(Killed):
+            train(make(tmp_path / "run"), progress=False)
+    train(make(tmp_path / "run", **change), progress=False)
+    one, two = (weights(run)["model.safetensors"] for run in (tmp_path / "run" / "model", output / "model"))
+    for name, value in two.items():  # float32 sums in another order, behind Adam's division.
+        torch.testing.assert_close(one[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished, make, monkeypatch, tmp_path):
+    """Its fingerprints count settings that decide nothing."""
+    settings = {"gradient_checkpointing": True, "max_loss": 1e6, "best_metric": "loss", "eval_steps": 4}
+    recipe = make(tmp_path / "run", contrast=settings)
+    before = fingerprint(recipe, "contrast", earlier=True)
+    assert before != fingerprint(recipe, "contrast")
+    shutil.copytree(finished[0], tmp_path / "run")
+    report = tmp_path / "run" / "contrast" / "stage.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "fingerprint": before}))
+    monkeypatch.setattr(lusifer.training.run, "run_contrast", lambda *_: pytest.fail("trained again"))
+    train(recipe, progress=False)
+    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+        train(make(tmp_path / "run", contrast={**settings, "temperature": 0.1}), progress=False)
+
+
+def test_a_checkpoint_of_stage_1_that_holds_an_idle_head_goes_on(make, monkeypatch, tmp_path):
+    """Earlier versions counted the head among what stage 1 trains."""
+    off = {"model": {"head_dim": 24}, "contrast": {"enabled": False}}
+    train(make(tmp_path / "whole", **off), progress=False)
+    real = lusifer.training.stages.prepare_stage
+
+    def as_before(recipe, name, model):
+        real(recipe, name, model)
+        model.head.requires_grad_(True)
+
+    recipe = make(tmp_path / "run", **off)
+    with monkeypatch.context() as patch:
+        patch.setattr(lusifer.training.stages, "prepare_stage", as_before)
+        kill_in(patch, "align", 5)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    checkpoint = tmp_path / "run" / "align" / "checkpoints" / "checkpoint-3"
+    assert any(name.startswith("head.") for name in load_file(checkpoint / "learning.safetensors"))
+    train(recipe, progress=False)
+    assert_same(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+
+
 def test_data_smaller_than_a_batch(make, tmp_path):
     recipe = make(tmp_path / "run", contrast={"batch_size": 25}, align={"enabled": False})
     with pytest.raises(LusiferError, match="24 rows, fewer than the batch of 25"):
@@ -347,6 +408,38 @@ def test_missing_inputs_are_found_before_any_work(make, tmp_path, changes, words
     with pytest.raises(LusiferError, match=words):
         train(make(tmp_path / "run", **changes), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contrast": {"matryoshka_dims": [16, 64]}}, "matryoshka_dims asks for 64 dimensions, the embedding has 48"),
+        ({"model": {"head_dim": 40}, "contrast": {"matryoshka_dims": [48]}}, "the embedding has 40"),
+        ({"align": {"max_seq_length": 999}}, "max_seq_length is 999, but the encoder"),
+        ({"model": {"llm_layers": 9}}, "model.llm_layers is 9, but the LLM has 3 layers"),
+        (
+            {"model": {"llm_lora": {"target_modules": ["q_proj", "v_prjo"]}}},
+            "llm_lora.target_modules: no layer is .*v_pr",
+        ),
+        (
+            {"model": {"encoder_lora": {"target_modules": ["q_proj"]}}},
+            "no layer is called 'q_proj'; there are dense, key",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_backbones_is_found_before_any_work(make, tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(lusifer.training.run, "build_model", lambda *_: pytest.fail("a model was loaded"))
+    recipe = make(tmp_path / "run", **changes)
+    for work in (lambda: train(recipe, progress=False), lambda: dry_run(recipe, "r")):
+        with pytest.raises(LusiferError, match=words) as caught:
+            work()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_named_with_their_parents_are_found(make, tmp_path):
+    names = {"llm_lora": {"target_modules": ["self_attn.q_proj", "v_proj"]}}
+    dry_run(make(tmp_path / "run", model={**names, "encoder_lora": {"target_modules": ["attention.self.query"]}}), "r")
 
 
 def test_stages_can_be_left_out(make, tmp_path):

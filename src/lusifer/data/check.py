@@ -17,7 +17,7 @@ from lusifer.data.everyday_set import load_everyday
 from lusifer.data.mixture import Stratum, open_strata, plan
 from lusifer.data.prompts import with_instruction
 from lusifer.data.reading import Block, read_blocks
-from lusifer.data.records import Records, Rows, left_out, open_set
+from lusifer.data.records import Records, Rows, copies_left_out, left_out, open_set
 from lusifer.data.sources import find_files
 from lusifer.errors import LusiferError
 from lusifer.model.backbone_pair import check_window
@@ -104,8 +104,9 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
         progress: Whether to show a progress bar.
 
     Returns:
-        ``duplicates`` (rows that repeat an earlier one), ``negatives_per_row``, ``leaks`` (rows with a text of
-        the evaluation data) and up to five ``leak_examples``.
+        ``duplicates`` (rows that repeat an earlier one), ``negatives_per_row``, ``copies`` (negatives left out because
+        they are the query or a positive of their row), ``leaks`` (rows with a text of the evaluation data) and up to
+        five ``leak_examples``.
     """
     seen: set[int] = set()
     duplicates = negatives = leaks = 0
@@ -123,6 +124,7 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
         if leaked and len(examples) < _EXAMPLES:
             examples.append(f"{rows.where(row)}: {leaked[0][0]!r} is a text of {leaked[0][1]}")
     facts: dict[str, Any] = {"duplicates": duplicates, "negatives_per_row": negatives / len(rows)}
+    facts["copies"] = rows.copies
     return {**facts, "leaks": leaks, "leak_examples": examples}
 
 
@@ -253,6 +255,8 @@ def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, wh
     for key, limit in (("truncated", "model.max_seq_length"), ("targets_truncated", "align.target_max_seq_length")):
         if fact.get(key, 0) > 0.1:
             warnings.append(f"{fact[key]:.0%} of the texts are truncated; raise {limit}?")
+    if fact["copies"]:
+        warnings.append(copies_left_out(fact["copies"]))
     if fact["left_out"]:
         warnings.append(left_out(fact["left_out"], item.hard_negatives))
     if item.hard_negatives > (rows := fact["negatives_per_row"]):

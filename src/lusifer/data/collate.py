@@ -58,6 +58,23 @@ def column_texts(examples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Ro
     return texts, ["query" if place < len(examples) else "document" for place in range(len(texts))]
 
 
+_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants of SplitMix64, as signed numbers.
+
+
+def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Keys of rows, (rows,) int64, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
+
+    Args:
+        input_ids: (rows, seq) int64.
+        attention_mask: (rows, seq), non-zero at real tokens.
+    """
+    ids, mask = input_ids.long(), attention_mask.long()
+    weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]
+    weights = (weights ^ (weights >> 30)) * _MULTIPLIERS[1]
+    weights = (weights ^ (weights >> 27)) | 1
+    return ((ids + 1) * mask * weights).sum(dim=1)
+
+
 def _positions(examples: Sequence[dict[str, Any]]) -> Tensor:
     return torch.tensor([example["position"] for example in examples], dtype=torch.int64)
 
@@ -108,14 +125,15 @@ class ContrastCollator:
     Attributes:
         tokenizer: The encoder's.
         max_seq_length: Encoder tokens of a text, special tokens included.
-        guide_preprocess: Maps the same texts to the guide model's features, or None without a guide.
+        guide_preprocess: Maps the texts without instructions and their roles to the guide model's features, or None
+            without a guide.
         prompts: What the encoder reads in front of a text, by role; the guide does not.
         teach: Gives a teacher's vectors of the texts without instructions, or None without a teacher.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_seq_length: int
-    guide_preprocess: Callable[[list[str]], dict[str, Any]] | None = None
+    guide_preprocess: Callable[[Sequence[str], Sequence[Role]], dict[str, Any]] | None = None
     prompts: Mapping[Role, str] = field(default_factory=dict)
     teach: Teach | None = None
 
@@ -123,16 +141,18 @@ class ContrastCollator:
         """Tokenizes a batch of one set at once, column by column: queries, positives, first negatives, ...
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (columns * rows, seq) int64; ``columns``; ``in_batch_negatives``;
+            ``input_ids`` and ``attention_mask`` (columns * rows, seq) int64; ``keys`` (columns * rows,) int64, equal
+            for texts that are equal without prompts and instructions; ``columns``; ``in_batch_negatives``;
             ``positions`` (rows,) int64; ``task``; ``dataset``; with a guide, ``guide``: its features of the texts; with
             a teacher, ``teacher``: its vectors, (columns * rows, dim) float32.
         """
-        columns = zip(*([row["query"], row["positive"], *row["negatives"]] for row in examples), strict=True)
-        texts = [text for column in columns for text in column]
-        roles: list[Role] = ["query" if place < len(examples) else "document" for place in range(len(texts))]
-        prompted = [self.prompts.get(role, "") + text for text, role in zip(texts, roles, strict=True)]
+        texts, roles = column_texts(examples)
+        instructed = [row["query"] for row in examples] + texts[len(examples) :]
+        prompted = [self.prompts.get(role, "") + text for text, role in zip(instructed, roles, strict=True)]
+        features = tokenize(self.tokenizer, prompted, self.max_seq_length)
         batch: dict[str, Any] = {
-            **tokenize(self.tokenizer, prompted, self.max_seq_length),
+            **features,
+            "keys": self._keys(texts, prompted, features),
             "columns": len(texts) // len(examples),
             "in_batch_negatives": examples[0]["in_batch_negatives"],
             "positions": _positions(examples),
@@ -140,7 +160,15 @@ class ContrastCollator:
             "dataset": examples[0]["dataset"],
         }
         if self.guide_preprocess is not None:
-            batch["guide"] = self.guide_preprocess(texts)
+            batch["guide"] = self.guide_preprocess(texts, roles)
         if self.teach is not None:
-            batch["teacher"] = self.teach(*column_texts(examples))
+            batch["teacher"] = self.teach(texts, roles)
         return batch
+
+    def _keys(self, texts: list[str], prompted: list[str], features: Features) -> Tensor:
+        """Keys of the texts' tokens, as many as the encoder reads: what it cannot tell apart is no negative either."""
+        keys = text_keys(**features)
+        other = [place for place, text in enumerate(texts) if text != prompted[place]]
+        if other:
+            keys[other] = text_keys(**tokenize(self.tokenizer, [texts[place] for place in other], self.max_seq_length))
+        return keys

@@ -98,6 +98,11 @@ class Mixture(Dataset):
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
+    @property
+    def held_out_rows(self) -> int:
+        """How many rows are kept out of training, over all sets."""
+        return sum(len(rows) for _, rows in self._held_out)
+
     def held_out_examples(self) -> list[list[dict[str, Any]]]:
         """Examples of rows that are never trained on, one list per set or cluster that has any."""
         lists: list[list[dict[str, Any]]] = []

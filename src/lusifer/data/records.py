@@ -31,7 +31,7 @@ from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
 
 # Part of the cache's key: another layout or another check makes another file.
-_LAYOUT = 2
+_LAYOUT = 3
 _PAIR, _TEXT = ("query", "positive", "negative"), ("text",)
 _WHERE = {"subset", "split", "revision", "columns", "streaming", "cap"}
 
@@ -95,6 +95,11 @@ class Records:
 
     def __len__(self) -> int:
         return self.table.num_rows if self.chosen is None else len(self.chosen)
+
+    @property
+    def copies(self) -> int:
+        """How many negatives are left out because they are the query or a positive of their row."""
+        return 0 if _holds_texts(self.item) else int(pc.sum(self.table["copies"]).as_py())
 
     def _row(self, row: int) -> int:
         return row if self.chosen is None else int(self.chosen[row])
@@ -185,6 +190,8 @@ def _choose_rows(records: Records, seed: int) -> None:
     """Leaves out rows that lack hard negatives, then what exceeds the cap."""
     item = records.item
     if item.hard_negatives and not _holds_texts(item):
+        if records.copies:
+            _log.warning("%s: %s", item.source, copies_left_out(records.copies))
         usable = np.flatnonzero(pc.list_value_length(records.table["negative"]).to_numpy())
         records.left_out = len(records) - len(usable)
         if len(usable) < 2:
@@ -209,8 +216,19 @@ def left_out(count: int, hard_negatives: int) -> str:
     return f"{count:,} rows have no 'negative' and are left out (hard_negatives is {hard_negatives})"
 
 
+def copies_left_out(count: int) -> str:
+    """One line on negatives that are not trained on.
+
+    Args:
+        count: How many.
+    """
+    return f"{count:,} texts of 'negative' are the query or a positive of their own row and are left out"
+
+
 class StreamedRecords:
     """The first ``cap`` rows of a set, read in order with one block in memory; going back starts again.
+
+    ``copies`` is as for `Records`, of the blocks read so far.
 
     Raises:
         LusiferError: From reading, if a record is not usable or the set holds fewer than ``cap`` rows (that have a
@@ -225,7 +243,7 @@ class StreamedRecords:
 
     def _rewind(self) -> None:
         self._batches = _batches(self.item)
-        self._start = 0
+        self._start = self.copies = 0
         self._batch: pa.RecordBatch | None = None
 
     def __reduce__(self) -> Any:  # Other processes read the set themselves.
@@ -248,6 +266,8 @@ class StreamedRecords:
                 raise LusiferError(f"{self.item.source!r} {have}; lower the cap")
             if "cluster" in batch.schema.names and not batch["cluster"].null_count:
                 raise LusiferError(f"{self.item.source!r} has clusters, which need streaming: false")
+            if not _holds_texts(self.item):
+                self.copies += pc.sum(batch["copies"]).as_py() or 0
             if self.item.hard_negatives and not _holds_texts(self.item):
                 batch = batch.filter(pc.greater(pc.list_value_length(batch["negative"]), 0))
             self._batch = batch

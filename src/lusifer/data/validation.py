@@ -208,17 +208,17 @@ def _parents(lists: pa.ListArray) -> np.ndarray:
     return np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
 
 
-def _check_negatives(block: Block, query: pa.Array, positive: pa.ListArray, negative: pa.ListArray) -> None:
-    """Refuses a negative that is the query or a positive of its own row."""
+def _without_copies(query: pa.Array, positive: pa.ListArray, negative: pa.ListArray) -> tuple[pa.ListArray, np.ndarray]:
+    """The negatives that are neither query nor positive of their own row, and how many of each row are, int32."""
     flat = [query, positive.flatten(), negative.flatten()]
     codes = pa.chunked_array(flat).dictionary_encode().combine_chunks().indices.to_numpy().astype(np.int64)
     parents = np.concatenate([np.arange(len(query)), _parents(positive), _parents(negative)])
     keys = parents * (codes.max() + 1) + codes
     others = len(query) + len(flat[1])
     equal = np.isin(keys[others:], keys[:others])
-    if equal.any():
-        problem = "a text of 'negative' is also the query or a positive; remove it from 'negative'"
-        raise block.error(parents[others:][equal.argmax()], problem)
+    copies, kept = (np.bincount(parents[others:][chosen], minlength=len(query)) for chosen in (equal, ~equal))
+    offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat[2].filter(pa.array(~equal))), copies.astype(np.int32)
 
 
 def canonical(block: Block, *, texts: bool) -> pa.RecordBatch:
@@ -229,7 +229,8 @@ def canonical(block: Block, *, texts: bool) -> pa.RecordBatch:
         texts: Whether to make ``text`` rows (of pair records: the query and every positive) or pairs.
 
     Returns:
-        ``text`` string, or ``query`` string, ``positive`` and ``negative`` list of strings; ``number`` int64 (line or
+        ``text`` string, or ``query`` string, ``positive`` and ``negative`` list of strings, and ``copies`` int32, how
+        many negatives are left out because they are the query or a positive of their row; ``number`` int64 (line or
         row) and ``file`` int32 tell where a row comes from; ``cluster`` and ``id`` strings, null where there is none.
 
     Raises:
@@ -249,8 +250,9 @@ def canonical(block: Block, *, texts: bool) -> pa.RecordBatch:
             order = np.argsort(parents, kind="stable")
             columns, rows = {"text": flat.take(pa.array(order))}, parents[order]
         else:
-            columns["negative"] = _lists(block, "negative", lists=True, required=False)
-            _check_negatives(block, query, positive, columns["negative"])
+            negative = _lists(block, "negative", lists=True, required=False)
+            columns["negative"], copies = _without_copies(query, positive, negative)
+            columns["copies"] = pa.array(copies)
             columns["cluster"] = _labels(block, "cluster")
     ids = _labels(block, "id")
     # Exploded texts share their record's id.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -13,7 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class _Strict(BaseModel):
     """Refuses unknown keys; a key of an earlier version is refused with its new name."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}  # Earlier name of a key: its name today.
 
     @pydantic.model_validator(mode="before")
@@ -146,13 +147,14 @@ class GradientStage(_Strict):
     max_tokens: PositiveInt = 16384  # Padded tokens of one forward pass.
     # Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
     graph_tokens: PositiveInt = 65536
-    # What it computes in; adapters, losses and optimizer are float32 in any case. `auto`: decided as the run begins.
+    # What it computes in; what is trained, losses and optimizer are float32 anyway. `auto`: decided as the run begins.
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     # Compute activations again in the backward pass: less memory, a third more time.
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 100  # Steps between checkpoints.
     save_total_limit: PositiveInt = 2  # How many checkpoints stay.
-    best_metric: str | None = None  # Name of the metric that chooses the checkpoint kept beside the last ones.
+    # Metric of the held-out rows that chooses the checkpoint kept beside the last ones; needs `eval_steps`.
+    best_metric: str | None = None
     # Steps between measurements on rows that are never trained on; none when left out.
     eval_steps: PositiveInt | None = None
     logging_steps: PositiveInt = 10  # Steps between lines of the log.
@@ -163,11 +165,26 @@ class GradientStage(_Strict):
     def _some_set_at_every_step(self) -> GradientStage:
         if self.enabled and not self.data:
             raise ValueError(f"stage {self.number} needs data: list at least one set (or enabled: false)")
+        self._check_best_metric()
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
                 gap = f"no data set is drawn after {moment:g} of the steps"
                 raise ValueError(f"{gap}: correct start and end of the sets")
         return self
+
+    def metrics(self) -> list[str]:
+        """Names of what is measured on held-out rows."""
+        raise NotImplementedError
+
+    def _check_best_metric(self) -> None:
+        if self.best_metric is None or not self.enabled:
+            return
+        if self.best_metric.removeprefix("eval_") not in self.metrics():
+            raise ValueError(
+                f"best_metric: nothing measures {self.best_metric!r}; there are {', '.join(self.metrics())}"
+            )
+        if self.eval_steps is None:
+            raise ValueError("best_metric needs eval_steps: how often held-out rows are measured")
 
 
 class AlignRecipe(GradientStage):
@@ -180,6 +197,11 @@ class AlignRecipe(GradientStage):
     # Sentence Transformers model whose vectors an adapted encoder is held to while it learns.
     teacher: str | None = None
     teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss beside the tokens' cross-entropy.
+
+    def metrics(self) -> list[str]:
+        """Names of what is measured on held-out rows, see `lusifer.training.alignment.held_out_metrics`."""
+        kinds = product(("visible", "hidden"), ("own", "other", "none"), ("accuracy", "cross_entropy"))
+        return ["_".join(kind) for kind in kinds]
 
     @pydantic.field_validator("mask_probability", mode="before")
     @classmethod
@@ -228,6 +250,10 @@ class ContrastRecipe(GradientStage):
     # Leading dimensions that must be good embeddings by themselves, increasing.
     matryoshka_dims: list[PositiveInt] = []
 
+    def metrics(self) -> list[str]:
+        """Names of what is measured on held-out rows."""
+        return ["loss", *(["teacher_cosine"] if self.teacher else [])]
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ContrastRecipe:
         for number, item in enumerate(self.data):
@@ -242,6 +268,8 @@ class ContrastRecipe(GradientStage):
         _check_teacher(self)
         if not self.infonce_weight and not self.teacher and not self.distill:
             raise ValueError("infonce_weight is 0: nothing to learn from without teacher or distill")
+        if self.infonce_weight and self.batch_size == 1 and any(not item.hard_negatives for item in self.data):
+            raise ValueError("batch_size is 1: a row has no negatives; raise it, or set hard_negatives")
         if self.matryoshka_dims != (increasing := sorted(set(self.matryoshka_dims))):
             raise ValueError(f"matryoshka_dims must increase: {increasing}")
         return self

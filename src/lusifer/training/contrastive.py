@@ -169,14 +169,15 @@ class ContrastiveLoss(nn.Module):
         Args:
             model: A `LusiferModel` or its distributed wrapper.
             batch: ``input_ids`` and ``attention_mask`` (columns * rows, seq): queries, positives, then column by
-                column the hard negatives; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features;
+                column the hard negatives; ``keys`` (columns * rows,) int64, equal for texts that are equal without
+                prompts and instructions; ``columns``; ``in_batch_negatives``; ``guide``, the guide's features;
                 ``teacher`` (columns * rows, dim), a teacher's unit vectors.
             progress: Ignored.
         """
         features, columns = token_features(batch), batch["columns"]
         vectors = self._embed(features, lambda few: model(**few).pooler_output).unflatten(0, (columns, -1))
         options = {"guide": self._guide_vectors(batch), "targets": _targets(batch)}
-        return self.of_embeddings(vectors, _keys(features, columns), **options, in_batch=batch["in_batch_negatives"])
+        return self.of_embeddings(vectors, _keys(batch), **options, in_batch=batch["in_batch_negatives"])
 
     @torch.no_grad()
     def teacher_cosine(self, model: nn.Module, batch: dict[str, Any]) -> float:
@@ -215,7 +216,7 @@ class ContrastiveLoss(nn.Module):
         vectors = cached.forward(no_sync).float()
         guide, targets = (None if x is None else _joined(x) for x in (self._guide_vectors(batch), _targets(batch)))
         every = _joined(vectors.unflatten(0, (columns, -1))).requires_grad_()
-        keys = _joined(_keys(features, columns))
+        keys = _joined(_keys(batch))
         loss = self.of_embeddings(every, keys, guide, targets, in_batch=batch["in_batch_negatives"])
         (gradient,) = torch.autograd.grad(loss, every)
         rows = len(vectors) // columns
@@ -240,7 +241,7 @@ class ContrastiveLoss(nn.Module):
 
         Args:
             vectors: (columns, rows, dim): queries, positives, then the hard negatives.
-            keys: (columns, rows) int64, equal for equal texts, see `text_keys`.
+            keys: (columns, rows) int64, equal for equal texts, see `lusifer.data.collate.text_keys`.
             guide: (columns, rows, guide_dim) float32 unit vectors of the guide model.
             targets: (columns, rows, dim) float32 unit vectors of the teacher.
             in_batch: Whether other rows' texts are negatives.
@@ -301,8 +302,9 @@ class ContrastiveLoss(nn.Module):
         return normalize(vectors.float(), dim=-1).unflatten(0, (batch["columns"], -1))
 
 
-def _keys(features: Features, columns: int) -> Tensor:
-    return text_keys(features["input_ids"], features["attention_mask"]).unflatten(0, (columns, -1))
+def _keys(batch: dict[str, Any]) -> Tensor:
+    """(columns, rows) int64, equal for equal texts."""
+    return batch["keys"].unflatten(0, (batch["columns"], -1))
 
 
 def _targets(batch: dict[str, Any]) -> Tensor | None:
@@ -330,20 +332,3 @@ def _check_agreement(batch: dict[str, Any], device: torch.device) -> None:
             f"{columns} columns from {name!r} (in_batch_negatives {'on' if flag else 'off'}) and another rank "
             "something else; start every rank with the same recipe, the same data files and the same seed"
         )
-
-
-_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # The odd constants of SplitMix64, as signed numbers.
-
-
-def text_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Keys of rows, (rows,) int64, equal exactly when two rows hold the same tokens (up to 64-bit hash collisions).
-
-    Args:
-        input_ids: (rows, seq) int64.
-        attention_mask: (rows, seq), non-zero at real tokens.
-    """
-    ids, mask = input_ids.long(), attention_mask.long()
-    weights = mask.cumsum(dim=1) * _MULTIPLIERS[0]
-    weights = (weights ^ (weights >> 30)) * _MULTIPLIERS[1]
-    weights = (weights ^ (weights >> 27)) | 1
-    return ((ids + 1) * mask * weights).sum(dim=1)

@@ -1,6 +1,7 @@
 """What a recipe would cost, without loading a weight: parameters, memory per rank, tokens per step, launch line.
 
-    weights     bytes of every parameter (quantised linear layers of the LLM: 1 or 0.55 each), shared by FSDP2's ranks
+    weights     bytes of every parameter, in float32 what is trained (quantised linear layers of the LLM: 1 or 0.55
+                each), shared by FSDP2's ranks
     trainable   12 bytes per trainable parameter: gradient and AdamW's two moments in float32, shared likewise
     activations tokens whose graph is kept x layers x (12 h + 5 f) values per layer of width h and feed-forward width
                 f; with gradient checkpointing h per layer and one layer in full; 2 bytes each in bfloat16, else 4
@@ -17,12 +18,12 @@ import torch
 from torch import nn
 
 from lusifer.model.adapters import parameters_by_part
-from lusifer.model.backbone_pair import check_window
-from lusifer.model.backbones import keep_layers, load_config
+from lusifer.model.backbones import keep_layers
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
-from lusifer.training.precision import foresee
+from lusifer.training.checks import check_model
+from lusifer.training.precision import data_types, foresee, restore_data_types
 from lusifer.training.stages import prepare_stage
 
 _PACKED = {"8bit": 1.0, "4bit": 0.55}
@@ -31,9 +32,7 @@ _CHUNK = 256
 
 def _model_on_meta(recipe: Recipe) -> LusiferModel:
     chosen = recipe.model
-    encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
-    check_window(chosen.encoder, encoder, chosen.max_seq_length)
-    llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
+    encoder, llm = check_model(recipe)
     if chosen.llm_layers is not None:
         keep_layers(llm, chosen.llm_layers)
     encoder.dtype, llm.dtype = getattr(torch, chosen.encoder_dtype), getattr(torch, chosen.llm_dtype)
@@ -67,9 +66,11 @@ def dry_run(recipe: Recipe, name: str, *, ranks: int = 1) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     for stage in ("align", "contrast"):
         if getattr(recipe, stage).enabled:
+            types = data_types(model)
             with torch.device("meta"):
                 prepare_stage(recipe, stage, model)
             stages[stage] = _stage_costs(recipe, stage, model, ranks)
+            restore_data_types(model, types)
     launcher = f"torchrun --nproc-per-node {ranks} -m " if ranks > 1 else ""
     facts = {"parameters": parameters_by_part(model), "stages": stages, "launch": f"{launcher}lusifer train {name}"}
     return facts if choice is None else {**facts, "auto": f"{choice.name}: {choice.reason}"}

@@ -16,6 +16,7 @@ from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
+from lusifer.training.checks import check_matryoshka
 from lusifer.training.precision import settle
 from lusifer.training.stages import contrast
 
@@ -73,6 +74,7 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
         alone = {"guide": None, "guide_margin": None, "distill": 0.0}
         recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=alone)})
     model = llm_alone(recipe)
+    check_matryoshka(recipe, int(model[0].auto_model.config.hidden_size))
     folder = Path(recipe.output) / "llm_alone"
     llm = model[0].auto_model
     contrast(recipe, LLMAlone(llm), model.tokenizer, folder / "checkpoints", progress)

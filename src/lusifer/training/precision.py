@@ -1,19 +1,25 @@
-"""``auto`` in a recipe: decided once a run, by its first process, and kept in ``OUTPUT/precision.json``.
+"""Data types of a run: what ``auto`` means, and float32 for whatever is trained.
 
-What is kept decides when the run goes on, also on another machine or beside a baseline: the same data types give the
-same losses. Delete the file, with the stages' folders, to decide again.
+``auto`` is decided once a run, by its first process, and kept in ``OUTPUT/precision.json``. What is kept decides when
+the run goes on, also on another machine or beside a baseline: the same data types give the same losses. Delete the
+file, with the stages' folders, to decide again.
+
+Weights in bfloat16 have 8 bits: most of an optimizer's updates are smaller than half the last one, and lost. So a stage
+holds what it trains, and with it the optimizer's moments, in float32 (arXiv 1710.03740, section 3.1).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.model.backbones import load_config
@@ -69,6 +75,25 @@ def foresee(recipe: Recipe) -> tuple[Recipe, Choice | None]:
     return _filled(recipe, choice), choice
 
 
+def data_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The data type of every parameter by name, as `restore_data_types` takes it."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def hold_trained_in_float32(model: nn.Module) -> None:
+    """Converts the trainable parameters to float32, in place; frozen ones stay as they are."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def restore_data_types(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Converts the parameters that are named to these data types, in place; others stay as they are."""
+    for name, parameter in model.named_parameters():
+        if (dtype := types.get(name, parameter.dtype)) != parameter.dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _path(recipe: Recipe) -> Path:
     return Path(recipe.output) / _FILE
 
@@ -88,7 +113,7 @@ def _filled(recipe: Recipe, choice: Choice) -> Recipe:
     for name, fields in _open(recipe).items():
         values = dict.fromkeys(fields, choice.name)
         if "encoder_dtype" in values and any(stage.train_encoder == "full" for stage in stages):
-            values["encoder_dtype"] = "float32"  # Weights that learn: updates are smaller than bfloat16 can add up.
+            values["encoder_dtype"] = "float32"  # Saved as it was trained.
         sections[name] = getattr(recipe, name).model_copy(update=values)
     return recipe.model_copy(update=sections)
 

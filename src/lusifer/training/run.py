@@ -18,15 +18,14 @@ from transformers import set_seed
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbone_pair import check_adapted, check_window
-from lusifer.model.backbones import load_config, load_tokenizer
-from lusifer.model.direction.families import check_family
+from lusifer.model.backbones import load_tokenizer
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
-from lusifer.recipes.schema import Recipe
+from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
-from lusifer.training.precision import processes, settle
+from lusifer.training.checks import check_model
+from lusifer.training.precision import data_types, processes, restore_data_types, settle
 from lusifer.training.stages import (
     STAGES,
     build_model,
@@ -48,40 +47,60 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         LusiferError: If one is missing, broken or of the wrong kind.
     """
-    chosen, wanted = recipe.model, recipe.contrast.llm_layers
-    encoder = load_config("encoder", chosen.encoder, revision=chosen.encoder_revision)
-    llm = load_config("llm", chosen.llm, revision=chosen.llm_revision)
-    check_family(chosen.llm, llm)
-    stages = {name: stage for name in ("align", "contrast") if (stage := getattr(recipe, name)).enabled}
-    lengths = [chosen.max_seq_length, *(stage.max_seq_length or 0 for stage in stages.values())]
-    check_window(chosen.encoder, encoder, max(lengths))
-    check_adapted(chosen.encoder, encoder, revision=chosen.encoder_revision)
-    for adapter in chosen.llm_base_adapters:
+    encoder, llm = check_model(recipe)
+    for adapter in recipe.model.llm_base_adapters:
         read_base_adapter(adapter)
-    depth = chosen.llm_layers or llm.num_hidden_layers
-    if recipe.contrast.enabled and (wanted or 0) > depth:
-        raise LusiferError(f"contrast.llm_layers is {wanted}, but the LLM has {depth} layers")
     source = recipe.warm_start_data()
     if recipe.warm_start.enabled and source is not None:
         read_texts(source, 1)
-    for name in stages:
-        stage_mixture(recipe, name)
+    for name in ("align", "contrast"):
+        if not getattr(recipe, name).enabled:
+            continue
+        _check_held_out(name, getattr(recipe, name), stage_mixture(recipe, name).held_out_rows)
         check_teacher(recipe, name, encoder, llm)
 
 
+def _check_held_out(name: str, stage: GradientStage, rows: int) -> None:
+    """Says what the measurements of a stage rest on; refuses a best metric that rests on nothing."""
+    if stage.best_metric is not None and not rows:
+        what = f"{name}.best_metric: no rows can be held out to measure it on"
+        raise LusiferError(f"{what}; leave it out, or give sets of at least 20 rows that are not streamed")
+    if stage.eval_steps is not None:
+        chosen = f", and {stage.best_metric} on them chooses the best checkpoint" if stage.best_metric else ""
+        tell = logger.warning if stage.best_metric and rows < _FEW else logger.info
+        tell("%s: %d rows are held out and measured%s", name, rows, chosen)
+
+
+_FEW = 32  # Held-out rows, below which a choice among checkpoints is mostly chance.
 _LATER = {"teacher", "teacher_weight", "infonce_weight"}  # Fields that earlier versions had not.
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
+# So do these, which earlier versions took for the result's: at their defaults they give the fingerprints of before.
+_SINCE_VOLATILE = {"gradient_checkpointing", "best_metric", "max_loss", "attn_implementation"}
 
 
-def fingerprint(recipe: Recipe, stage: str) -> str:
-    """SHA-256 in hex of all that decides the result of a stage of `STAGES`: the model and every stage up to it."""
+def _deciding(section: Any) -> Any:
+    """A section with the defaults in place of what decides nothing; of a disabled stage, its data alone are read."""
+    if not getattr(section, "enabled", True):
+        return type(section)(enabled=False, data=section.data)
+    fields = type(section).model_fields
+    return section.model_copy(update={name: fields[name].default for name in _SINCE_VOLATILE & fields.keys()})
+
+
+def fingerprint(recipe: Recipe, stage: str, *, earlier: bool = False) -> str:
+    """SHA-256 in hex of all that decides the result of a stage of `STAGES`: the model and every stage up to it.
+
+    Args:
+        recipe: The recipe.
+        stage: The stage.
+        earlier: Whether to count also what earlier versions counted, whose runs are known by it.
+    """
     tree = {}
     for name in ("model", *STAGES[: STAGES.index(stage) + 1]):
-        section = getattr(recipe, name)
+        section = getattr(recipe, name) if earlier else _deciding(getattr(recipe, name))
         tree[name] = section.model_dump(exclude=_VOLATILE)
-        for earlier, today in section.renamed.items():  # A run begun under the earlier names goes on.
-            tree[name][earlier] = tree[name].pop(today)
+        for former, today in section.renamed.items():  # A run begun under the earlier names goes on.
+            tree[name][former] = tree[name].pop(today)
         for field in _LATER & section.model_fields.keys():  # And one begun before there were these.
             if getattr(section, field) == type(section).model_fields[field].default:
                 del tree[name][field]
@@ -106,7 +125,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     for number, name in enumerate(STAGES):
         if not getattr(recipe, name).enabled:
             continue
-        if _finished(output / name, fingerprint(recipe, name)):
+        if _finished(recipe, name):
             logger.info("%s is finished, skipping it", name)
             model = None
         else:
@@ -138,19 +157,21 @@ def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
     return load_checkpoint(str(previous), model_kwargs=chosen)
 
 
-def _finished(folder: Path, expected: str) -> bool:
+def _finished(recipe: Recipe, name: str) -> bool:
     """Whether a stage's folder holds its result; an unfinished one only has the fingerprint it was begun with.
 
     Raises:
         LusiferError: If it was begun with another recipe.
     """
+    folder = Path(recipe.output) / name
     report, begun = folder / "stage.json", folder / "fingerprint"
-    finished, stored = report.is_file(), expected
+    known = [fingerprint(recipe, name, earlier=earlier) for earlier in (False, True)]
+    finished, stored = report.is_file(), known[0]
     if finished:
         stored = json.loads(report.read_text(encoding="utf-8"))["fingerprint"]
     elif begun.is_file():
         stored = begun.read_text(encoding="utf-8")
-    if stored != expected:
+    if stored not in known:
         refusal = "holds a run of another recipe; choose another output, or remove that folder to start again"
         raise LusiferError(f"{str(folder)!r} {refusal}")
     return finished
@@ -162,6 +183,7 @@ def _run_stage(
     """Runs one stage on the model of the folder before, and writes and returns its own."""
     folder = Path(recipe.output) / name
     started, state, inputs = time.monotonic(), processes(), fingerprint(recipe, name)
+    types = data_types(lusifer_model(model))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with publish_file(folder / "fingerprint") as staging:
@@ -179,6 +201,7 @@ def _run_stage(
             model = _model_before(recipe, previous)  # A sharded model cannot be put together in place.
             prepare_stage(recipe, name, lusifer_model(model))
             load_trained(lusifer_model(model), trained)
+        restore_data_types(lusifer_model(model), types)
     seconds = time.monotonic() - started
     config = lusifer_model(model).config
     outcome = {**{key: value for key, value in result.items() if key != "history"}, "seconds": round(seconds, 1)}

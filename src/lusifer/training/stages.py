@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import send_to_device
@@ -33,6 +33,7 @@ from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_s
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
+from lusifer.training.precision import hold_trained_in_float32
 from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
@@ -102,6 +103,8 @@ def run_warm_start(recipe: Recipe, model: SentenceTransformer, progress: bool) -
 def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
     """Gives a model the adapters and the depth of a stage, in place, and chooses its trainable parameters.
 
+    These are float32 from then on; whoever saves the model gives them back their data types.
+
     Args:
         recipe: The recipe.
         name: ``align`` or ``contrast``.
@@ -118,12 +121,13 @@ def prepare_stage(recipe: Recipe, name: str, model: LusiferModel) -> None:
     stage: GradientStage = getattr(recipe, name)
     train_llm = name == "contrast" and lora is not None
     model.set_trainable(encoder=stage.train_encoder, connector=stage.train_connector, llm=train_llm)
-    if name == "align" and config.adapted:
-        # A parameter without a gradient stops distributed training.
-        assert model.head is not None
-        model.head.requires_grad_(False)
-        if recipe.align.teacher is None:
+    if name == "align":
+        # Stage 1 reads the states before it, and a parameter without a gradient stops distributed training.
+        if model.head is not None:
+            model.head.requires_grad_(False)
+        if config.adapted and recipe.align.teacher is None:
             model.encoder.head.requires_grad_(False)
+    hold_trained_in_float32(model)
 
 
 def stage_mixture(recipe: Recipe, name: str) -> Mixture:
@@ -180,6 +184,17 @@ def _guide(recipe: Recipe, max_seq_length: int) -> EncoderAlone | SentenceEncode
     return load_checkpoint(name) if name else None
 
 
+def _guide_preprocess(guide: EncoderAlone | SentenceEncoder | SentenceTransformer) -> Any:
+    """Maps texts and their roles to a guide's features; it reads its own prompts, if it has any."""
+    if isinstance(guide, EncoderAlone):
+        return lambda texts, roles: guide.preprocess(texts)
+    model = guide.model if isinstance(guide, SentenceEncoder) else guide
+    prompts = {role: prompt_for(model, role) for role in get_args(Role)}
+    return lambda texts, roles: model.preprocess(
+        [prompts[role] + text for text, role in zip(texts, roles, strict=True)]
+    )
+
+
 def contrast(
     recipe: Recipe,
     model: nn.Module,
@@ -213,7 +228,7 @@ def contrast(
     loss = ContrastiveLoss(guide=guide, **recipe.contrast.model_dump(include=_CONTRASTIVE))
     mixture = stage_mixture(recipe, "contrast")
     teacher = vectors_of(recipe.contrast.teacher, mixture, column_texts, progress=progress)
-    collator = ContrastCollator(tokenizer, limit, guide.preprocess if guide else None, prompts or {}, teacher)
+    collator = ContrastCollator(tokenizer, limit, _guide_preprocess(guide) if guide else None, prompts or {}, teacher)
     batches = [collator(examples) for examples in mixture.held_out_examples()]
 
     def measure(wrapped: Any) -> dict[str, float]:

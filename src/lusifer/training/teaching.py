@@ -21,6 +21,7 @@ from lusifer.loading import adapted_from, resolve
 from lusifer.model.configuration import ADAPTED_TYPE
 from lusifer.recipes.schema import Recipe
 from lusifer.teacher.vectors import TeacherVectors
+from lusifer.training.checks import embedding_dimension
 from lusifer.training.gradient_cache import world
 from lusifer.training.precision import processes
 
@@ -52,7 +53,7 @@ def check_teacher(recipe: Recipe, stage: str, encoder: PretrainedConfig, llm: Pr
             "leave align.teacher out, or use contrast.teacher"
         )
     teacher = TeacherVectors(name)
-    dimension = encoder.dimension if adapted else chosen.head_dim or llm.hidden_size
+    dimension = embedding_dimension(chosen, encoder, llm)
     if teacher.dimension != dimension:
         remedy = f"set model.head_dim: {teacher.dimension}, or give an encoder that was adapted to this teacher"
         if adapted:

@@ -205,8 +205,7 @@ class AtomicTrainer(OpenTrainer):
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """The trainable parameters by name, in full, on every rank's CPU."""
-        named = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
-        return {n: (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous() for n, p in named}
+        return {n: _in_full(p).cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trainable parameters: every rank gathers, the first one writes."""
@@ -240,6 +239,10 @@ class AtomicTrainer(OpenTrainer):
     def load_optimizer(self, checkpoint: str) -> None:
         """Reads the optimizer's state, of any number of ranks, and the scheduler's."""
         state = torch.load(os.path.join(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state["state"] = {name: moments for name, moments in state["state"].items() if name in trained}
+        for group in state["param_groups"]:
+            group["params"] = [name for name in group["params"] if name in trained]
         options = _SPREAD if self.args.world_size > 1 else _FULL
         dcp.set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         schedule = torch.load(os.path.join(checkpoint, _SCHEDULER), map_location="cpu", weights_only=True)
@@ -276,6 +279,15 @@ class AtomicTrainer(OpenTrainer):
         self.accelerator.wait_for_everyone()
 
 
+def _in_full(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _same(parameter: Tensor, value: Tensor) -> bool:
+    return torch.equal(_in_full(parameter).cpu(), value)
+
+
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies trained parameters into a model, sharded or not.
 
@@ -286,7 +298,11 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         LusiferError: If the names are not those of the trainable parameters.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = dict(model.named_parameters())
+    parameters = {name: p for name, p in named.items() if p.requires_grad}
+    # Earlier versions kept a head in stage 1, which got no gradient.
+    idle = [name for name in state if name in named and name not in parameters and name.startswith("head.")]
+    state = {name: value for name, value in state.items() if name not in idle or not _same(named[name], value)}
     if parameters.keys() != state.keys():
         odd = sorted(parameters.keys() ^ state.keys())
         raise LusiferError(f"the checkpoint does not fit the model: {len(odd)} tensors differ, {odd[0]} first")
