@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from lusifer.adapt.closed_form import Moments
+from lusifer.adapt.collect import prepare
 from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Dictionary, Pairs, Switcher
 from lusifer.adapt.texts import english_texts
-from lusifer.adapt.tokens import count_words, tokenize
+from lusifer.adapt.tokens import tokenize
 from lusifer.publishing import write_json
 from lusifer.teacher.embedder import Teacher
 from lusifer.teacher.loss import teacher_loss
@@ -180,6 +183,76 @@ def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+class Stored(NamedTuple):
+    """Mean states of a run's texts, plain and switched, (texts, inputs) each, and the teacher's vectors of them."""
+
+    plain: Tensor
+    switched: Tensor
+    targets: Tensor
+
+    def of(self, rows: slice | list[int]) -> Stored:
+        """Some of the texts."""
+        return Stored(self.plain[rows], self.switched[rows], self.targets[rows])
+
+
+def load_stored(work: Path, student: Student, dimension: int) -> Stored:
+    """What a run keeps of the texts of its closed form."""
+    ((name, _),) = load_file(work / "moments.safetensors").items()
+    done, count = map(int, name.split("."))
+    inputs = student.width * len(student.layers)
+    states = np.fromfile(work / "states.f16", np.float16, 2 * count * inputs).astype(np.float32)
+    targets = np.fromfile(work / "targets.f16", np.float16, count * dimension).astype(np.float32)
+    print(f"{count:,} texts of {done:,}")
+    plain, switched = torch.from_numpy(states.reshape(count, 2, inputs)).unbind(1)
+    return Stored(plain, switched, torch.from_numpy(targets.reshape(count, dimension)))
+
+
+def ridge(data: Stored, *, last: int = 0, copies: bool = True) -> Map:
+    """The closed form at penalty 0.03, of the ``last`` inputs (all when 0), with or without switched copies."""
+    moments = Moments(data.plain.shape[1], data.targets.shape[1])
+    for states in (data.plain, data.switched) if copies else (data.plain,):
+        moments.add(states, data.targets)
+    columns = torch.arange(moments.inputs)[-last:]
+    form = moments.solve(columns, 0.03)
+    return lambda x: form(x[:, columns])
+
+
+def peers(data: Stored, width: int) -> Iterator[tuple[str, Map]]:
+    """Drift-Adapter's forms, on the last layer of plain English."""
+    states, targets = data.plain[:, -width:], data.targets
+    network = Residual(width, targets.shape[1], 512, zero=False)
+    forms = {
+        "Procrustes": procrustes(states, targets),
+        "low-rank affine": low_rank(states, targets),
+        "residual MLP": trained(network, states, targets, start=None),
+    }
+    for name, form in forms.items():
+        yield f"Drift-Adapter: {name}", lambda x, form=form: form(x[:, -width:])
+
+
+def parts(data: Stored, student: Student, dictionary: Path) -> Iterator[tuple[str, Map]]:
+    """The closed form, and what each of its parts is worth."""
+    width, corpus = student.width, english_texts(())
+    yield "closed form, last layer", ridge(data, last=width, copies=False)
+    yield "closed form, four layers", ridge(data, copies=False)
+    yield "closed form, last layer, switched copies", ridge(data, last=width)
+    yield "closed form, four layers, switched copies", (both := ridge(data))
+    for count in (1_000, 2_000, 4_000):
+        yield f"the same, {count:,} texts", ridge(data.of(slice(count)))
+    count = len(data.plain)
+    for kind, rows in kinds(corpus.train[:count]).items():
+        yield f"the same, {len(rows):,} {kind}", ridge(data.of(rows))
+    roles = ["query"] * (len(corpus.train) + len(corpus.held_out))
+    texts = prepare(student, corpus.train, corpus.held_out, roles).train.next(count)
+    for share in (0.3, 1.0):
+        options = {"switcher": Switcher(noisy(dictionary, share), student.device)}
+        states = student.states(texts, torch.arange(count), **options, generator=torch.Generator().manual_seed(0))
+        yield f"the same, {share:.0%} of the dictionary wrong", ridge(data._replace(switched=states))
+    network = Residual(data.plain.shape[1], data.targets.shape[1], 512, zero=True)
+    states, targets = torch.cat([data.plain, data.switched]), torch.cat([data.targets, data.targets])
+    yield "closed form, four layers, switched copies, MLP", trained(network, states, targets, start=both, epochs=6)
+
+
 def main() -> None:
     """Reads the command line, computes the rows and prints them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -192,64 +265,15 @@ def main() -> None:
     student = Student("starter:multilingual-e5-small", asymmetric=False, device="cpu")
     student.bfloat16 = True
     sets = Sets(args.eval, student, Teacher("starter:all-minilm-l6-v2", device="cpu"))
-    ((name, _),) = load_file(args.work / "moments.safetensors").items()
-    done, stored = map(int, name.split("."))
-    width, inputs = student.width, student.width * len(student.layers)
-    size = args.work.joinpath("states.f16").stat().st_size // (2 * inputs)
-    states = np.memmap(args.work / "states.f16", np.float16, "r", shape=(size, inputs))[: 2 * stored]
-    flat = torch.from_numpy(states.astype(np.float32)).unflatten(0, (-1, 2))
-    total = args.work.joinpath("targets.f16").stat().st_size // (2 * sets.contexts.shape[1])
-    goals = np.memmap(args.work / "targets.f16", np.float16, "r", shape=(total, sets.contexts.shape[1]))[:stored]
-    targets, last = torch.from_numpy(goals.astype(np.float32)), slice(inputs - width, inputs)
-    print(f"{stored:,} texts of {done:,}")
+    data = load_stored(args.work, student, sets.contexts.shape[1])
     rows: dict[str, dict[str, float]] = {}
-
-    def row(what: str, form: Map) -> None:
-        rows[what] = sets.score(form)
-        print(what, json.dumps(rows[what]), flush=True)
-
-    def ridge(count: int, columns: Tensor, *, copies: bool) -> Map:
-        moments = Moments(inputs, targets.shape[1])
-        for kind in (0, 1) if copies else (0,):
-            moments.add(flat[:count, kind], targets[:count])
-        form = moments.solve(columns, 0.03)
-        return lambda x: form(x[:, columns])
-
-    plain, every = flat[:, 0], torch.arange(inputs)
-    for what, form in (("Procrustes", procrustes), ("low-rank affine", low_rank)):
-        inner = form(plain[:, last], targets)
-        row(f"Drift-Adapter: {what}", lambda x, inner=inner: inner(x[:, last]))
-    peer = trained(Residual(width, targets.shape[1], 512, zero=False), plain[:, last], targets, start=None)
-    row("Drift-Adapter: residual MLP", lambda x: peer(x[:, last]))
-    row("closed form, last layer", ridge(stored, every[last], copies=False))
-    row("closed form, four layers", ridge(stored, every, copies=False))
-    row("closed form, last layer, switched copies", ridge(stored, every[last], copies=True))
-    both = ridge(stored, every, copies=True)
-    row("closed form, four layers, switched copies", both)
-    for count in (1_000, 2_000, 4_000):
-        row(f"the same, {count:,} texts", ridge(count, every, copies=True))
-    texts = english_texts(()).train[:stored]
-    for kind, chosen in kinds(texts).items():
-        moments = Moments(inputs, targets.shape[1])
-        for copy in (0, 1):
-            moments.add(flat[chosen, copy], targets[chosen])
-        row(f"the same, {len(chosen):,} {kind}", moments.solve(every, 0.03))
-    prompts, words = [student.prompts["query"]] * stored, count_words(english_texts(()).train, least=3)[:20_000]
-    tokens = tokenize(student.tokenizer, texts, prompts, words, max_length=student.longest)
-    for share in (0.3, 1.0):
-        moments = Moments(inputs, targets.shape[1])
-        moments.add(plain, targets)
-        switcher = Switcher(noisy(args.work / "dictionary.safetensors", share), student.device)
-        generator = torch.Generator().manual_seed(0)
-        moments.add(student.states(tokens, torch.arange(stored), switcher=switcher, generator=generator), targets)
-        row(f"the same, {share:.0%} of the dictionary wrong", moments.solve(every, 0.03))
-    order = torch.cat([flat[:, 0], flat[:, 1]]), torch.cat([targets, targets])
-    mlp = Residual(inputs, targets.shape[1], 512, zero=True)
-    row("closed form, four layers, switched copies, MLP", trained(mlp, *order, start=both, epochs=6))
+    for name, form in chain(peers(data, student.width), parts(data, student, args.work / "dictionary.safetensors")):
+        rows[name] = sets.score(form)
+        print(name, json.dumps(rows[name]), flush=True)
     if args.plot:
         plot(rows, args.plot)
     if args.out:
-        write_json(args.out, {"texts": stored, "rows": rows})
+        write_json(args.out, {"texts": len(data.plain), "rows": rows})
 
 
 if __name__ == "__main__":

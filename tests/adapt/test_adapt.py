@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 import lusifer
-from lusifer.adapt import adapt, collect, fit
+from lusifer.adapt import adapt, collect, fit, student
 from lusifer.adapt import run as run_module
 from lusifer.adapt.closed_form import ClosedForm
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
@@ -70,9 +70,9 @@ def test_a_part_of_what_the_encoder_learnt_is_kept(adapted, tiny_encoder):
     last, before = ([p for layer in layers[len(layers) // 2 :] for p in layer.parameters()] for layers in stacks)
     moved = 0.0
     for number, (kept, start) in enumerate(zip(last, before, strict=True)):
-        step = learnt[f"{number}.value"] - start
+        step = learnt[f"{number}.value"] - start.detach()
         moved += float(step.abs().sum())
-        torch.testing.assert_close(kept.detach() - start, 0.8 * step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(kept.detach() - start.detach(), 0.8 * step, rtol=1e-4, atol=1e-6)
     assert moved > 0
 
 
@@ -163,7 +163,7 @@ def test_the_precision_is_decided_once_a_run(teacher, options, tmp_path, monkeyp
 
 
 def test_collecting_goes_on_where_it_stopped(teacher, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "_BLOCK", {"cpu": 200})
+    monkeypatch.setattr(student, "_BLOCK", 200)
     few = replace(options, head_epochs=0, encoder_steps=0)
     run(teacher, tmp_path / "whole", few)
     real, seen = collect.check_vectors, []

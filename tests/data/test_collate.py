@@ -23,7 +23,14 @@ def llm_tokenizer(tiny_llm):
 
 
 def aligned(position, source, target):
-    return {"task": "complete", "dataset": "d", "position": position, "source": source, "target": target}
+    return {
+        "role": "document",
+        "task": "complete",
+        "dataset": "d",
+        "position": position,
+        "source": source,
+        "target": target,
+    }
 
 
 def contrasted(position, query, positive, *negatives):

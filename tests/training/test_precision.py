@@ -26,14 +26,11 @@ from lusifer.training.llm_baseline import train_llm_alone
 from lusifer.training.precision import settle
 from lusifer.training.run import train
 from lusifer.training.stages import _guide
+from support.kill import Killed, kill_in
 from support.launch import start
 from support.texts import TEXTS
 
 BFLOAT16, FLOAT32 = Choice("bfloat16", "it is faster here"), Choice("float32", "it is faster there")
-
-
-class Killed(BaseException):
-    """What a test uses in place of a power cut."""
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +82,8 @@ def chooses(monkeypatch):
 
 def cut_in_stage_2(recipe, monkeypatch):
     """Runs a recipe up to the third step of stage 2, behind its first checkpoint."""
-    real, calls = ContrastiveLoss.step, [0]
-
-    def step(self, *args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 3:
-            raise Killed
-        return real(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ContrastiveLoss, "step", step)
+        kill_in(patch, "contrast", 3)
         with pytest.raises(Killed):
             train(recipe, progress=False)
 

@@ -30,14 +30,11 @@ from lusifer.training.stages import prepare_stage, stage_mixture
 from lusifer.training.teaching import vectors_of
 from support.adapted import save_adapted
 from support.batches import align_batch, assert_same, contrast_batch, learning, on_two_ranks, part, step_gradients
+from support.kill import Killed, kill_in
 from support.launch import run
 from support.teachers import save_teacher, sentences
 
 STEPS = 8
-
-
-class Killed(BaseException):
-    """What a test uses in place of a power cut."""
 
 
 @pytest.fixture(scope="module")
@@ -258,17 +255,8 @@ def test_every_text_of_a_stage_is_known_before_it_begins(tree, own_cache, monkey
 @pytest.mark.parametrize("stage", ["align", "contrast"])
 def test_an_interrupted_run_ends_where_the_uninterrupted_one_does(tree, whole, tmp_path, own_cache, monkeypatch, stage):
     settings = recipe(tree, tmp_path / "run")
-    loss = getattr(lusifer.training.stages, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
-    real, calls = loss.step, [0]
-
-    def step(self, *args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 6:
-            raise Killed
-        return real(self, *args, **kwargs)
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loss, "step", step)
+        kill_in(patch, stage, 6)
         train(settings, progress=False)
     if stage == "contrast":  # All its texts are known: the teacher embeds none.
         monkeypatch.setattr(Teacher, "encode", lambda *_: pytest.fail("the teacher was asked again"))

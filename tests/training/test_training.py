@@ -20,13 +20,10 @@ from lusifer.recipes.schema import Recipe
 from lusifer.training.dry_run import dry_run
 from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
+from support.kill import Killed, kill_in
 from support.texts import TEXTS
 
 STEPS = 8
-
-
-class Killed(BaseException):
-    """What a test uses in place of a power cut."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,20 +107,6 @@ def assert_same(folder, other):
         assert tensors.keys() == two[name].keys()
         different = [key for key in tensors if not torch.equal(tensors[key], two[name][key])]
         assert not different, different
-
-
-def kill_in(monkeypatch, stage, call):
-    """Makes the stage's loss raise at its call number ``call``, counted from 1."""
-    loss = getattr(lusifer.training.stages, {"align": "AlignmentLoss", "contrast": "ContrastiveLoss"}[stage])
-    real, calls = loss.step, [0]
-
-    def step(self, *args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(loss, "step", step)
 
 
 def test_layout_of_a_finished_run(finished):

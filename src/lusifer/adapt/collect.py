@@ -24,7 +24,6 @@ from lusifer.adapt.tokens import Tokenizing, TokenTexts, count_words, tokenize
 from lusifer.adapt.work import Clock, Work
 from lusifer.teacher.embedder import check_vectors
 
-_BLOCK, _BLOCK_ELSEWHERE = {"cpu": 1_024}, 8_192
 _PROGRESS = "collected.json"
 _MOMENTS = "moments.safetensors"
 _LEAST_COUNT = 3  # Of an English word that is switched.
@@ -111,6 +110,10 @@ class Collected:
     held_out: tuple[Tensor, Tensor]
     judges: tuple[Tensor, Tensor]
 
+    def teacher_vectors(self) -> Tensor:
+        """(texts, dim) float16, still on the disk."""
+        return torch.from_numpy(np.asarray(self.targets[: self.texts]))
+
 
 class Deadlines(NamedTuple):
     """Seconds left for blocks with mean states, and for blocks with the teacher's vectors alone."""
@@ -153,7 +156,6 @@ def collect(
     room = min(most_stored, count)
     targets, states = work.rows("targets.f16", count, dim), work.rows("states.f16", 2 * room, inputs)
     moments, complete = Moments(inputs, dim), work.read(_PROGRESS).get("complete", False)
-    block_size = _BLOCK.get(student.device.type, _BLOCK_ELSEWHERE)
     done, stored, sums = _resumed(work)
     if done:
         moments.sums = sums
@@ -163,7 +165,7 @@ def collect(
         with_states = stored == done and done < room and (deadlines.states() > 0 or done == 0)
         if not with_states and deadlines.vectors() <= 0:
             break
-        rows = torch.arange(done, min(done + block_size, room if with_states else count))
+        rows = torch.arange(done, min(done + student.block, room if with_states else count))
         wanted = vectors(rows)
         check_vectors(wanted, "the teacher")
         targets[done : done + len(rows)] = wanted

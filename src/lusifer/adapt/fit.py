@@ -188,7 +188,7 @@ def train_head(
     steps = epochs * per_epoch
     loop = Loop(work, "head.safetensors", groups, steps=steps, seconds=seconds, warm_up=rates.warm_up, bar=bar)
     device = head.linear.weight.device
-    every = torch.from_numpy(np.asarray(data.targets[: data.texts]))
+    every = data.teacher_vectors()
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -274,7 +274,7 @@ def train_encoder(
     groups = [(upper, rates.encoder, 0.0), *_head_groups(head, rates.linear, rates.mlp)]
     loop = Loop(work, "encoder.safetensors", groups, steps=steps, seconds=seconds, warm_up=rates.warm_up, bar=bar)
     draw, device = _Draw(texts.lengths[: data.texts], tokens, seed), student.device
-    every = torch.from_numpy(np.asarray(data.targets[: data.texts])).to(device)
+    every = data.teacher_vectors().to(device)
     texts = texts.to(device)
     student.encoder.train(rates.dropout)
 

@@ -48,15 +48,28 @@ logger = logging.getLogger(__name__)
 ENCODER = "starter:multilingual-e5-small"
 _SHARES = {"dictionary": 0.15, "states": 0.62, "vectors": 0.0, "head": 0.92}  # Of the time, when no encoder is trained.
 _LONG = {"dictionary": 0.06, "states": 0.22, "vectors": 0.32, "head": 0.36, "encoder": 0.97}
-_WORTH_IT = {"cpu": 15.0}  # Minutes from which the encoder learns too: below, it would get a few hundred steps.
-_WORTH_IT_ELSEWHERE = 2.0
-_TOKENS = {"cpu": 2_048}  # Padded tokens of a step.
-_TOKENS_ELSEWHERE = 32_768
-_RATES = {"cpu": Rates()}
-_RATES_ELSEWHERE = Rates(encoder=8e-5, dropout=True)  # Larger steps, and each text many times.
 _CLOCK, _PRECISION = "clock.json", "precision.json"
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _KEPT_EVERY = 20.0  # Seconds: what a kill takes from the count of the time.
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What suits the speed of a device.
+
+    Attributes:
+        worth_it: Minutes from which the encoder learns too: below, it would get a few hundred steps.
+        tokens: Padded tokens of a step.
+        rates: How head and encoder learn.
+    """
+
+    worth_it: float
+    tokens: int
+    rates: Rates
+
+
+_ON_CPU = _Pace(15.0, 2_048, Rates())
+_ON_GPU = _Pace(2.0, 32_768, Rates(encoder=8e-5, dropout=True))  # Larger steps, and each text many times.
 
 
 @dataclass(frozen=True)
@@ -153,9 +166,8 @@ class _Run:
         self.source, self.student, self.work, self.clock = source, student, work, clock
         self.options, self.progress = options, progress
         trains = options.encoder_steps != 0 and not options.plain
-        device = student.device.type
-        self.rates = _RATES.get(device, _RATES_ELSEWHERE)
-        long = trains and (options.minutes or 0) >= _WORTH_IT.get(device, _WORTH_IT_ELSEWHERE)
+        self.pace = _ON_CPU if student.device.type == "cpu" else _ON_GPU
+        long = trains and (options.minutes or 0) >= self.pace.worth_it
         self.shares = _LONG if long else _SHARES
         self.encoder_steps = options.encoder_steps or (None if long else 0)
         self._kept = 0.0
@@ -249,7 +261,7 @@ class _Run:
                 columns,
                 epochs=self.options.head_epochs,
                 seconds=max(1.0, self.clock.until(self.shares["head"])),
-                rates=self.rates,
+                rates=self.pace.rates,
                 seed=self.options.seed,
                 bar=partial(self._advance, bar),
             )
@@ -266,8 +278,8 @@ class _Run:
                 switcher,
                 steps=self.encoder_steps,
                 seconds=max(1.0, self.clock.until(self.shares.get("encoder", 0.95))),
-                tokens=_TOKENS.get(self.student.device.type, _TOKENS_ELSEWHERE),
-                rates=self.rates,
+                tokens=self.pace.tokens,
+                rates=self.pace.rates,
                 seed=self.options.seed,
                 bar=partial(self._advance, bar),
             )

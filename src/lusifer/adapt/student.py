@@ -22,8 +22,8 @@ from lusifer.starter.names import resolve_backbone
 
 _PROMPTS = {"query": "query: ", "document": "passage: "}
 _LONGEST = 256  # Tokens read of a training text.
-_BUDGET = {"cpu": 4_096}
-_ELSEWHERE = 16_384
+_BUDGET, _BUDGET_GPU = 4_096, 16_384  # Padded tokens of a forward pass.
+_BLOCK, _BLOCK_GPU = 1_024, 8_192
 
 
 class Student:
@@ -39,6 +39,7 @@ class Student:
         layers: The layers whose mean states are collected, ascending: the last one and three below.
         window: Most tokens of a text the finished model reads.
         width: Width of a layer.
+        block: Texts between two checkpoints of what is collected.
 
     Raises:
         LusiferError: If it cannot be loaded.
@@ -63,7 +64,8 @@ class Student:
         step = max(1, round(depth / 6))
         self.layers = sorted({max(0, depth - step * back) for back in range(4)})
         self.width = int(self.encoder.config.hidden_size)
-        self.budget = _BUDGET.get(self.device.type, _ELSEWHERE)
+        cpu = self.device.type == "cpu"
+        self.budget, self.block = (_BUDGET, _BLOCK) if cpu else (_BUDGET_GPU, _BLOCK_GPU)
         self.bfloat16 = False
 
     @staticmethod

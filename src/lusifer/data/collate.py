@@ -105,7 +105,8 @@ class AlignCollator:
             ``positions`` (rows,) int64; ``task``; ``dataset``; with a teacher, ``teacher``: its vectors of the sources,
             (rows, dim) float32.
         """
-        sources = [self.prompts.get(row.get("role", "document"), "") + row["source"] for row in examples]
+        texts, roles = source_texts(examples)
+        sources = [self.prompts.get(role, "") + text for text, role in zip(texts, roles, strict=True)]
         batch: dict[str, Any] = {
             "source": tokenize(self.tokenizer, sources, self.max_seq_length),
             "target": self.target_preprocess([row["target"] for row in examples]),
@@ -114,7 +115,7 @@ class AlignCollator:
             "dataset": examples[0]["dataset"],
         }
         if self.teach is not None:
-            batch["teacher"] = self.teach(*source_texts(examples))
+            batch["teacher"] = self.teach(texts, roles)
         return batch
 
 

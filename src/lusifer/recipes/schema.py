@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from itertools import product
 from typing import Any, ClassVar, Literal
 
@@ -172,9 +173,9 @@ class GradientStage(_Strict):
                 raise ValueError(f"{gap}: correct start and end of the sets")
         return self
 
+    @abstractmethod
     def metrics(self) -> list[str]:
         """Names of what is measured on held-out rows."""
-        raise NotImplementedError
 
     def _check_best_metric(self) -> None:
         if self.best_metric is None or not self.enabled:
