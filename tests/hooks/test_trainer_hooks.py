@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from lusifer.hooks.trainer import OpenTrainer, layer_class_names
+from lusifer.hooks.trainer import OpenTrainer
 
 # Private method: the arguments the hook passes, and the public method it is opened under.
 STEPS = {
@@ -71,8 +71,10 @@ def test_the_trainer_takes_every_private_step(tmp_path):
     assert set(opened) == taken, f"transformers.Trainer no longer calls {set(opened) - taken}"
 
 
-def test_a_backbone_names_its_layer_classes():
-    model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    names = layer_class_names(model)
-    assert names == {"LlamaDecoderLayer"}, "transformers moved _no_split_modules: FSDP2 would shard no layer"
-    assert names <= {type(module).__name__ for module in model.modules()}
+def test_a_model_that_is_sharded_already_is_left_as_it_is(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = OpenTrainer(Model(), arguments, train_dataset=Rows())
+    assert {"is_distributed_loading_by_transformers", "place_model_on_device"} <= vars(trainer).keys()
+    trainer.keep_as_sharded()
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert "is_distributed_loading_by_transformers" in source, "transformers would wrap a sharded model in DDP"

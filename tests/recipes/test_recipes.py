@@ -232,6 +232,10 @@ def test_bad_overrides(tmp_path, overrides, words):
     ("tree", "words"),
     [
         ({**changed(warm_start={"enabled": False}), "align": {"steps": 5}}, "align: stage 1 needs data"),
+        (
+            changed(scale={"strategy": "fsdp2"}, model={"quantization": "4bit"}),
+            "cannot be sharded; use scale.strategy: ddp",
+        ),
         ({**BASE, "contrast": {"steps": 5}}, "contrast: stage 2 needs data"),
         (with_sets("contrast", {}, {"in_batch_negatives": False}), "contrast.data.1: no negatives: set hard_negatives"),
         (with_sets("contrast", {"streaming": True}), "contrast.data.0: a streaming set needs cap"),

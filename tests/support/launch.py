@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+TESTS = Path(__file__).parents[1]
 # Stops like a power cut, in the middle of a step behind the first checkpoint.
 CUT = """
 import os, sys
@@ -36,11 +39,11 @@ def start(program, *, ranks=1, **variables):
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         **variables,
     }
     command = [sys.executable, *launcher, *program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 def run(recipe, output, *, ranks=1, cut=None, overrides=()):
@@ -51,3 +54,17 @@ def run(recipe, output, *, ranks=1, cut=None, overrides=()):
         program = [str(script), cut]
     program += ["train", str(recipe), "-q", "--output", str(output), *overrides]
     return start(program, ranks=ranks, LUSIFER_CACHE=str(recipe.parent / "cache"))
+
+
+def run_jobs(folder, jobs, *, ranks):
+    """Runs several recipes one after the other in one group of processes, see `support.ranks`."""
+    listed = folder / f"jobs-{ranks}-{len(list(folder.glob('jobs-*')))}.json"
+    listed.write_text(json.dumps(jobs))
+    done = start([str(TESTS / "support" / "ranks.py"), str(listed)], ranks=ranks, LUSIFER_CACHE=str(folder / "cache"))
+    said = done.stderr.partition("elastic")[0]
+    assert done.returncode == 0, said[-4000:]
+
+
+def seen(output, rank=0):
+    """What `support.ranks` saw of a job on one rank."""
+    return json.loads(Path(f"{output}.{rank}.json").read_text())

@@ -6,12 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 
-def layer_class_names(backbone: nn.Module) -> set[str]:
-    """Class names of a backbone's layers, the shards of FSDP; reads ``PreTrainedModel._no_split_modules``."""
-    return set(getattr(backbone, "_no_split_modules", None) or [])
+class OneDevice(TrainingArguments):
+    """Training arguments of a process that computes on one device, whatever else it sees; overrides ``n_gpu``.
+
+    With several GPUs in sight and no torchrun, ``Trainer`` would multiply the batch by their number and split it over
+    threads (``DataParallel``).
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """0 or 1."""
+        return min(1, super().n_gpu)
 
 
 class OpenTrainer(Trainer):
@@ -19,6 +27,15 @@ class OpenTrainer(Trainer):
 
     optimizer: Any
     lr_scheduler: Any
+
+    def keep_as_sharded(self) -> None:
+        """Has the model, sharded since the trainer was made, neither moved nor wrapped.
+
+        Sets what ``Trainer`` sets for models that transformers shards as it loads them; from the start it would refuse
+        to save an optimizer's state, which `save_optimizer` does itself.
+        """
+        self.is_distributed_loading_by_transformers = True
+        self.place_model_on_device = False
 
     def train_sampler(self, dataset: Any) -> Sampler | None:
         """The order of the training set's rows; opens ``Trainer._get_train_sampler``."""

@@ -60,6 +60,7 @@ def load_backbones(
     llm_dtype: torch.dtype | str,
     attn_implementation: str | None,
     quantization: str | None = None,
+    device: torch.device | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Loads the encoder and the LLM a configuration names, and notes their data types in it, for its checkpoint.
@@ -70,6 +71,7 @@ def load_backbones(
         llm_dtype: Data type of the LLM's weights.
         attn_implementation: As transformers names it; its own choice when None.
         quantization: ``8bit`` or ``4bit`` for the LLM.
+        device: Where to; the CPU when None, or where bitsandbytes puts what it quantises.
         **hub: ``token``, ``cache_dir``, ...
 
     Raises:
@@ -80,6 +82,8 @@ def load_backbones(
     for part in ("encoder", "llm"):
         _check_identity(config, part, **hub)
     shared = {**hub, **({"attn_implementation": attn_implementation} if attn_implementation else {})}
+    if device is not None and device.type != "cpu":
+        shared["device_map"] = device  # Straight from the file: as many processes as GPUs share the host's memory.
     own: dict[str, Any] = {"dtype": encoder_dtype, "revision": config.encoder_revision or "main"}
     encoder = load_encoder(config.encoder, config.encoder_config, **own, **shared)
     own = {"quantization": quantization, "dtype": llm_dtype, "revision": config.llm_revision or "main"}

@@ -87,6 +87,7 @@ class LusiferModel(PreTrainedModel):
         llm_dtype: torch.dtype | str = torch.float32,
         attn_implementation: str | None = None,
         quantization: str | None = None,
+        device: torch.device | None = None,
         **config: Any,
     ) -> LusiferModel:
         """Builds an untrained model from two pretrained backbones.
@@ -99,6 +100,7 @@ class LusiferModel(PreTrainedModel):
             llm_dtype: Data type of the LLM's weights.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; transformers' choice when None.
             quantization: ``8bit`` or ``4bit`` loads the LLM's linear layers so; they stay frozen.
+            device: Where the weights are loaded to, without a copy in the host's memory; the CPU when None.
             **config: Further fields of `LusiferConfig`; ``max_seq_length`` is 512 or what the encoder reads.
 
         Raises:
@@ -106,11 +108,11 @@ class LusiferModel(PreTrainedModel):
                 as many tokens as ``max_seq_length`` says, or the LLM cannot read both ways and causally.
         """
         built = configure(encoder, llm, llm_layers=llm_layers, **config)
-        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization)
+        parts = load_backbones(built, encoder_dtype, llm_dtype, attn_implementation, quantization, device)
         check_encoder(encoder, parts[0], built.token_config.hidden_size)
         settle_direction(llm, parts[1])
         set_needs_mask(built.llm_config, masked_directions(parts[1].config))  # The checkpoint reads as it was trained.
-        model = cls(built, *parts)
+        model = cls(built, *parts).to(parts[1].device)
         model.tokenizer_source = (str(built.encoder), {"revision": built.encoder_revision})
         embeddings = model.llm_embeddings().float()
         model.connector.scale_to(embeddings.mean(dim=0), float(embeddings.std(dim=0).mean()))
@@ -155,14 +157,15 @@ class LusiferModel(PreTrainedModel):
         encoder, llm = (given[part] or chosen or stored[part] or torch.float32 for part in ("encoder", "llm"))
         shared = {key: value for key, value in hub.items() if key in HUB_KEYS}
         attention = kwargs.get("attn_implementation")
-        model = cls(config, *load_backbones(config, encoder, llm, attention, quantization, **shared))
+        placed = kwargs.get("device_map")
+        placed = next(iter(placed.values())) if isinstance(placed, dict) else placed
+        device = None if placed is None or placed == "auto" else torch.device(placed)
+        model = cls(config, *load_backbones(config, encoder, llm, attention, quantization, device, **shared))
         own = cached_or_none(name, "tokenizer_config.json", **hub) is not None
         model.tokenizer_source = (name, hub) if own else (config.encoder, {"revision": config.encoder_revision})
         model.put_adapters()
         load_stored(model, name, **hub)
-        if (device := kwargs.get("device_map")) is not None and device != "auto":
-            model.to(device if not isinstance(device, dict) else next(iter(device.values())))
-        return model.eval()
+        return model.to(model.llm.device).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a whole checkpoint: weights (what was trained, or all if ``config.standalone``) and tokenizer.

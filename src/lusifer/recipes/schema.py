@@ -306,6 +306,8 @@ class Recipe(_Strict):
             raise ValueError("warm_start needs data: set warm_start.data or align.data (or enabled: false)")
         if self.warm_start.enabled and not self.model.connector_residual:
             raise ValueError("warm_start needs model.connector_residual: true (or enabled: false)")
+        if self.scale.strategy == "fsdp2" and self.model.quantization is not None:
+            raise ValueError("model.quantization: an LLM in 8 or 4 bits cannot be sharded; use scale.strategy: ddp")
         for name, stage in (("align", self.align), ("contrast", self.contrast)):
             if stage.enabled and stage.train_encoder == "lora" and self.model.encoder_lora is None:
                 raise ValueError(f"{name}.train_encoder is lora, but model.encoder_lora is not set")

@@ -7,7 +7,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
@@ -17,16 +17,22 @@ from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checks import check_matryoshka
-from lusifer.training.precision import settle
+from lusifer.training.precision import processes, settle
+from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import contrast
+from lusifer.training.trainer import load_trained
 
 
 class LLMAlone(nn.Module):
     """A decoder without LM head, with the interface the contrastive loss expects of a model."""
 
-    def __init__(self, llm: nn.Module) -> None:
+    def __init__(self, llm: PreTrainedModel) -> None:
         super().__init__()
         self.llm = llm
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """As for any model of transformers."""
+        self.llm.gradient_checkpointing_enable(**options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
         """Embeds texts: ``pooler_output`` (batch, llm_dim) float32, the mean of the states, not normalised.
@@ -71,13 +77,19 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     recipe = settle(recipe)
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
-        alone = {"guide": None, "guide_margin": None, "distill": 0.0}
-        recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=alone)})
+        without = {"guide": None, "guide_margin": None, "distill": 0.0}
+        recipe = recipe.model_copy(update={"contrast": recipe.contrast.model_copy(update=without)})
     model = llm_alone(recipe)
     check_matryoshka(recipe, int(model[0].auto_model.config.hidden_size))
     folder = Path(recipe.output) / "llm_alone"
-    llm = model[0].auto_model
-    contrast(recipe, LLMAlone(llm), model.tokenizer, folder / "checkpoints", progress)
-    merge_adapters(llm)
-    save_atomically(model.eval(), folder / "model")
+    alone = LLMAlone(model[0].auto_model)
+    trained = contrast(recipe, alone, model.tokenizer, folder / "checkpoints", progress)["trained"]
+    if is_sharded(alone):  # It cannot be put together in place.
+        model = llm_alone(recipe)
+        load_trained(LLMAlone(model[0].auto_model), trained)
+    state = processes()
+    if state.is_main_process:
+        merge_adapters(model[0].auto_model)
+        save_atomically(model.eval(), folder / "model")
+    state.wait_for_everyone()
     return folder / "model"

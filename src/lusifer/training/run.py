@@ -26,6 +26,7 @@ from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, processes, restore_data_types, settle
+from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import (
     STAGES,
     build_model,
@@ -148,13 +149,14 @@ def recipe_for_provenance(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model_before(recipe: Recipe, previous: Path | None) -> SentenceTransformer:
+    device = processes().device
     if previous is None:
         set_seed(recipe.seed)
-        return build_model(recipe.model)
+        return build_model(recipe.model, device=device)
     # As `build_model` loads it: a run that goes on computes in the same data types as one that never stopped.
     kept = ("attn_implementation", "quantization", "encoder_dtype", "llm_dtype")
     chosen = {name: getattr(recipe.model, name) for name in kept}
-    return load_checkpoint(str(previous), model_kwargs=chosen)
+    return load_checkpoint(str(previous), device=str(device), model_kwargs={**chosen, "device_map": device})
 
 
 def _finished(recipe: Recipe, name: str) -> bool:
@@ -197,8 +199,8 @@ def _run_stage(
         trained, metrics = result.pop("trained"), result.pop("metrics")
         if metrics is not None:
             result["held_out"] = metrics(lusifer_model(model))
-        if recipe.scale.strategy == "fsdp2" and state.num_processes > 1:
-            model = _model_before(recipe, previous)  # A sharded model cannot be put together in place.
+        if is_sharded(lusifer_model(model)):  # It cannot be put together in place.
+            model = _model_before(recipe, previous)
             prepare_stage(recipe, name, lusifer_model(model))
             load_trained(lusifer_model(model), trained)
         restore_data_types(lusifer_model(model), types)

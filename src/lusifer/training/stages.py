@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from lusifer.data.collate import AlignCollator, ContrastCollator, column_texts, llm_preprocess, source_texts
@@ -24,7 +24,7 @@ from lusifer.data.mixture import Mixture
 from lusifer.data.prompts import Role, prompt_for
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
-from lusifer.hooks.trainer import layer_class_names
+from lusifer.hooks.trainer import OneDevice
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_alone
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
@@ -33,7 +33,8 @@ from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_s
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.precision import hold_trained_in_float32
+from lusifer.training.precision import hold_trained_in_float32, processes
+from lusifer.training.sharding import shard
 from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
@@ -52,13 +53,17 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
-def build_model(recipe: ModelRecipe) -> SentenceTransformer:
+def build_model(recipe: ModelRecipe, *, device: torch.device | None = None) -> SentenceTransformer:
     """The untrained model of a recipe.
+
+    Args:
+        recipe: The recipe's model.
+        device: Where it is loaded to; the CPU when None.
 
     Raises:
         LusiferError: If a backbone cannot be loaded.
     """
-    model = LusiferModel.from_backbones(**recipe.architecture())
+    model = LusiferModel.from_backbones(**recipe.architecture(), device=device)
     if recipe.encoder_lora is not None:
         model.add_adapter("encoder", recipe.encoder_lora.fields())
     wrapped = to_sentence_transformer(
@@ -266,13 +271,16 @@ def _train(
     """Runs a gradient stage, from its last checkpoint if there is one; the result is that of `contrast`."""
     stage: GradientStage = getattr(recipe, name)
     eval_steps = stage.eval_steps if metrics else None
-    arguments = _training_arguments(recipe, name, model, folder, eval_steps, progress)
+    arguments = _training_arguments(recipe, name, folder, eval_steps, progress)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent.parent / "logs" / folder.parent.name)
-    listener = SaveOnSignal()
+    listener, state = SaveOnSignal(), processes()
     trainer = AtomicTrainer(
         model, arguments, stage=stage, step_loss=loss, evaluator=metrics, train_dataset=mixture, eval_dataset=[],
         data_collator=collator, callbacks=[listener],
     )  # fmt: skip
+    if recipe.scale.strategy == "fsdp2" and state.num_processes > 1:
+        shard(model, device=state.device, ranks=state.num_processes, cpu_offload=recipe.scale.cpu_offload)
+        trainer.keep_as_sharded()
     # Both write the losses to standard output, which belongs to --json.
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -293,23 +301,22 @@ def _train(
     return {"loss": trainer.loss_sum / stage.steps, "history": history, "trained": trained, "metrics": metrics}
 
 
-def _training_arguments(
-    recipe: Recipe, name: str, model: nn.Module, folder: Path, eval_steps: int | None, progress: bool
-) -> TrainingArguments:
+def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int | None, progress: bool) -> OneDevice:
     """A stage's settings as transformers knows them."""
     stage: GradientStage = getattr(recipe, name)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if stage.batch_size % ranks:
         raise LusiferError(f"batch_size is {stage.batch_size}, which {ranks} processes cannot share evenly")
-    sharded = recipe.scale.strategy == "fsdp2" and ranks > 1
-    fsdp = {"fsdp": "full_shard", "fsdp_config": _fsdp_config(model, recipe.scale.cpu_offload)} if sharded else {}
-    return TrainingArguments(
+    visible = torch.accelerator.device_count()
+    if ranks == 1 and visible > 1:
+        logger.warning("%d GPUs are visible and one is used; start with torchrun --nproc-per-node %d", visible, visible)
+    return OneDevice(
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size // ranks,
         lr_scheduler_type="linear",
         bf16=stage.precision == "bfloat16",
-        gradient_checkpointing=stage.gradient_checkpointing and not sharded,
+        gradient_checkpointing=stage.gradient_checkpointing,
         eval_strategy="steps" if eval_steps else "no",
         eval_steps=eval_steps,
         metric_for_best_model=stage.best_metric,
@@ -323,19 +330,4 @@ def _training_arguments(
         use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=not progress,
         **stage.model_dump(include=_ARGUMENTS),
-        **fsdp,
     )
-
-
-def _fsdp_config(model: nn.Module, cpu_offload: bool) -> dict[str, Any]:
-    """FSDP2 settings: one shard per layer of encoder and LLM."""
-    parts = [part for name, part in model.named_children() if name in ("encoder", "llm")]
-    present = {type(module).__name__ for module in model.modules()}
-    return {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": sorted(set().union(*map(layer_class_names, parts)) & present),
-        "reshard_after_forward": True,
-        "cpu_offload": cpu_offload,
-        "state_dict_type": "FULL_STATE_DICT",
-    }

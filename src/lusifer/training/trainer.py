@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -38,6 +37,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
 from lusifer.publishing import write_json
 from lusifer.recipes.schema import GradientStage
+from lusifer.training.sharding import copy_into, in_full, without_reduction
 
 _TRAINABLE = "learning.safetensors"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -155,7 +155,7 @@ class AtomicTrainer(OpenTrainer):
             model,
             self.to_device(inputs),
             backward=self.accelerator.backward,
-            no_sync=lambda: self.accelerator.no_sync(model),
+            no_sync=without_reduction(model),
             progress=self.state.global_step / self.state.max_steps,
         )
         loss = metrics["loss"]
@@ -168,7 +168,7 @@ class AtomicTrainer(OpenTrainer):
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
         """Clips the gradients; stops the run if their norm is NaN or infinite."""
-        norm = super().clip_gradients(model)
+        norm = in_full(super().clip_gradients(model))
         if not math.isfinite(float(norm)):
             self._stop(f"the gradient norm is {float(norm):g}")
         return norm
@@ -177,7 +177,7 @@ class AtomicTrainer(OpenTrainer):
         """Saves the batch and stops; the weights are still those of the step before."""
         path = Path(str(self.args.output_dir)).parent / f"bad-batch-{self.args.process_index}.json"
         parameters = dict(self.model.named_parameters())
-        not_finite = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        not_finite = [n for n, p in parameters.items() if p.grad is not None and not in_full(p.grad).isfinite().all()]
         state = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**state, "batch": recursively_apply(Tensor.tolist, self._batch)}, indent=None)
@@ -205,7 +205,7 @@ class AtomicTrainer(OpenTrainer):
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """The trainable parameters by name, in full, on every rank's CPU."""
-        return {n: _in_full(p).cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: in_full(p).cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trainable parameters: every rank gathers, the first one writes."""
@@ -279,13 +279,8 @@ class AtomicTrainer(OpenTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def _in_full(parameter: Tensor) -> Tensor:
-    value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def _same(parameter: Tensor, value: Tensor) -> bool:
-    return torch.equal(_in_full(parameter).cpu(), value)
+    return torch.equal(in_full(parameter).cpu(), value)
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -308,7 +303,4 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise LusiferError(f"the checkpoint does not fit the model: {len(odd)} tensors differ, {odd[0]} first")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = state[name].to(parameter.device, parameter.dtype)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+            copy_into(parameter, state[name])
