@@ -114,6 +114,7 @@ def runs(folder):
             job(folder, "offload-2", more=["--scale.cpu_offload", "true"], cut=("contrast", 0)),
             *[job(folder, f"head-{strategy}-2", strategy=strategy, more=head) for strategy in ("ddp", "fsdp2")],
             job(folder, "alone-2", llm_alone=True),
+            job(folder, "signalled", strategy="ddp", signal=("align", 3)),
         ],
         ranks=2,
     )
@@ -192,6 +193,13 @@ def test_the_llm_alone_is_sharded_and_saved_whole(runs):
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_signal_to_one_process_stops_them_all_behind_a_checkpoint(runs):
+    output = runs["folder"] / "signalled"
+    assert "stopped by SIGTERM" in seen(output, 0)["error"] == seen(output, 1)["error"]
+    saved = [path.name for path in (output / "align" / "checkpoints").glob("checkpoint-*")]
+    assert sorted(saved) == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

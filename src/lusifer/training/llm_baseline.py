@@ -17,7 +17,8 @@ from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checks import check_matryoshka
-from lusifer.training.precision import processes, settle
+from lusifer.training.precision import settle
+from lusifer.training.processes import check_output, processes, wait_for_all
 from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import contrast
 from lusifer.training.trainer import load_trained
@@ -74,6 +75,7 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     """
     if recipe.contrast.teacher:
         raise LusiferError("the LLM alone has no head to learn a teacher's vectors: leave contrast.teacher out")
+    check_output(Path(recipe.output))
     recipe = settle(recipe)
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
@@ -87,9 +89,8 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     if is_sharded(alone):  # It cannot be put together in place.
         model = llm_alone(recipe)
         load_trained(LLMAlone(model[0].auto_model), trained)
-    state = processes()
-    if state.is_main_process:
+    if processes().is_main_process:
         merge_adapters(model[0].auto_model)
         save_atomically(model.eval(), folder / "model")
-    state.wait_for_everyone()
+    wait_for_all()
     return folder / "model"

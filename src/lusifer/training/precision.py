@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -26,17 +25,13 @@ from lusifer.model.backbones import load_config
 from lusifer.model.text_encoder import Choice, choose_dtype
 from lusifer.publishing import write_json
 from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.training.processes import processes
 
 logger = logging.getLogger(__name__)
 
 _FIELDS = {"model": ("encoder_dtype", "llm_dtype"), "align": ("precision",), "contrast": ("precision",)}
 _FILE = "precision.json"
 _WIDTH, _DEPTH = 4096, 1024  # Of the product measured: larger ones take seconds and have the same ratio.
-
-
-def processes() -> PartialState:
-    """The processes torchrun started, connected; a single one otherwise."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def settle(recipe: Recipe) -> Recipe:

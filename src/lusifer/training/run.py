@@ -25,7 +25,8 @@ from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
-from lusifer.training.precision import data_types, processes, restore_data_types, settle
+from lusifer.training.precision import data_types, restore_data_types, settle
+from lusifer.training.processes import check_output, first_process_first, processes, wait_for_all
 from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import (
     STAGES,
@@ -119,8 +120,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
     """
     state = processes()
-    with state.main_process_first():  # The others find the data read already.
+    with first_process_first():
         check_inputs(recipe)
+    check_output(Path(recipe.output))
     recipe = settle(recipe)
     output, model, previous = Path(recipe.output), None, None
     for number, name in enumerate(STAGES):
@@ -139,7 +141,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     if state.is_main_process:
         tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
         save_atomically(model, output / "model", llm_tokenizer=tokenizer)
-    state.wait_for_everyone()
+    wait_for_all()
     return output / "model"
 
 
@@ -190,7 +192,7 @@ def _run_stage(
         folder.mkdir(parents=True, exist_ok=True)
         with publish_file(folder / "fingerprint") as staging:
             staging.write_text(inputs, encoding="utf-8")
-    state.wait_for_everyone()
+    wait_for_all()
     if name == "warm_start":
         result = run_warm_start(recipe, model, progress)
     else:
@@ -214,5 +216,5 @@ def _run_stage(
     if state.is_main_process:
         save_atomically(model, folder / "model")
         write_json(folder / "stage.json", {"stage": name, "fingerprint": inputs, "seconds": seconds, **result})
-    state.wait_for_everyone()
+    wait_for_all()
     return model

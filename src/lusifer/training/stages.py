@@ -33,7 +33,8 @@ from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_s
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.precision import hold_trained_in_float32, processes
+from lusifer.training.precision import hold_trained_in_float32
+from lusifer.training.processes import processes, wait_for_all
 from lusifer.training.sharding import shard
 from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
@@ -289,7 +290,7 @@ def _train(
     if arguments.should_save:
         for stale in folder.glob(".saving-*"):  # Left by a process that was killed.
             shutil.rmtree(stale, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last:
         logger.info("resuming from %s", last)

@@ -22,8 +22,7 @@ from lusifer.model.configuration import ADAPTED_TYPE
 from lusifer.recipes.schema import Recipe
 from lusifer.teacher.vectors import TeacherVectors
 from lusifer.training.checks import embedding_dimension
-from lusifer.training.gradient_cache import world
-from lusifer.training.precision import processes
+from lusifer.training.processes import on_machine, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progres
     if name is None:
         return None
     teacher, texts, roles = TeacherVectors(name), list[str](), list[Role]()
-    rank, size = world()
+    rank, size = on_machine()  # Each machine has a cache of its own.
     held_out, steps = mixture.held_out_examples()[rank::size], range(rank, mixture.steps, size)
     batches = chain(held_out, (_examples(mixture, step) for step in steps))
     options: dict[str, Any] = {"desc": "teacher's vectors", "unit": "step", "disable": not progress or rank > 0}
@@ -94,7 +93,7 @@ def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progres
             texts, roles = [], []
     if texts:
         teacher(texts, roles)
-    processes().wait_for_everyone()
+    wait_for_all()
     teacher.release()
     return teacher
 

@@ -37,6 +37,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
 from lusifer.publishing import write_json
 from lusifer.recipes.schema import GradientStage
+from lusifer.training.processes import any_process, wait_for_all
 from lusifer.training.sharding import copy_into, in_full, without_reduction
 
 _TRAINABLE = "learning.safetensors"
@@ -90,7 +91,8 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Asks for a checkpoint and the end."""
+        """Asks for a checkpoint and the end, on every process if the signal reached one of them."""
+        self.asked = any_process(self.asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control
@@ -262,7 +264,7 @@ class AtomicTrainer(OpenTrainer):
             os.makedirs(staging, exist_ok=True)
             self.args.output_dir = staging
             super().save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            wait_for_all()
             if self.args.should_save:
                 os.replace(os.path.join(staging, folder), os.path.join(output, folder))
                 os.rmdir(staging)
@@ -276,7 +278,7 @@ class AtomicTrainer(OpenTrainer):
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(output, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
 
 def _same(parameter: Tensor, value: Tensor) -> bool:
