@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lusifer.errors import LusiferError
 
@@ -27,7 +28,7 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         module: An encoder or an LLM.
-        fields: Fields of ``peft.LoraConfig``; every linear layer is covered unless they say otherwise.
+        fields: Fields of ``peft.LoraConfig``; linear layers unless they say otherwise.
 
     Raises:
         LusiferError: If PEFT refuses the configuration.
@@ -35,8 +36,10 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     # PEFT would import the module that stands there.
     if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
         raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
-    linear = {name.rsplit(".", 1)[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    fields = {"target_modules": sorted(linear), **fields}
+    if "target_modules" not in fields:
+        fields = {"target_modules": _linear_names(module), **fields}
+    if not fields["target_modules"]:
+        raise LusiferError(f"cannot add an adapter: {type(module).__name__} has no linear layers of torch's own")
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     try:
         inject_adapter_in_model(LoraConfig(**fields), module)
@@ -49,6 +52,27 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
         else:
             parameter.requires_grad_(name.replace(".base_layer", "") in trainable)
     return fields
+
+
+# What PEFT takes for experts, where there are any, and puts adapters on that cannot be saved; and what it refuses beside
+# the convolution of a state-space layer.
+_EXPERTS, _BESIDE_SCANS = {"gate_proj", "up_proj", "down_proj"}, {"out_proj"}
+
+
+def _linear_names(module: nn.Module) -> list[str]:
+    """Last parts of the names of a backbone's linear layers, as PEFT matches them; no other module has these.
+
+    A router is left out, which gives more than states, and so are the layers beside a mixture of experts that are
+    called as experts are.
+    """
+    linear, other, left_out = set[str](), set[str](), set[str]()
+    for name, child in module.named_modules():
+        plain = isinstance(child, nn.Linear | Conv1D) and "Router" not in type(child).__name__
+        (linear if plain else other).add(name.rpartition(".")[2])
+        left_out |= _BESIDE_SCANS if isinstance(child, nn.Conv1d) else set()
+    if any("expert" in name and parameter.dim() == 3 for name, parameter in module.named_parameters()):
+        left_out |= _EXPERTS
+    return sorted(linear - other - left_out)
 
 
 def inference_copy(model: nn.Module) -> nn.Module:

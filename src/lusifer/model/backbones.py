@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
 )
@@ -106,7 +107,9 @@ def truncate_llm(llm: PreTrainedModel, num_layers: int) -> None:
 
 def _encoder_kind(config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
     """Class and options of an encoder: no decoder, and no pooler, a trained part that would never get a gradient."""
-    if config.is_encoder_decoder:
+    # T5 and its kin, also where a folder holds the encoder alone and says it is no encoder-decoder.
+    pair = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if config.is_encoder_decoder or (pair and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING):
         return AutoModelForTextEncoding, {}
     return AutoModel, {"add_pooling_layer": False} if has_pooler(config) else {}
 

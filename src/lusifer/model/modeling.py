@@ -185,6 +185,9 @@ class LusiferModel(PreTrainedModel):
             raise LusiferError("this model was merged for inference and cannot be saved: load the checkpoint again")
         folder = Path(save_directory)
         whole = not (folder / CONFIG).is_file()
+        # Under the names the modules have: those of a backbone's first release, which transformers would go back to, do
+        # not tell where an adapter belongs.
+        kwargs["save_original_format"] = False
         kwargs["state_dict"] = stored_state(self, kwargs.get("state_dict") or self.state_dict())
         super().save_pretrained(save_directory, **kwargs)
         # safetensors makes its files private; a checkpoint's have the rights of its configuration.
