@@ -18,8 +18,8 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 BERT = tf.BertConfig(**SHAPE, vocab_size=100)
 LLAMA = tf.LlamaConfig(**SHAPE, vocab_size=100, bos_token_id=1, eos_token_id=2)
 RENAMED = ["esm", "gte", "jina_embeddings_v3", "nomic_bert"]
-# The first ones are renamed; then a mixture of experts with layers beside it, GPT-2's layers, modules that are numbered,
-# a linear class of their own, routers, and state-space layers.
+# The first ones are renamed; then experts with layers beside them, GPT-2's layers, modules that are numbered, a linear
+# class of their own, routers, and state-space layers.
 DECODERS = ["exaone", "mixtral", "dots1", "gpt2", "ctrl", "falcon", "phimoe", "llama4_text", "nemotron_h"]
 
 

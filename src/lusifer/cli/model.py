@@ -71,6 +71,28 @@ def merge(
     typer.echo(f"standalone checkpoint: {output}")
 
 
+@convert_app.command("pickled")
+def pickled(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of a model with pytorch_model.bin.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(help="New folder for it.", show_default=False)],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Writes the weights of a backbone as safetensors, where its makers have them as pickles alone.
+
+    Tensors are read and nothing else: no code of the file runs. Give the new folder as encoder or llm.
+
+    Example: `lusifer convert pickled google/mt5-large mt5-large`
+    """
+    quiet_libraries(quiet)
+    from lusifer.interop.pickled import convert_pickled
+
+    facts = convert_pickled(source, output)
+    emit(facts) if as_json else typer.echo(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")
+
+
 @convert_app.command("authors")
 def authors(
     source: Annotated[

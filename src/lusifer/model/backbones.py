@@ -54,6 +54,11 @@ def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
+        if "model.safetensors" in str(error):
+            raise LusiferError(
+                f"the {what} {name!r} has no model.safetensors; if its weights are a pickle, pytorch_model.bin, run "
+                f"`lusifer convert pickled {name} FOLDER` and give that folder"
+            ) from error
         raise LusiferError(
             f"cannot load the {what} {name!r}: {first_line(error)} "
             "(give a hub id you can reach, a local folder, or a starter name after `lusifer fetch`)"
