@@ -29,6 +29,7 @@ def aligned(position, source, target):
         "dataset": "d",
         "position": position,
         "source": source,
+        "plain": source,
         "target": target,
     }
 
@@ -37,6 +38,7 @@ def contrasted(position, query, positive, *negatives):
     return {
         "task": "contrast", "dataset": "d", "position": position, "in_batch_negatives": False,
         "query": query, "plain_query": query, "positive": positive, "negatives": list(negatives),
+        "document_instruction": None,
     }  # fmt: skip
 
 
@@ -151,3 +153,25 @@ def test_the_tokenizer_is_called_once_for_a_batch(encoder_tokenizer):
 
     ContrastCollator(tokenizer, 64)([contrasted(i, "cat", "dog", "rain") for i in range(5)])
     assert calls == [15]
+
+
+def test_instructions_are_read_and_compared_and_taught_without(encoder_tokenizer, llm_tokenizer):
+    rows = [{**contrasted(k, f"q{k}", f"p{k}", "n"), "query": f"ask q{k}"} for k in range(2)]
+    for row in rows:
+        row["document_instruction"] = "Keep"
+    taught = []
+
+    def teach(texts, roles):
+        taught.append(texts)
+        return torch.zeros(len(texts), 2)
+
+    batch = ContrastCollator(encoder_tokenizer, 64, teach=teach)(rows)
+    texts = ["ask q0", "ask q1", *(f"Instruct: Keep\nQuery: {text}" for text in ("p0", "p1", "n", "n"))]
+    expected = encoder_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    assert torch.equal(batch["input_ids"], expected)
+    assert taught == [["q0", "q1", "p0", "p1", "n", "n"]]
+    assert batch["keys"][4] == batch["keys"][5] != batch["keys"][2]
+    row = {**aligned(0, "Instruct: Again\nQuery: rain", "rain"), "plain": "rain"}
+    batch = AlignCollator(encoder_tokenizer, 64, llm_preprocess(llm_tokenizer, 5), teach=teach)([row, row])
+    assert taught[1] == ["rain", "rain"]
+    assert batch["source"]["input_ids"][0].tolist() == encoder_tokenizer(row["source"])["input_ids"]

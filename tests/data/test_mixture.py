@@ -64,10 +64,16 @@ def test_an_example_of_each_task(tmp_path):
         "task": "contrast", "dataset": source, "position": 7, "in_batch_negatives": False,
     }  # fmt: skip
     example = mixture(DataRecipe(source=source, task="complete"))[3]
-    assert set(example) == {"task", "dataset", "position", "source", "role", "target"} and example["task"] == "complete"
+    assert (
+        set(example) == {"task", "dataset", "position", "source", "plain", "role", "target"}
+        and example["task"] == "complete"
+    )
     assert example["target"].startswith(example["source"].replace(" q", " p") + " ")
     example = mixture(DataRecipe(source=source, task="reconstruct"))[3]
     assert example["source"] == example["target"] and example["task"] == "reconstruct"
+    example = mixture(DataRecipe(source=source, task="complete", instruction="Go on", reverse=1))[3]
+    assert example["source"] == f"Instruct: Go on\nQuery: {example['plain']}" and " p" in example["plain"]
+    assert example["role"] == "document" and " q" in example["target"]
 
 
 def test_rows_with_fewer_negatives_repeat_all_of_them(tmp_path):
@@ -124,6 +130,52 @@ def test_a_batch_holds_one_cluster_and_clusters_count_by_their_rows(tmp_path):
     assert seen == {0: 10, 1: 10, 2: 40}
     # 60 steps of 4 are four epochs of 60 rows.
     assert set(Counter(number(example) for example in everything(made)).values()) == {4}
+
+
+def test_clusters_smaller_than_a_batch_fill_it_one_after_the_other(tmp_path):
+    """As published: k-means clusters of some 20 rows, and batches of 256."""
+    source = pairs(tmp_path / "a.jsonl", 400, cluster=lambda i: i % 80)
+    for item in (contrast(source), DataRecipe(source=source, task="complete")):
+        made = mixture(item, steps=40, batch_size=20)
+        assert len(made.strata) == 1
+        orders = []
+        for epoch in range(2):
+            field = "plain_query" if item.task == "contrast" else "source"
+            codes = [int(made[400 * epoch + k][field].split(" q")[1]) % 80 for k in range(400)]
+            changes = sum(one != other for one, other in zip(codes, codes[1:], strict=False))
+            # 80 runs of five; a row that the end of an epoch shares with its batch may have moved.
+            assert Counter(codes) == dict.fromkeys(range(80), 5) and changes < 100
+            orders.append(codes)
+        assert orders[0] != orders[1]
+
+
+def test_clusters_of_all_sizes_are_drawn_as_often_as_they_have_rows(tmp_path):
+    source = pairs(tmp_path / "a.jsonl", 60, cluster=lambda i: "large" if i < 30 else f"c{i // 3}")
+    made = Mixture([contrast(source)], steps=15 * 4, batch_size=4, seed=0, held_out=6)
+    assert [stratum.cluster for stratum in made.strata] == ["large", None]
+    held = {number(example) for examples in made.held_out_examples() for example in examples}
+    counts = Counter(number(example) for example in everything(made))
+    assert len(held) == 6 and held.isdisjoint(counts)
+    assert len(counts) == 54 and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_rows_are_held_out_also_of_many_sets(tmp_path):
+    """Forty sets share 32 rows: less than the two that can be compared."""
+    sets = [contrast(pairs(tmp_path / f"{k}.jsonl", 40), positives=3) for k in range(40)]
+    made = Mixture(sets, steps=10, batch_size=96, seed=0, held_out=32)
+    assert [len(examples) for examples in made.held_out_examples()] == [2] * 40
+
+
+def test_a_record_makes_as_many_rows_as_the_recipe_says_each_with_another_positive(tmp_path):
+    made = mixture(contrast(pairs(tmp_path / "a.jsonl", 12), positives=3, hard_negatives=4), steps=8, batch_size=7)
+    for step in range(8):
+        batch = [made[7 * step + place] for place in range(7)]
+        assert [number(example) for example in batch] == [number(batch[first]) for first in (0, 0, 0, 3, 3, 3, 6)]
+        for first in (0, 3):
+            assert len({example["positive"] for example in batch[first : first + 3]}) == 3
+        assert all(len(example["negatives"]) == 4 for example in batch)
+    records = [number(made[7 * step + place]) for step in range(8) for place in (0, 3, 6)]
+    assert Counter(records) == dict.fromkeys(range(12), 2)
 
 
 def test_every_row_once_an_epoch_in_a_new_order_each_time(tmp_path):

@@ -173,6 +173,19 @@ def test_fresh_process_needs_no_remote_code(small, original, tmp_path):
     assert abs(by_us - original.encode(TEXTS)).max() < 1e-5
 
 
+@pytest.mark.parametrize("types", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_standalone_checkpoint_keeps_every_data_type(tiny_encoder, tiny_llm, tmp_path, types):
+    model = LusiferModel.from_backbones(
+        tiny_encoder, tiny_llm, max_seq_length=32, head_dim=24, encoder_dtype=types[0], llm_dtype=types[1]
+    )
+    model.merge().save_pretrained(tmp_path / "model")
+    again = LusiferModel.from_pretrained(tmp_path / "model")
+    assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    ids = torch.tensor([[0, 5, 6, 2]])
+    vectors = [one.eval()(ids, torch.ones_like(ids)).pooler_output for one in (model, again)]
+    assert torch.equal(*vectors)
+
+
 def test_dtype_is_that_of_the_checkpoint_unless_asked(small):
     assert lusifer_model(lusifer.load(str(small))).llm.dtype == torch.float32
     half = lusifer_model(lusifer.load(str(small), model_kwargs={"dtype": torch.bfloat16}))

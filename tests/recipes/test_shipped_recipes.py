@@ -55,10 +55,36 @@ def test_the_paper_recipe_has_the_published_figures():
     assert recipe.model.num_added_tokens == 1 and recipe.model.max_seq_length == 512
     assert (recipe.align.learning_rate, recipe.contrast.learning_rate) == (2e-4, 5e-5)
     assert recipe.align.mask_probability == 0.5 and recipe.contrast.temperature == 0.05
-    assert recipe.align.batch_size == recipe.contrast.batch_size == 256
+    assert (recipe.align.schedule, recipe.align.warmup_share) == ("cosine", 0.1)
+    assert (recipe.contrast.schedule, recipe.contrast.warmup_share) == ("cosine", 0.1)
+    assert (recipe.align.batch_size, recipe.align.data[0].cap) == (256, 500_000)
+    assert (recipe.model.connector_dim, recipe.model.head_dim) == (1024, 4096)
+    # 32 records a batch, each with three positives and about 32 negatives.
+    for item in recipe.contrast.data:
+        assert (recipe.contrast.batch_size / item.positives, item.positives, item.cap) == (32, 3, 20_000)
+        assert item.positives * item.hard_negatives == 33
     assert not recipe.warm_start.enabled
     own = [item for item in recipe.contrast.data if not item.in_batch_negatives]
     assert own and all(item.start == 0.5 for item in own)  # Retrieval first, then everything.
+
+
+def test_the_paper_recipe_reads_the_published_sets():
+    if not (facts := Path(__file__).parents[3] / "shared" / "reference" / "published_training.json").is_file():
+        pytest.skip("a list of what the authors train on is not here")
+    published = json.loads(facts.read_text())
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == "paper-xlmr-mistral"))
+    chinese = {"Hieuman/dureader", "Hieuman/t2ranking", "Hieuman/zh_MIRACL"}
+    tasks = {"reconstruct": [], "passage_to_query": [], "query_to_passage": []}
+    for item in recipe.align.data:
+        direction = "passage_to_query" if item.reverse else "query_to_passage"
+        tasks[item.task if item.task == "reconstruct" else direction].append(item.source)
+    for task, sources in tasks.items():
+        assert sources == [source for source in published["stage1"][task] if source not in chinese]
+    assert len({item.instruction for item in recipe.align.data}) == 3
+    for name, in_batch in (("in_batch_negatives", True), ("own_negatives_only", False)):
+        sources = [item.source for item in recipe.contrast.data if item.in_batch_negatives == in_batch]
+        assert sorted(sources) == sorted(published["stage2"][name])
+    assert all(item.instruction for item in recipe.contrast.data)
 
 
 def test_real_sizes_come_from_configurations_alone(tmp_path):

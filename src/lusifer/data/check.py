@@ -220,7 +220,7 @@ def _check_stage(
             report["errors"].append(f"{name}.data.{number}: {error}")
             continue
         strata.append(opened)
-        clusters = len(opened) if opened[0].cluster is not None else None
+        clusters = sum(stratum.cluster_count for stratum in opened) or None
         head = {"stage": name, "number": number, "dataset": item.source, "task": item.task, "rows": len(rows)}
         head["left_out"] = rows.left_out if isinstance(rows, Records) else 0
         facts.append({**head, "clusters": clusters, **content})
@@ -235,10 +235,11 @@ def _draws(facts: list[dict[str, Any]], strata: list[list[Stratum]], stage: Any,
     """Share of the steps and epochs of every set, from the plan that training will follow."""
     drawn = plan([stratum for several in strata for stratum in several], steps=stage.steps, seed=seed)
     owner = np.repeat(np.arange(len(strata)), [len(several) for several in strata])
-    steps = np.bincount(owner[drawn], minlength=len(strata))
+    steps = np.bincount(owner[drawn[drawn >= 0]], minlength=len(strata))
     for fact, count in zip(facts, steps.tolist(), strict=True):
         fact["share"] = count / stage.steps
-        fact["epochs"] = count * stage.batch_size / fact["rows"]
+        drawn_rows = -(-stage.batch_size // stage.data[fact["number"]].positives)
+        fact["epochs"] = count * drawn_rows / fact["rows"]
 
 
 def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, whole: bool) -> None:

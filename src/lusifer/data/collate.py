@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lusifer.data.prompts import Role
+from lusifer.data.prompts import Role, with_instruction
 
 Features = dict[str, Tensor]
 Teach = Callable[[Sequence[str], Sequence[Role]], Tensor]  # Texts and their roles to a teacher's vectors (texts, dim).
@@ -47,8 +47,8 @@ def llm_preprocess(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calla
 
 
 def source_texts(examples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Role]]:
-    """The sources of stage 1, and what each is."""
-    return [row["source"] for row in examples], [row["role"] for row in examples]
+    """The sources of stage 1 without instructions, and what each is."""
+    return [row["plain"] for row in examples], [row["role"] for row in examples]
 
 
 def column_texts(examples: Sequence[dict[str, Any]]) -> tuple[list[str], list[Role]]:
@@ -106,7 +106,7 @@ class AlignCollator:
             (rows, dim) float32.
         """
         texts, roles = source_texts(examples)
-        sources = [self.prompts.get(role, "") + text for text, role in zip(texts, roles, strict=True)]
+        sources = [self.prompts.get(row["role"], "") + row["source"] for row in examples]
         batch: dict[str, Any] = {
             "source": tokenize(self.tokenizer, sources, self.max_seq_length),
             "target": self.target_preprocess([row["target"] for row in examples]),
@@ -148,7 +148,9 @@ class ContrastCollator:
             a teacher, ``teacher``: its vectors, (columns * rows, dim) float32.
         """
         texts, roles = column_texts(examples)
-        instructed = [row["query"] for row in examples] + texts[len(examples) :]
+        instruction = examples[0]["document_instruction"]
+        documents = [with_instruction(instruction, text) for text in texts[len(examples) :]]
+        instructed = [row["query"] for row in examples] + documents
         prompted = [self.prompts.get(role, "") + text for text, role in zip(instructed, roles, strict=True)]
         features = tokenize(self.tokenizer, prompted, self.max_seq_length)
         batch: dict[str, Any] = {

@@ -54,8 +54,8 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-# What PEFT takes for experts, where there are any, and puts adapters on that cannot be saved; what it refuses beside the
-# convolution of a state-space layer.
+# What PEFT takes for experts, where there are any, and puts adapters on that cannot be saved; what it refuses beside
+# state-space layers.
 _EXPERTS, _BESIDE_SCANS = {"gate_proj", "up_proj", "down_proj"}, {"out_proj"}
 
 

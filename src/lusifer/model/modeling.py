@@ -52,6 +52,8 @@ class LusiferModel(PreTrainedModel):
     base_model_prefix = "lusifer"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Whatever the backbones are loaded as: they are small, and what was trained.
+    _keep_in_fp32_modules_strict = {"connector", "head"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -143,12 +145,19 @@ class LusiferModel(PreTrainedModel):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
-            kwargs["dtype"] = "auto" if dtype is None else dtype
+            own = {part: getattr(config, f"{part}_config").dtype for part in ("encoder", "llm")}
+            differ = dtype in (None, "auto") and None not in own.values() and own["encoder"] != own["llm"]
+            # transformers has one data type for all of a file: the wider one, then each part's own.
+            kwargs["dtype"] = torch.float32 if differ else "auto" if dtype is None else dtype
             try:
                 model, report = super().from_pretrained(name, *args, config=config, **kwargs)
             except SafetensorError as error:
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
             check_loaded(name, model, report)
+            if differ:
+                for part, dtype in own.items():
+                    for parameter in getattr(model, part).parameters():
+                        parameter.data = parameter.data.to(dtype)
             model.tokenizer_source = (name, hub)
             return model
         check_header(name, connector_shapes(config), **hub)

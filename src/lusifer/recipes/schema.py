@@ -56,7 +56,10 @@ class DataRecipe(_Strict):
     weight: PositiveFloat = 1.0  # How often each record counts: a set is drawn in proportion to weight * rows.
     cap: PositiveInt | None = None  # At most this many rows: a seeded choice, or the first ones of a streamed set.
     streaming: bool = False  # Read in order with bounded memory, instead of from a local table.
-    instruction: str | None = None  # Task instruction in front of every query; this and the next two are for stage 2.
+    instruction: str | None = None  # Task instruction in front of every query, and of every source in stage 1.
+    # The same for positives and negatives; this and the next three are for stage 2.
+    document_instruction: str | None = None
+    positives: PositiveInt = 1  # Rows that a record makes in a batch, each with another of its positives.
     in_batch_negatives: bool = True  # Whether other rows' texts are negatives; off for classification-like sets.
     # Negatives per row; a row with fewer repeats them, one without any is left out.
     hard_negatives: int = Field(default=0, ge=0)
@@ -137,7 +140,9 @@ class GradientStage(_Strict):
     batch_size: PositiveInt = 32  # Rows of one step, over all ranks.
     learning_rate: PositiveFloat = 2e-4  # Of adapters and, where it is trained, the encoder.
     connector_learning_rate: PositiveFloat | None = None  # Of connector and head; as the others when left out.
-    warmup_steps: int = Field(default=0, ge=0)  # Steps in which the rate rises; then it falls in a line to zero.
+    warmup_steps: int = Field(default=0, ge=0)  # Steps in which the rate rises.
+    warmup_share: float = Field(default=0.0, ge=0.0, lt=1.0)  # The same as a share of the steps; give one of them.
+    schedule: Literal["linear", "cosine"] = "linear"  # How the rate falls from there to zero.
     weight_decay: float = Field(default=0.0, ge=0.0)  # AdamW's.
     max_grad_norm: PositiveFloat = 1.0  # Gradients are clipped to this norm.
     # What of the encoder is trained: nothing, its LoRA adapter, or all of its weights.
@@ -167,6 +172,8 @@ class GradientStage(_Strict):
         if self.enabled and not self.data:
             raise ValueError(f"stage {self.number} needs data: list at least one set (or enabled: false)")
         self._check_best_metric()
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("warmup_steps and warmup_share say the same: give one of them")
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
                 gap = f"no data set is drawn after {moment:g} of the steps"
@@ -221,7 +228,7 @@ class AlignRecipe(GradientStage):
         for number, item in enumerate(self.data):
             if item.task not in ("reconstruct", "complete"):
                 raise ValueError(f"data.{number}.task must be reconstruct or complete")
-            for field in ("instruction", "in_batch_negatives", "hard_negatives"):
+            for field in ("document_instruction", "positives", "in_batch_negatives", "hard_negatives"):
                 if field in item.model_fields_set:
                     raise ValueError(f"data.{number}.{field} is for stage 2; remove it")
         _check_teacher(self)

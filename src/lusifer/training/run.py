@@ -74,7 +74,9 @@ def _check_held_out(name: str, stage: GradientStage, rows: int) -> None:
 
 
 _FEW = 32  # Held-out rows, below which a choice among checkpoints is mostly chance.
-_LATER = {"teacher", "teacher_weight", "infonce_weight"}  # Fields that earlier versions had not.
+# Fields that earlier versions had not, of a stage and of its sets.
+_LATER = {"teacher", "teacher_weight", "infonce_weight", "warmup_share", "schedule"}
+_LATER_OF_SETS = {"document_instruction": None, "positives": 1}
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
 # So do these, which earlier versions took for the result's: at their defaults they give the fingerprints of before.
@@ -106,6 +108,10 @@ def fingerprint(recipe: Recipe, stage: str, *, earlier: bool = False) -> str:
         for field in _LATER & section.model_fields.keys():  # And one begun before there were these.
             if getattr(section, field) == type(section).model_fields[field].default:
                 del tree[name][field]
+        data = tree[name].get("data")
+        for item in data if isinstance(data, list) else ():
+            for field in [field for field, default in _LATER_OF_SETS.items() if item[field] == default]:
+                del item[field]
     return hashlib.sha256(json.dumps([recipe.seed, tree], sort_keys=True).encode()).hexdigest()
 
 

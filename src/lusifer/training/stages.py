@@ -50,7 +50,7 @@ _CONTRASTIVE = {
     "distill_temperature", "max_tokens", "graph_tokens",
 }  # fmt: skip
 _ARGUMENTS = {
-    "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "logging_steps",
+    "learning_rate", "weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "logging_steps",
 }  # fmt: skip
 
 
@@ -315,7 +315,8 @@ def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size // ranks,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup_steps or round(stage.warmup_share * stage.steps),
         bf16=stage.precision == "bfloat16",
         gradient_checkpointing=stage.gradient_checkpointing,
         eval_strategy="steps" if eval_steps else "no",
