@@ -205,8 +205,8 @@ def test_a_frozen_encoder_stays_as_the_recipe_loads_it(make, tmp_path, monkeypat
 
 
 def test_a_dry_run_counts_what_is_trained_in_float32(make, tmp_path, monkeypatch):
-    memory, real = [], lusifer.training.dry_run._memory_gb
-    monkeypatch.setattr(lusifer.training.dry_run, "_memory_gb", lambda *a: memory.append(real(*a)) or real(*a))
+    memory, real = [], lusifer.training.dry_run.memory_gb
+    monkeypatch.setattr(lusifer.training.dry_run, "memory_gb", lambda *a: memory.append(real(*a)) or real(*a))
     recipe = small_steps(make, tmp_path / "run", "bfloat16")
     recipe.contrast.train_encoder = "frozen"
     facts = dry_run(recipe, "r")

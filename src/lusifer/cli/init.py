@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,9 @@ def init(
     from lusifer.errors import LusiferError
     from lusifer.interop.llm_embedder import inspect_embedder
     from lusifer.interop.recipe_writer import compose, recipe_path, write_recipe
+    from lusifer.recipes.files import load_recipe
     from lusifer.recipes.schema import DataRecipe
+    from lusifer.training.dry_run import limits_here
 
     path = recipe_path(output)
     if path.exists() and not force:
@@ -59,7 +61,10 @@ def init(
             look_up(DataRecipe(source=source))
     embedder = inspect_embedder(llm, adapter)
     name = path.stem if path.stem != "recipe" else path.resolve().parent.name
-    write_recipe(path, compose(encoder, embedder, pairs=data, text=text, output=f"runs/{name}"))
+    options: dict[str, Any] = {"pairs": data, "text": text, "output": f"runs/{name}"}
+    write_recipe(path, compose(encoder, embedder, **options))
+    if limits := limits_here(recipe := load_recipe(path), ranks=8 if recipe.scale.strategy == "fsdp2" else 1):
+        write_recipe(path, compose(encoder, embedder, limits=limits, **options))
     if as_json:
         emit({"recipe": str(path), **asdict(embedder), "config": embedder.config.model_type})
         return

@@ -81,6 +81,9 @@ def train(
     llm_alone: Annotated[bool, typer.Option("--llm-alone", help="Train the baseline instead: the LLM alone.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; loads no weights.")] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Processes to plan for, with --dry-run.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(help="Card to plan for, with --dry-run: h100, rtx4090, ..., or its memory in GB.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -94,6 +97,7 @@ def train(
     - `lusifer train recipes/quickstart.yaml --align.enabled false`
     - `lusifer train recipes/quickstart.yaml --contrast.data.0.weight 2`
     - `lusifer train recipes/quickstart.yaml --llm-alone`
+    - `lusifer train recipes/modern.yaml --dry-run --gpu rtx4090`
     """
     quiet_libraries(quiet)
     from lusifer.recipes.files import load_recipe
@@ -102,7 +106,7 @@ def train(
     if dry_run:
         from lusifer.training.dry_run import dry_run as plan
 
-        facts = plan(checked, recipe, ranks=ranks)
+        facts = plan(checked, recipe, ranks=ranks, gpu=gpu, overrides=context.args)
         emit(facts) if as_json else _show_plan(facts)
         return
     from lusifer.training.llm_baseline import train_llm_alone
@@ -110,6 +114,24 @@ def train(
 
     folder = (train_llm_alone if llm_alone else run)(checked, progress=not quiet)
     emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
+
+
+def _show_sets(sets: list[dict[str, Any]]) -> None:
+    readable = [row for row in sets if "rows" in row]
+    if readable:
+        cells = [(row["stage"], row["source"], f"{row['rows']:,}", str(row.get("epochs", ""))) for row in readable]
+        print_table(("stage", "set", "rows", "epochs"), cells)
+    if problems := [row for row in sets if "problem" in row]:
+        typer.echo(f"{len(problems)} of {len(sets)} sets cannot be read here: {problems[0]['problem']}")
+
+
+def _show_verdict(name: str, stage: dict[str, Any], card: str) -> None:
+    total = f"{name}: {stage['memory_gb_total']:g} GB a process"
+    if stage["fits"]:
+        typer.echo(f"{total} fit into {card}")
+    else:
+        remedy = f"it would with {stage['advice']}" if stage["advice"] else "nothing in the recipe makes it fit"
+        typer.echo(f"{total} do not fit into {card}; {remedy}")
 
 
 def _show_plan(facts: dict[str, Any]) -> None:
@@ -120,8 +142,14 @@ def _show_plan(facts: dict[str, Any]) -> None:
         cells = [stage[key] for stage in facts["stages"].values()]
         if key == "memory_gb":
             cells = ["\n".join(f"{part} {gb:.2f}" for part, gb in cell.items()) for cell in cells]
-        rows.append([key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]])
+        if key not in ("fits", "advice"):
+            rows.append([key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]])
     print_table(("", *facts["stages"]), rows)
+    _show_sets(facts["sets"])
+    typer.echo(f"memory of a machine {facts['host_gb']:g} GB, disk {facts['disk_gb']:g} GB and what the data takes")
+    for name, stage in facts["stages"].items():
+        if "fits" in stage:
+            _show_verdict(name, stage, facts["card"])
     if "auto" in facts:
         typer.echo(f"precision auto is {facts['auto']}")
     typer.echo(facts["launch"])

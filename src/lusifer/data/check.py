@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lusifer.data.everyday_set import load_everyday
-from lusifer.data.mixture import Stratum, open_strata, plan
+from lusifer.data.mixture import Stratum, open_strata, steps_of_sets
 from lusifer.data.prompts import with_instruction
 from lusifer.data.reading import Block, read_blocks
 from lusifer.data.records import Records, Rows, copies_left_out, left_out, open_set
@@ -233,10 +233,7 @@ def _check_stage(
 
 def _draws(facts: list[dict[str, Any]], strata: list[list[Stratum]], stage: Any, seed: int) -> None:
     """Share of the steps and epochs of every set, from the plan that training will follow."""
-    drawn = plan([stratum for several in strata for stratum in several], steps=stage.steps, seed=seed)
-    owner = np.repeat(np.arange(len(strata)), [len(several) for several in strata])
-    steps = np.bincount(owner[drawn[drawn >= 0]], minlength=len(strata))
-    for fact, count in zip(facts, steps.tolist(), strict=True):
+    for fact, count in zip(facts, steps_of_sets(strata, steps=stage.steps, seed=seed), strict=True):
         fact["share"] = count / stage.steps
         drawn_rows = -(-stage.batch_size // stage.data[fact["number"]].positives)
         fact["epochs"] = count * drawn_rows / fact["rows"]

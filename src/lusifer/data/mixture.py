@@ -244,6 +244,20 @@ def plan(strata: Sequence[Stratum], *, steps: int, seed: int) -> np.ndarray:
     return drawn
 
 
+def steps_of_sets(sets: Sequence[Sequence[Stratum]], *, steps: int, seed: int) -> list[int]:
+    """How many of a stage's steps draw from each set, by the plan that training follows.
+
+    Args:
+        sets: The strata of each set.
+        steps: Steps of the stage.
+        seed: Its seed.
+    """
+    drawn = plan([stratum for strata in sets for stratum in strata], steps=steps, seed=seed)
+    owner = np.repeat(np.arange(len(sets)), [len(strata) for strata in sets])
+    counts: list[int] = np.bincount(owner[drawn[drawn >= 0]], minlength=len(sets)).tolist()
+    return counts
+
+
 def _occurrences(drawn: np.ndarray) -> np.ndarray:
     """How many earlier steps drew the same stratum: (steps,) int32."""
     counts = np.bincount(drawn)

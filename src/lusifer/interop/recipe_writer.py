@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -43,7 +44,13 @@ def write_recipe(path: Path, text: str) -> None:
 
 
 def compose(
-    encoder: str, embedder: LLMEmbedder, *, pairs: str | None = None, text: str | None = None, output: str = "runs/mine"
+    encoder: str,
+    embedder: LLMEmbedder,
+    *,
+    pairs: str | None = None,
+    text: str | None = None,
+    output: str = "runs/mine",
+    limits: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The recipe as YAML, its reasons as comments.
 
@@ -53,6 +60,7 @@ def compose(
         pairs: English query-positive pairs; the starter's when None.
         text: English texts; the starter's when None.
         output: Folder of the run.
+        limits: Fields of ``align`` and ``contrast`` with which it fits into a machine.
 
     Raises:
         LusiferError: If the encoder cannot be read or is a decoder.
@@ -64,6 +72,11 @@ def compose(
     ranks, launch = ("", "lusifer") if small else (" --ranks 8", "torchrun --nproc-per-node 8 -m lusifer")
     usage = [f"  lusifer data check THIS; lusifer train THIS --dry-run{ranks}", f"  {launch} train THIS"]
     prompted = "prompts stand in front of the texts wherever the result is used." if embedder.prompts else ""
+    limits = limits or {}
+    fitted = {
+        name: f"{' and '.join(limits[name])}: for this machine's memory." if limits.get(name) else ""
+        for name in ("align", "contrast")
+    }
     headless = "" if embedder.head else "Stage 1 needs an LM head, and this LLM has none."
     lines = ["An English embedder made multilingual. Found:", *notes, "", *usage]
     parts = [
@@ -71,8 +84,10 @@ def compose(
         _yaml({"output": output, "seed": 0}),
         _section("model", _model(encoder, embedder, small), prompted),
         _section("warm_start", {"data": text, "texts": 3000 if small else 5000, "spectrum": 0.5, "scale": 5}),
-        _section("align", _align(embedder, text, pairs, small), headless),
-        _section("contrast", _contrast(pairs, small)),
+        _section(
+            "align", _align(embedder, text, pairs, small) | dict(limits.get("align", {})), headless or fitted["align"]
+        ),
+        _section("contrast", _contrast(pairs, small) | dict(limits.get("contrast", {})), fitted["contrast"]),
     ]
     if not small:
         parts.append(_section("scale", {"strategy": "fsdp2"}))

@@ -145,8 +145,8 @@ class LusiferModel(PreTrainedModel):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
-            own = {part: getattr(config, f"{part}_config").dtype for part in ("encoder", "llm")}
-            differ = dtype in (None, "auto") and None not in own.values() and own["encoder"] != own["llm"]
+            types = {part: getattr(config, f"{part}_config").dtype for part in ("encoder", "llm")}
+            differ = dtype in (None, "auto") and None not in types.values() and types["encoder"] != types["llm"]
             # transformers has one data type for all of a file: the wider one, then each part's own.
             kwargs["dtype"] = torch.float32 if differ else "auto" if dtype is None else dtype
             try:
@@ -155,7 +155,7 @@ class LusiferModel(PreTrainedModel):
                 raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
             check_loaded(name, model, report)
             if differ:
-                for part, dtype in own.items():
+                for part, dtype in types.items():
                     for parameter in getattr(model, part).parameters():
                         parameter.data = parameter.data.to(dtype)
             model.tokenizer_source = (name, hub)
