@@ -13,7 +13,7 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "$venv"; then
     echo "cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2
     exit 2
 fi
-"$venv/bin/python" -m pip install --quiet --upgrade pip
+"$venv/bin/python" -m pip install --quiet 'pip>=25,<27'
 
 # Without an NVIDIA GPU the CPU build saves gigabytes. uv knows where it is; elsewhere (macOS, Arm,
 # a closed network) the ordinary build is taken, which is a CPU build there anyway or works on a CPU.
