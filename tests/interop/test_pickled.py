@@ -48,12 +48,6 @@ def test_a_converted_model_is_the_one_of_the_pickle(tiny_encoder, tiny_llm, tmp_
     assert torch.equal(head, AutoModelForCausalLM.from_pretrained(tiny_llm).lm_head.weight)
 
 
-def test_a_pickle_alone_is_refused_with_the_command_that_helps(tiny_encoder, tiny_llm, tmp_path):
-    folder = pickled(tiny_encoder, tmp_path / "encoder")
-    with pytest.raises(LusiferError, match="lusifer convert pickled"):
-        LusiferModel.from_backbones(str(folder), tiny_llm)
-
-
 class Code:
     def __reduce__(self):
         return (os.mkdir, (os.environ["LUSIFER_TEST_TRAP"],))
