@@ -320,3 +320,8 @@ def test_the_baseline_sees_both_directions_and_trains_only_its_adapter(overrides
         one, two = inner(input_ids=ids).last_hidden_state, inner(input_ids=other).last_hidden_state
     # A causal LLM could not tell the first tokens apart.
     assert (one[0, 0] - two[0, 0]).abs().max() > 1e-4
+
+
+def test_the_version_names_what_it_runs_on(call):
+    code, out, err = call("--version")
+    assert code == 0 and out.startswith(f"lusifer {lusifer.__version__} (Python 3.") and "torch 2." in out

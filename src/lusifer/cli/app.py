@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+from importlib import metadata
+from typing import Annotated
 
 # The bars of the libraries beneath would drown our own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -11,6 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say f
 
 import typer
 
+from lusifer import __version__
 from lusifer.cli.adapt import adapt
 from lusifer.cli.console import PASS_ON
 from lusifer.cli.data import data_app
@@ -27,14 +31,33 @@ from lusifer.errors import LusiferError
 app = typer.Typer(
     name="lusifer",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Give an English-centric LLM embedder every language its multilingual encoder knows.\n\n"
-    "Start with `lusifer quickstart`: it fetches small backbones, trains on English and scores "
-    "23 languages it never trained on.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        names = ("torch", "transformers", "sentence-transformers", "peft")
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+        typer.echo(f"lusifer {__version__} (Python {platform.python_version()}, {versions})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Give an English-centric LLM embedder every language its multilingual encoder knows.
+
+    Start with `lusifer quickstart`: it fetches small backbones, trains on English and scores 23 languages it never
+    trained on.
+    """
+
+
 app.add_typer(convert_app, name="convert", rich_help_panel="Using a model")
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
