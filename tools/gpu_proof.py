@@ -39,10 +39,10 @@ from lusifer import LusiferConfig, LusiferModel
 from lusifer.recipes.schema import Recipe
 from lusifer.training import train
 from lusifer.training.alignment import AlignmentLoss, LMHead, token_cross_entropy
-from lusifer.training.cards import find_card
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.costs import load_of, operations
-from lusifer.training.dry_run import needed_gb
+from lusifer.training.planning.cards import find_card
+from lusifer.training.planning.costs import load_of, operations
+from lusifer.training.planning.dry_run import needed_gb
 from lusifer.training.stages import build_model, prepare_stage
 
 WORDS = 500
@@ -455,7 +455,6 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models in place of XLM-R-large and Mistral-7B")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of gpu_proof.json and gpu_proof.md")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = False
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -472,4 +471,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     sys.exit(main())

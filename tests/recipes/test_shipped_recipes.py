@@ -11,7 +11,7 @@ from transformers import AutoConfig, MistralConfig, XLMRobertaConfig
 from lusifer import LusiferError
 from lusifer.cli.app import app
 from lusifer.recipes.files import load_recipe
-from lusifer.training.dry_run import dry_run
+from lusifer.training.planning.dry_run import dry_run
 
 # What the stand-in of the encoder reads, and that the stand-in of the LLM is narrow.
 WINDOW = ["--model.max_seq_length", "128", "--contrast.matryoshka_dims", "[]"]

@@ -244,6 +244,7 @@ def test_copies_are_found_behind_instructions_and_prompts(tiny_model, tiny_encod
         {
             "query": instruction + query,
             "plain_query": query,
+            "document_instruction": None,
             "positive": positive,
             "negatives": [],
             "position": place,

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, MistralConfig, ModernBertConfig, XLMRobert
 
 from lusifer import LusiferConfig, LusiferError, LusiferModel
 from lusifer.recipes.files import load_recipe
-from lusifer.training import dry_run as module
-from lusifer.training.cards import Card, find_card
-from lusifer.training.costs import _values
-from lusifer.training.dry_run import dry_run, limits_here
+from lusifer.training.planning import dry_run as module
+from lusifer.training.planning.cards import Card, find_card
+from lusifer.training.planning.costs import _values
+from lusifer.training.planning.dry_run import dry_run, limits_here
 
 
 def kept_bytes(model, batch, precision):

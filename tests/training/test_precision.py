@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import lusifer
-import lusifer.training.dry_run
+import lusifer.training.planning.dry_run
 import lusifer.training.precision
 import lusifer.training.run
 from lusifer import LusiferError
@@ -21,8 +21,8 @@ from lusifer.model.sentence_transformer import lusifer_model
 from lusifer.model.text_encoder import Choice
 from lusifer.recipes.schema import Recipe
 from lusifer.training.contrastive import ContrastiveLoss
-from lusifer.training.dry_run import dry_run
 from lusifer.training.llm_baseline import train_llm_alone
+from lusifer.training.planning.dry_run import dry_run
 from lusifer.training.precision import settle
 from lusifer.training.run import train
 from lusifer.training.stages import _guide
@@ -205,8 +205,8 @@ def test_a_frozen_encoder_stays_as_the_recipe_loads_it(make, tmp_path, monkeypat
 
 
 def test_a_dry_run_counts_what_is_trained_in_float32(make, tmp_path, monkeypatch):
-    memory, real = [], lusifer.training.dry_run.memory_gb
-    monkeypatch.setattr(lusifer.training.dry_run, "memory_gb", lambda *a: memory.append(real(*a)) or real(*a))
+    memory, real = [], lusifer.training.planning.dry_run.memory_gb
+    monkeypatch.setattr(lusifer.training.planning.dry_run, "memory_gb", lambda *a: memory.append(real(*a)) or real(*a))
     recipe = small_steps(make, tmp_path / "run", "bfloat16")
     recipe.contrast.train_encoder = "frozen"
     facts = dry_run(recipe, "r")

@@ -17,7 +17,7 @@ import lusifer.training.run
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
 from lusifer.recipes.schema import Recipe
-from lusifer.training.dry_run import dry_run
+from lusifer.training.planning.dry_run import dry_run
 from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
 from support.kill import Killed, kill_in

@@ -51,7 +51,7 @@ def init(
     from lusifer.interop.recipe_writer import compose, recipe_path, write_recipe
     from lusifer.recipes.files import load_recipe
     from lusifer.recipes.schema import DataRecipe
-    from lusifer.training.dry_run import limits_here
+    from lusifer.training.planning.dry_run import limits_here
 
     path = recipe_path(output)
     if path.exists() and not force:

@@ -104,7 +104,7 @@ def train(
 
     checked = load_recipe(recipe, context.args)
     if dry_run:
-        from lusifer.training.dry_run import dry_run as plan
+        from lusifer.training.planning.dry_run import dry_run as plan
 
         facts = plan(checked, recipe, ranks=ranks, gpu=gpu, overrides=context.args)
         emit(facts) if as_json else _show_plan(facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
 
 if TYPE_CHECKING:
+    from lusifer.model.configuration import LusiferConfig
     from lusifer.model.modeling import LusiferModel
 
 WEIGHTS = "model.safetensors"
@@ -146,7 +147,39 @@ def load_stored(model: LusiferModel, folder: str, **hub: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def check_loaded(folder: str, model: LusiferModel, report: dict[str, Any]) -> None:
+def load_standalone(
+    load: Callable[..., Any], name: str, config: LusiferConfig, dtype: torch.dtype | str | None, **options: Any
+) -> LusiferModel:
+    """Reads a checkpoint that holds every weight, each part in its own data type unless one is asked for.
+
+    Args:
+        load: transformers' own loader, for this checkpoint.
+        name: The checkpoint, for messages.
+        config: Its configuration.
+        dtype: Data type of the backbones; those of the checkpoint when None or ``auto``.
+        **options: For the loader.
+
+    Raises:
+        LusiferError: If it is damaged or does not fit its configuration.
+    """
+    own = {part: getattr(config, f"{part}_config").dtype for part in ("encoder", "llm")}
+    mixed = dtype in (None, "auto") and None not in own.values() and own["encoder"] != own["llm"]
+    # transformers has one data type for all of a file: the wider one, then each part's own.
+    options |= {"dtype": torch.float32 if mixed else dtype or "auto", "config": config, **SAFE}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = load(**options)
+    except SafetensorError as error:
+        raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
+    _check_loaded(name, model, report)
+    for part, kept in own.items() if mixed else ():
+        for parameter in getattr(model, part).parameters():
+            parameter.data = parameter.data.to(kept)
+    loaded: LusiferModel = model
+    return loaded
+
+
+def _check_loaded(folder: str, model: LusiferModel, report: dict[str, Any]) -> None:
     """Refuses a standalone checkpoint that does not fit its configuration or holds NaN.
 
     Args:

@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import AutoModel, PreTrainedModel
@@ -25,7 +25,7 @@ from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import add_lora, forget_copy, is_merged_in_place, merge_adapters, merge_in_place
 from lusifer.model.backbone_pair import configure, load_backbones, position_table
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
-from lusifer.model.checkpoint import SAFE, check_files, check_header, check_loaded, load_stored, stored_state
+from lusifer.model.checkpoint import check_files, check_header, load_standalone, load_stored, stored_state
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.connector import FeedForwardConnector, build_head, connector_shapes
 from lusifer.model.direction.masks import masked_directions, set_needs_mask
@@ -144,20 +144,7 @@ class LusiferModel(PreTrainedModel):
         check_files(repr(name), name, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
-            types = {part: getattr(config, f"{part}_config").dtype for part in ("encoder", "llm")}
-            differ = dtype in (None, "auto") and None not in types.values() and types["encoder"] != types["llm"]
-            # transformers has one data type for all of a file: the wider one, then each part's own.
-            kwargs["dtype"] = torch.float32 if differ else "auto" if dtype is None else dtype
-            try:
-                model, report = super().from_pretrained(name, *args, config=config, **kwargs)
-            except SafetensorError as error:
-                raise LusiferError(f"cannot read the weights of the checkpoint {name!r}: {error}") from error
-            check_loaded(name, model, report)
-            if differ:
-                for part, dtype in types.items():
-                    for parameter in getattr(model, part).parameters():
-                        parameter.data = parameter.data.to(dtype)
+            model = load_standalone(partial(super().from_pretrained, name, *args), name, config, dtype, **kwargs)
             model.tokenizer_source = (name, hub)
             return model
         check_header(name, connector_shapes(config), **hub)

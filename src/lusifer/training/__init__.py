@@ -2,7 +2,7 @@
 
 `run` goes through the `stages`. Stage 0 (`warm_start`) starts the connector in closed form; stage 1 (`alignment`)
 teaches it to write soft tokens that the frozen LLM can read; stage 2 (`contrastive`, with `distillation` from a guide)
-trains the embedding. Stages 1 and 2 run through the `trainer`; batches of any size fit by `gradient_cache`. `dry_run`
+trains the embedding. Stages 1 and 2 run through the `trainer`; batches of any size fit by `gradient_cache`. `planning`
 says what a recipe would cost, and `llm_baseline` trains the LLM without an encoder to compare with.
 """
 

@@ -1,6 +1,6 @@
 """What a recipe would cost, without loading a weight: memory and whether it fits, time, disk, data, launch line.
 
-The formulas are those of `lusifer.training.costs`.
+The formulas are those of `lusifer.training.planning.costs`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lusifer.model.backbones import keep_layers
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
-from lusifer.training.cards import Card, find_card
 from lusifer.training.checks import check_model
-from lusifer.training.costs import load_of, memory_gb, operations
+from lusifer.training.planning.cards import Card, find_card
+from lusifer.training.planning.costs import load_of, memory_gb, operations
 from lusifer.training.precision import data_types, foresee, restore_data_types
 from lusifer.training.stages import prepare_stage
 
@@ -63,7 +63,7 @@ def dry_run(
         recipe: The recipe, overrides applied.
         name: Its file, for the launch line.
         ranks: Processes it would run on.
-        gpu: The card of each, as `lusifer.training.cards.find_card` takes it.
+        gpu: The card of each, as `lusifer.training.planning.cards.find_card` takes it.
         overrides: Those of the command, for the launch line.
         data: Whether to open the sets, for their rows and epochs.
 
