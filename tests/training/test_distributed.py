@@ -202,9 +202,8 @@ def test_a_signal_to_one_process_stops_them_all_behind_a_checkpoint(runs):
     assert sorted(saved) == ["checkpoint-2", "checkpoint-3"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_killed_processes_go_on(folder, runs, tmp_path, strategy):
-    recipe, overrides = folder / "xlm-r.yaml", ["--scale.strategy", strategy, "--align.eval_steps", "3"]
+def test_killed_processes_go_on(folder, runs, tmp_path):
+    recipe, overrides = folder / "xlm-r.yaml", ["--scale.strategy", "fsdp2", "--align.eval_steps", "3"]
     overrides += ["--align.steps", "6", "--align.save_steps", "2", "--contrast.enabled", "false"]
     whole = run(recipe, tmp_path / "whole", overrides=overrides)
     assert whole.returncode == 0, whole.stderr[-3000:]
