@@ -133,6 +133,18 @@ def test_cards_are_known_by_their_names_or_memory(name):
     assert card.memory in (0.95 * 80, 0.95 * 24)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165e12), ("Other", None)],
+)
+def test_the_card_of_this_machine_is_known_by_its_longest_name(monkeypatch, name, peak):
+    facts = SimpleNamespace(name=name, total_memory=10e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert find_card(None) == Card(name, pytest.approx(9.5), peak)
+
+
 @pytest.mark.parametrize("name", ["h99", "0", "-3", "much"])
 def test_an_unknown_card_is_refused(name):
     with pytest.raises(LusiferError, match="its memory in GB"):

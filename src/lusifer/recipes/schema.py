@@ -33,7 +33,7 @@ class Lora(_Strict):
     r: PositiveInt = 16  # Rank.
     alpha: PositiveInt = 32  # Scale: what the adapter adds counts alpha / r.
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)  # Share of its inputs dropped in training.
-    target_modules: list[str] | None = None  # Names of the linear layers it covers; all of them when left out.
+    target_modules: list[str] | None = None  # Names of the linear layers it covers; all that it fits when left out.
 
     def fields(self) -> dict[str, Any]:
         """The adapter as fields of ``peft.LoraConfig``."""

@@ -61,8 +61,11 @@ def find_card(name: str | None) -> Card | None:
         if not torch.cuda.is_available():
             return None
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-        known = next((peak for key, (_, peak) in _KNOWN.items() if key.split("-")[0] in facts.name.lower()), None)
-        return Card(facts.name, _FREE * facts.total_memory / 1e9, known)
+        said = facts.name.lower().replace(" ", "")
+        # The longest that is in the name: an A100 is no A10.
+        fitting = [key for key in _KNOWN if key.split("-")[0] in said]
+        peak = _KNOWN[max(fitting, key=lambda key: len(key.split("-")[0]))][1] if fitting else None
+        return Card(facts.name, _FREE * facts.total_memory / 1e9, peak)
     key = re.sub(r"[\s_]", "", name.lower()).removeprefix("nvidia")
     if key in _KNOWN:
         memory, peak = _KNOWN[key]
