@@ -144,11 +144,11 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
     run = _Run(source, student, work, Clock(options.minutes, used), options, progress)
     try:
         report = run.all_steps(output)
+        write_json(output / "report.json", report)
+        return report
     finally:
         run.keep_time(0)
         work.close()
-    write_json(output / "report.json", report)
-    return report
 
 
 def _plan(source: Source, options: Options) -> dict[str, Any]:
