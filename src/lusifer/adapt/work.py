@@ -20,7 +20,13 @@ from lusifer.locks import alone_at
 from lusifer.publishing import publish_file, write_json
 
 _PLAN = "plan.json"
-_WORDS = {"teacher_hash": "another teacher", "encoder": "another encoder", "texts": "other texts"}
+_LATER = ("encoder_hash",)  # What plans of earlier versions do not have: those go on.
+_WORDS = {
+    "teacher_hash": "another teacher",
+    "encoder": "another encoder",
+    "encoder_hash": "an encoder of other content",
+    "texts": "other texts",
+}
 
 
 class Clock:
@@ -71,7 +77,7 @@ class Work:
             folder.mkdir()
         before = self.read(_PLAN)
         for key in plan if before else ():
-            if before.get(key) != plan[key]:
+            if before.get(key) != plan[key] and (key in before or key not in _LATER):
                 why = _WORDS.get(key, f"another value of {key}")
                 raise LusiferError(f"{folder} was begun with {why}; choose another output folder, or --restart")
         write_json(folder / _PLAN, plan)

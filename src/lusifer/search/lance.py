@@ -6,7 +6,10 @@ version for every change, so an interrupted one leaves the version before.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +28,7 @@ from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
 # Up to here, comparing with every vector takes milliseconds.
 APPROXIMATE_FROM = 50_000
+_SYSTEM = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)}
 _TABLE = "texts"
 _KEEP_VERSIONS = timedelta(hours=1)  # For readers that are still at an older one.
 _DELETED = 10_000  # Rows of one deletion.
@@ -252,5 +256,15 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, TypeError) as error:
-        reason = first_line(error)[:200]
-        raise LusiferError(f"the index {str(path)!r} cannot be used; it may be damaged: {reason}") from error
+        raise LusiferError(_told(error, path)) from error
+
+
+def _told(error: Exception, path: Path) -> str:
+    """What is the matter with an index, without the places in LanceDB's source that it names."""
+    reason = re.sub(r",?\s*\S*\.rs:\d+(:\d+)?", "", first_line(error))[:200]
+    if "conflict" in str(error).lower():
+        return f"the index {str(path)!r} was changed by another process meanwhile; run the same command again"
+    if reason in _SYSTEM:
+        lost = "nothing that was there is lost, and the same command goes on"
+        return f"cannot write the index {str(path)!r}: {reason}; {lost}"
+    return f"the index {str(path)!r} cannot be used; it may be damaged: {reason}"
