@@ -128,3 +128,37 @@ def test_doubled_ids_are_healed_by_the_next_add(tmp_path, caplog):
     }
     assert "40 rows of ids that stood there twice are removed" in caplog.text
     assert store.heal() == 0
+
+
+SOURCE = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/lance-file-13.0.0/src/writer/structural.rs:191:9"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            f"lance error: LanceError(IO): No space left on device (os error 28), {SOURCE}",
+            "cannot write the index {index}: No space left on device; nothing that was there is lost, and the same "
+            "command goes on",
+        ),
+        (
+            "lance error: Retryable commit conflict for version 5: This Update transaction was preempted by concurrent "
+            f"transaction Delete at version 5. Please retry., {SOURCE}",
+            "the index {index} was changed by another process meanwhile; run the same command again",
+        ),
+        (
+            f"lance error: LanceError(IO): file is truncated, {SOURCE}",
+            "the index {index} cannot be used; it may be damaged: lance error: LanceError(IO): file is truncated",
+        ),
+    ],
+)
+def test_what_lancedb_says_is_one_clear_line(tmp_path, monkeypatch, said, told):
+    store = LanceStore.create(tmp_path / "index", INFO)
+
+    def failing(*args):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(store, "_upsert", failing)
+    with pytest.raises(LusiferError) as caught:
+        store.upsert(entries(1), vectors(1))
+    assert str(caught.value) == told.format(index=repr(str(tmp_path / "index")))

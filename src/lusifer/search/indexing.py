@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,10 +19,12 @@ from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
-from lusifer.model.text_encoder import TextEncoder
 from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
+
+if TYPE_CHECKING:
+    from lusifer.model.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -262,7 +262,7 @@ def _one_line(path: Path) -> Iterator[None]:
 def _told(error: Exception, path: Path) -> str:
     """What is the matter with an index, without the places in LanceDB's source that it names."""
     reason = re.sub(r",?\s*\S*\.rs:\d+(:\d+)?", "", first_line(error))[:200]
-    if "conflict" in str(error).lower():
+    if re.search("conflict|concurrent", str(error), re.IGNORECASE):
         return f"the index {str(path)!r} was changed by another process meanwhile; run the same command again"
     if reason in _SYSTEM:
         lost = "nothing that was there is lost, and the same command goes on"
