@@ -187,12 +187,13 @@ def _locked(target: Folder) -> Iterator[None]:
         yield
         return
     with alone_at(target.root):
-        shutil.rmtree(target.staging)  # Of a command that was killed.
+        # Of a command that was killed, whose processes may be about to end.
+        shutil.rmtree(target.staging, ignore_errors=True)
         target.make()
         try:
             yield
         finally:
-            shutil.rmtree(target.staging)
+            shutil.rmtree(target.staging, ignore_errors=True)
 
 
 def _resume(target: Folder, identity: dict[str, Any], threads: int | None) -> tuple[dict[str, Any], set[int]]:
