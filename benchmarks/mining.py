@@ -54,6 +54,7 @@ def main() -> None:
             folder / "mined.jsonl",
             stub(options.dimension),
             teacher="stub",
+            teacher_hash="0",
             settings=Settings(relative_margin=0.0),
             corpus=DataRecipe(source=str(folder / "corpus.jsonl")),
             progress=True,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+_FULL = "No space left on device"
+# How a full disk is told: by the system's words, and by torch's writer of zip files, which only finds itself elsewhere.
+_TELLS_FULL = re.compile(r"no space left on device|os error 28\b|unexpected pos \d+ vs \d+", re.IGNORECASE)
+
 
 class LusiferError(Exception):
     """A mistake of the user. The command line shows its message, one line, and exits with 2."""
@@ -10,4 +16,6 @@ class LusiferError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line: the system's words for an OSError, else the first line that is not blank."""
     told = getattr(error, "strerror", None) or str(error)
+    if _TELLS_FULL.search(str(told)):
+        return _FULL
     return next((line.strip() for line in str(told).splitlines() if line.strip()), type(error).__name__)

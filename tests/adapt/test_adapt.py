@@ -29,6 +29,7 @@ from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import Choice, TextEncoder
 from lusifer.recipes.schema import Recipe
 from lusifer.training.llm_baseline import train_llm_alone
+from support.holding import held
 from support.teachers import save_teacher, sentences
 
 
@@ -329,10 +330,9 @@ def test_another_teacher_is_refused_in_a_folder_of_unfinished_work(adapted, opti
 
 
 def test_two_at_once_are_refused(teacher, options, tmp_path):
-    first = Work(tmp_path / "work", {"layout": 0})
-    with pytest.raises(LusiferError, match="another process is at work"):
+    Work(tmp_path / "work", {"layout": 0}).close()
+    with held(tmp_path / "work"), pytest.raises(LusiferError, match="another process is at work"):
         run(teacher, tmp_path, options)
-    first.close()
     with pytest.raises(LusiferError, match="was begun with"):
         run(teacher, tmp_path, options)
 

@@ -161,7 +161,7 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
     while not list((tmp_path).glob("out/part-*")):
         time.sleep(0.01)
         assert process.is_alive()
-    assert "another command is writing into" in refused(*common, str(tmp_path / "out"), settings, threads=1)
+    assert "another process is at work in" in refused(*common, str(tmp_path / "out"), settings, threads=1)
     process.join()
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 

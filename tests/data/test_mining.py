@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lusifer import LusiferError
+from lusifer.data import mining
 from lusifer.data.mining import Settings, choose, embed_to_file, mine, nearest
 from lusifer.data.records import open_records
 from lusifer.recipes.schema import DataRecipe
+from support.holding import held
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +47,18 @@ def mined(tmp_path, rows, degrees, *, corpus=(), **settings):
     more = DataRecipe(source=jsonl(tmp_path / "corpus.jsonl", [{"text": t} for t in corpus])) if corpus else None
     output = tmp_path / "out.jsonl"
     facts = mine(
-        DataRecipe(source=source), output, angled(degrees), teacher="t", settings=Settings(**settings), corpus=more
+        DataRecipe(source=source),
+        output,
+        angled(degrees),
+        teacher="t",
+        teacher_hash="0",
+        settings=Settings(**settings),
+        corpus=more,
     )
     return [json.loads(line) for line in output.read_text().splitlines()], facts
 
 
+TEACHER = {"teacher": "t", "teacher_hash": "0"}
 ROWS = [
     {"query": "q", "positive": ["good"], "negative": ["old"], "cluster": "k", "id": 3},
     {"query": "r", "positive": ["other"], "cluster": "k", "id": 4},
@@ -123,13 +132,13 @@ def test_the_output_is_a_set_that_opens_with_its_labels_and_a_summary(tmp_path):
     expected = (np.cos(np.deg2rad(30)) + np.cos(np.deg2rad(10))) / 2
     assert facts["mean_positive_score"] == pytest.approx(expected, abs=1e-3)  # float16 vectors
     names = {path.name for path in tmp_path.iterdir()} - {"cache"}
-    assert names == {"in.jsonl", "corpus.jsonl", "out.jsonl", "out.jsonl.mining.json"}
+    assert names == {".out.jsonl.lock", "in.jsonl", "corpus.jsonl", "out.jsonl", "out.jsonl.mining.json"}
 
 
 def test_gzip_output_and_the_same_bytes_twice(tmp_path):
     source = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS))
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
-        mine(source, tmp_path / name, angled(DEGREES), teacher="t", settings=Settings())
+        mine(source, tmp_path / name, angled(DEGREES), **TEACHER, settings=Settings())
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
     assert len(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).splitlines()) == 2
 
@@ -182,7 +191,7 @@ def test_embeddings_stay_after_an_interruption_and_go_at_the_end(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mine(source, output, interrupted, teacher="t", settings=Settings(), embed_query=angled(DEGREES))
+        mine(source, output, interrupted, **TEACHER, settings=Settings(), embed_query=angled(DEGREES))
     assert not output.exists() and list((tmp_path / "out.jsonl.embeddings").iterdir())
     seen = []
 
@@ -190,7 +199,7 @@ def test_embeddings_stay_after_an_interruption_and_go_at_the_end(tmp_path):
         seen.append(texts)
         return angled(DEGREES)(texts)
 
-    mine(source, output, angled(DEGREES), teacher="t", settings=Settings(), embed_query=queries)
+    mine(source, output, angled(DEGREES), **TEACHER, settings=Settings(), embed_query=queries)
     assert seen == [["q"]]
     assert output.exists() and not (tmp_path / "out.jsonl.embeddings").exists()
 
@@ -200,7 +209,7 @@ def test_mistakes(tmp_path):
 
     def refused(name, **fields):
         with pytest.raises(LusiferError) as caught:
-            mine(source, tmp_path / name, angled(DEGREES), teacher="t", settings=Settings(**fields))
+            mine(source, tmp_path / name, angled(DEGREES), **TEACHER, settings=Settings(**fields))
         return str(caught.value)
 
     assert "name it .jsonl or .jsonl.gz" in refused("out.parquet")
@@ -209,7 +218,14 @@ def test_mistakes(tmp_path):
     assert "7 negatives from 3 ranks" in refused("o.jsonl", range_max=3)
     assert "relative_margin" in refused("o.jsonl", relative_margin=1.5)
     with pytest.raises(LusiferError, match="not finite"):
-        mine(source, tmp_path / "o.jsonl", lambda t: np.full((len(t), 2), np.nan), teacher="t", settings=Settings())
+        mine(
+            source,
+            tmp_path / "o.jsonl",
+            lambda t: np.full((len(t), 2), np.nan),
+            teacher="t",
+            teacher_hash="0",
+            settings=Settings(),
+        )
 
 
 def test_what_was_mined_trains_though_some_rows_have_no_negative(tmp_path):
@@ -226,6 +242,59 @@ def test_a_capped_set_keeps_its_own_labels(tmp_path):
     rows = [{"query": f"q{n}", "positive": f"p{n}", "id": n} for n in range(20)]
     item = DataRecipe(source=jsonl(tmp_path / "in.jsonl", rows), cap=5)
     degrees = {f"{kind}{n}": n * 17 for kind in "qp" for n in range(20)}
-    mine(item, tmp_path / "out.jsonl", angled(degrees), teacher="t", settings=Settings(negatives=1))
+    mine(item, tmp_path / "out.jsonl", angled(degrees), **TEACHER, settings=Settings(negatives=1))
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(found) == 5 and all(row["query"] == f"q{row['id']}" for row in found)
+
+
+def test_another_teacher_of_the_same_name_takes_nothing_up(tmp_path):
+    source = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS))
+    other = {text: 3 * degrees + 40 for text, degrees in DEGREES.items()}
+    mine(source, tmp_path / "right.jsonl", angled(other), teacher="t", teacher_hash="1", settings=Settings())
+
+    def interrupted(texts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # The queries are embedded with the first teacher.
+        mine(source, tmp_path / "out.jsonl", interrupted, **TEACHER, settings=Settings(), embed_query=angled(DEGREES))
+    seen = []
+
+    def queries(texts):
+        seen.extend(texts)
+        return angled(other)(texts)
+
+    options = {"teacher": "t", "teacher_hash": "1", "settings": Settings(), "embed_query": queries}
+    mine(source, tmp_path / "out.jsonl", angled(other), **options)
+    assert {"q", "r"} <= set(seen)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "right.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["lusifer.data.mining.write_json", "lusifer.data.mining.shutil.rmtree"])
+def test_a_call_killed_after_its_output_ends_when_it_is_called_again(tmp_path, monkeypatch, place):
+    source, output = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS)), tmp_path / "out.jsonl"
+    expected = mine(source, tmp_path / "right.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
+    real = mining.write_json
+
+    def killed(path, *args, **kwargs):
+        if output.exists():
+            raise KeyboardInterrupt
+        real(path, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, killed)
+        mine(source, output, angled(DEGREES), **TEACHER, settings=Settings())
+    assert output.exists() and (tmp_path / "out.jsonl.embeddings").exists()
+    # What another call would have made is nobody's to replace.
+    with pytest.raises(LusiferError, match="exists already"):
+        mine(source, output, angled(DEGREES), **TEACHER, settings=Settings(negatives=1))
+    assert mine(source, output, angled(DEGREES), **TEACHER, settings=Settings()) == expected
+    assert output.read_bytes() == (tmp_path / "right.jsonl").read_bytes()
+    assert json.loads((tmp_path / "out.jsonl.mining.json").read_text()) == expected
+    assert not (tmp_path / "out.jsonl.embeddings").exists()
+
+
+def test_two_at_one_output_are_refused(tmp_path):
+    source = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS))
+    with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is at work in '.*out.jsonl'"):
+        mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
+    mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())

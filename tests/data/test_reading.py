@@ -106,7 +106,7 @@ def mined(source, tmp_path):
 
     out = tmp_path / "mined.jsonl"
     item = DataRecipe(source=source, columns={"id": "key"})
-    mine(item, out, embed, teacher="t", settings=Settings(negatives=1))
+    mine(item, out, embed, teacher="t", teacher_hash="0", settings=Settings(negatives=1))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     return [(row["id"], row["query"]) for row in rows]
 

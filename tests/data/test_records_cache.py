@@ -37,7 +37,7 @@ def test_a_cache_that_cannot_be_written_gives_what_it_has(item, tmp_path, monkey
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module, "FileLock", denied)
+    monkeypatch.setattr(module, "alone_at", denied)
     monkeypatch.setattr("pathlib.Path.mkdir", denied)
     assert len(open_records(item)) == 3
     (tmp_path / "e.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lusifer
 import lusifer.training.run
@@ -20,6 +20,7 @@ from lusifer.recipes.schema import Recipe
 from lusifer.training.planning.dry_run import dry_run
 from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
+from support.holding import held
 from support.kill import Killed, kill_in
 from support.texts import TEXTS
 
@@ -261,7 +262,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_appear(make, monkeypatch, 
         if broken == "save_file":  # Half a file is there already.
             Path(args[1]).write_bytes(b"half")
         if broken == "_save_rng_state":  # How torch.save reports it.
-            raise RuntimeError("PytorchStreamWriter failed: No space left\nmore")
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nmore")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     shutil.copytree(finished[0] / "align", tmp_path / "run" / "align")
@@ -347,6 +348,64 @@ def test_a_run_of_an_earlier_version_goes_on(finished, make, monkeypatch, tmp_pa
     train(recipe, progress=False)
     with pytest.raises(LusiferError, match="holds a run of another recipe"):
         train(make(tmp_path / "run", contrast={**settings, "temperature": 0.1}), progress=False)
+
+
+def begun(make, finished, monkeypatch, tmp_path):
+    """A run of its own pairs, killed in stage 2 behind a checkpoint; its recipe and the pairs."""
+    for name in ("warm_start", "align"):
+        shutil.copytree(finished[0] / name, tmp_path / "run" / name)
+    source = Path(make(tmp_path).contrast.data[0].source)
+    shutil.copyfile(source, tmp_path / "pairs.jsonl")
+    data = [{"source": str(tmp_path / "pairs.jsonl"), "hard_negatives": 1}]
+    recipe = make(tmp_path / "run", contrast={"data": data})
+    with monkeypatch.context() as patch:
+        kill_in(patch, "contrast", 5)
+        with pytest.raises(Killed):
+            train(recipe, progress=False)
+    return recipe, tmp_path / "pairs.jsonl"
+
+
+def test_data_that_changed_since_the_stage_began_are_refused(make, finished, monkeypatch, tmp_path):
+    recipe, pairs = begun(make, finished, monkeypatch, tmp_path)
+    before = pairs.read_bytes()
+    pairs.write_bytes(before.replace(b"no", b"on"))
+    with pytest.raises(LusiferError, match=r"contrast\.data\.0: .*pairs\.jsonl has changed since .*contrast"):
+        train(recipe, progress=False)
+    pairs.write_bytes(before)  # Of another time; the content counts.
+    train(recipe, progress=False)
+    pairs.write_bytes(before.replace(b"no", b"on"))
+    with pytest.raises(LusiferError, match="has changed since"):
+        train(recipe, progress=False)
+    # Versions before this one did not write it down.
+    (tmp_path / "run" / "contrast" / "inputs.json").unlink()
+    assert train(recipe, progress=False) == tmp_path / "run" / "model"
+
+
+def test_a_backbone_that_changed_since_the_stage_began_is_refused(make, tiny_llm, monkeypatch, tmp_path):
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    recipe = make(tmp_path / "run", model={"llm": str(tmp_path / "llm")}, warm_start={"enabled": False})
+    kill_in(monkeypatch, "align", 1)
+    with pytest.raises(Killed):
+        train(recipe, progress=False)
+    tensors = load_file(tmp_path / "llm" / "model.safetensors")
+    save_file(
+        {name: value * 1.01 for name, value in tensors.items()}, tmp_path / "llm" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(LusiferError, match=r"model\.llm: .*llm has changed since .*align"):
+        train(recipe, progress=False)
+
+
+def test_a_finished_run_leaves_its_model_alone(finished, make):
+    output, _ = finished
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (output / "model").rglob("*")}
+    assert train(make(output), progress=False) == output / "model"
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (output / "model").rglob("*")} == before
+
+
+def test_a_second_run_in_the_same_output_is_refused(finished, make):
+    output, _ = finished
+    with held(output), pytest.raises(LusiferError, match="another process is at work in '.*whole'"):
+        train(make(output), progress=False)
 
 
 def test_a_checkpoint_of_stage_1_that_holds_an_idle_head_goes_on(make, monkeypatch, tmp_path):

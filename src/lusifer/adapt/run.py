@@ -40,6 +40,7 @@ from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Switcher
 from lusifer.adapt.work import Clock, Work
 from lusifer.errors import LusiferError
+from lusifer.model.fingerprint import model_hash
 from lusifer.model.text_encoder import TextEncoder, choose_dtype
 from lusifer.publishing import write_json
 
@@ -144,16 +145,17 @@ def adapt(teacher: str, output: Path, options: Options | None = None, *, progres
     run = _Run(source, student, work, Clock(options.minutes, used), options, progress)
     try:
         report = run.all_steps(output)
+        write_json(output / "report.json", report)
+        return report
     finally:
         run.keep_time(0)
         work.close()
-    write_json(output / "report.json", report)
-    return report
 
 
 def _plan(source: Source, options: Options) -> dict[str, Any]:
     """What an unfinished run must have in common with this one to be gone on with."""
-    plan = {"teacher_hash": source.hash, "encoder": options.encoder, "texts": source.texts_hash}
+    encoder = {"encoder": options.encoder, "encoder_hash": model_hash(options.encoder, "encoder:")}
+    plan = {"teacher_hash": source.hash, **encoder, "texts": source.texts_hash}
     return {**plan, "plain": options.plain, "seed": options.seed, "layout": 1}
 
 

@@ -6,20 +6,27 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import alone_at
 from lusifer.publishing import publish_file, write_json
 
 _PLAN = "plan.json"
-_WORDS = {"teacher_hash": "another teacher", "encoder": "another encoder", "texts": "other texts"}
+_LATER = ("encoder_hash",)  # What plans of earlier versions do not have: those go on.
+_WORDS = {
+    "teacher_hash": "another teacher",
+    "encoder": "another encoder",
+    "encoder_hash": "an encoder of other content",
+    "texts": "other texts",
+}
 
 
 class Clock:
@@ -63,25 +70,21 @@ class Work:
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside the folder, which a restart removes; the system lets go of it when the process ends, however it ends.
-        self._lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise LusiferError(f"another process is at work in {folder}; wait, or choose another") from error
+        self._alone = ExitStack()
+        self._alone.enter_context(alone_at(folder))
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         before = self.read(_PLAN)
         for key in plan if before else ():
-            if before.get(key) != plan[key]:
+            if before.get(key) != plan[key] and (key in before or key not in _LATER):
                 why = _WORDS.get(key, f"another value of {key}")
                 raise LusiferError(f"{folder} was begun with {why}; choose another output folder, or --restart")
         write_json(folder / _PLAN, plan)
 
     def close(self) -> None:
         """Lets other processes in."""
-        self._lock.release()
+        self._alone.close()
 
     def path(self, name: str) -> Path:
         """Where a file is, or is to be."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -131,12 +131,11 @@ def _work(pipe: Connection, job: Job, device: str | None) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     quiet_libraries(True)
-    try:
-        encoder = ShardEncoder(job, device)
-        while True:
-            task = pipe.recv()
-            pipe.send(encoder.prepare() if task is None else encoder.encode(task[0], task[1], pipe.send))
-    except LusiferError as error:
-        pipe.send(LusiferError(str(error)))  # Without its cause, which may not survive pickling.
-    except (EOFError, BrokenPipeError):
-        return  # The command is gone.
+    with suppress(EOFError, ConnectionError):  # The command is gone, which telling it of a mistake may find out, too.
+        try:
+            encoder = ShardEncoder(job, device)
+            while True:
+                task = pipe.recv()
+                pipe.send(encoder.prepare() if task is None else encoder.encode(task[0], task[1], pipe.send))
+        except LusiferError as error:
+            pipe.send(LusiferError(str(error)))  # Without its cause, which may not survive pickling.

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
@@ -24,6 +23,7 @@ from lusifer.data.rows import Columns
 from lusifer.data.sources import InputFile, find_files
 from lusifer.errors import LusiferError
 from lusifer.loading import resolve
+from lusifer.locks import alone_at
 from lusifer.model.fingerprint import model_hash
 from lusifer.storage import Folder, is_remote
 
@@ -89,7 +89,10 @@ def encode(
     folder = resolve(model)
     run = {"model": folder, "files": files, "settings": settings, "output": output.rstrip("/"), "single": single}
     options = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
-    return _encode_file(run, **options) if single else _encode_folder(model, run, **options)
+    if not single:
+        return _encode_folder(model, run, **options)
+    with nullcontext() if is_remote(output) else alone_at(output):
+        return _encode_file(run, **options)
 
 
 def _check(settings: Settings, engine: str) -> None:
@@ -183,20 +186,14 @@ def _locked(target: Folder) -> Iterator[None]:
     if target.staging is None:
         yield
         return
-    lock = FileLock(target.staging / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LusiferError(f"another command is writing into {target.url!r}; wait for it") from None
-    try:
-        for left in target.staging.iterdir():  # Of a command that was killed.
-            if left.name != "lock":
-                left.unlink()
-        yield
-    finally:
-        if lock.is_locked:
-            shutil.rmtree(target.staging)
-        lock.release()
+    with alone_at(target.root):
+        # Of a command that was killed, whose processes may be about to end.
+        shutil.rmtree(target.staging, ignore_errors=True)
+        target.make()
+        try:
+            yield
+        finally:
+            shutil.rmtree(target.staging, ignore_errors=True)
 
 
 def _resume(target: Folder, identity: dict[str, Any], threads: int | None) -> tuple[dict[str, Any], set[int]]:

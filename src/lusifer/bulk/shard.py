@@ -23,6 +23,7 @@ from sentence_transformers.util import quantize_embeddings
 from lusifer.bulk.job import ARROW, FACTS, Job, Prepared, ShardFacts, schema, shard_name, stored_width
 from lusifer.data.prompts import explicit_prompt, prompt_for
 from lusifer.data.rows import Columns, RowReader, Slice
+from lusifer.data.sources import is_unchanged
 from lusifer.errors import LusiferError
 from lusifer.loading import load_for_inference
 from lusifer.model.text_encoder import WINDOW, TextEncoder, set_precision
@@ -98,7 +99,17 @@ class ShardEncoder:
         with self.folder.put(name) as path:
             write = self._write_npy if name.endswith(".npy") else self._write_parquet
             rows = write(path, self._finished(part, prepared, tick), prepared)
+            self._refuse_changed(part)
         return ShardFacts(part.number, rows, self.encoder.cut)
+
+    def _refuse_changed(self, part: Slice) -> None:
+        """Refuses a shard whose files were rewritten since the plan was made: its rows may be of either content."""
+        later = self.job.plan.slices[part.number + 1 : part.number + 2]
+        last = later[0].start.file if later else len(self.job.files) - 1
+        for file in self.job.files[part.start.file : last + 1]:
+            if not is_unchanged(file):
+                changed = f"{file.url!r} has changed while it was encoded"
+                raise LusiferError(f"{changed}; choose another output, or remove what is there, and encode it again")
 
     def _compute_in(self, precision: str) -> str:
         if self._precision is None:

@@ -77,27 +77,32 @@ def mine(
     from lusifer.data.mining import Settings, check_output
     from lusifer.data.mining import mine as run
     from lusifer.data.prompts import Role, prompt_for
-    from lusifer.loading import load_checkpoint
+    from lusifer.loading import load_checkpoint, resolve
+    from lusifer.locks import alone_at
+    from lusifer.model.fingerprint import model_hash
     from lusifer.recipes.schema import DataRecipe
 
     settings = Settings(negatives, relative_margin, range_min, range_max)
     check_output(output)
-    teacher = load_checkpoint(model, device=device)
-    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
-    roles: tuple[Role, Role] = ("query", "document")
-    prompts = {role: prompt_for(teacher, role, prompt=prompt, prompt_name=prompt_name) for role in roles}
-    facts = run(
-        DataRecipe(source=source),
-        output,
-        lambda texts: teacher.encode_document(texts, prompt=prompts["document"], **options),
-        teacher=model,
-        settings=settings,
-        corpus=DataRecipe(source=corpus) if corpus else None,
-        device=str(teacher.device),
-        embed_query=lambda texts: teacher.encode_query(texts, prompt=prompts["query"], **options),
-        prompts=prompts,
-        progress=not quiet,
-    )
+    with alone_at(output):
+        content = model_hash(resolve(model))
+        teacher = load_checkpoint(model, device=device)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False}
+        roles: tuple[Role, Role] = ("query", "document")
+        prompts = {role: prompt_for(teacher, role, prompt=prompt, prompt_name=prompt_name) for role in roles}
+        facts = run(
+            DataRecipe(source=source),
+            output,
+            lambda texts: teacher.encode_document(texts, prompt=prompts["document"], **options),
+            teacher=model,
+            teacher_hash=content,
+            settings=settings,
+            corpus=DataRecipe(source=corpus) if corpus else None,
+            device=str(teacher.device),
+            embed_query=lambda texts: teacher.encode_query(texts, prompt=prompts["query"], **options),
+            prompts=prompts,
+            progress=not quiet,
+        )
     emit(facts) if as_json else _print_mined(facts, output)
 
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from lusifer.cli.console import Json, Model, Quiet, emit, print_table
-from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
 convert_app = typer.Typer(
@@ -61,13 +60,13 @@ def merge(
     """
     quiet_libraries(quiet)
     from lusifer.loading import load_checkpoint
+    from lusifer.locks import alone_at_new
     from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 
-    if output.exists():
-        raise LusiferError(f"{str(output)!r} exists already; choose a new folder")
-    loaded = load_checkpoint(model)
-    lusifer_model(loaded).merge()
-    save_atomically(loaded, output)
+    with alone_at_new(output):
+        loaded = load_checkpoint(model)
+        lusifer_model(loaded).merge()
+        save_atomically(loaded, output)
     typer.echo(f"standalone checkpoint: {output}")
 
 

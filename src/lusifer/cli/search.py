@@ -79,25 +79,26 @@ def add(
     from lusifer.model.fingerprint import weights_hash
     from lusifer.search.indexing import add as run
     from lusifer.search.indexing import check_columns, read_entries
-    from lusifer.search.locations import create_store, open_store, store_exists
+    from lusifer.search.locations import create_store, open_store, store_exists, writing
     from lusifer.search.store import IndexInfo
 
     names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
-    store = open_store(index) if store_exists(index) else None
     folder = None if "://" in index else index
     entries, types = read_entries(source, text=column, id=id_column, metadata=names, index=folder)
-    if store is not None:
-        check_columns(store, types)
-    name = model or (store.info.model if store else "starter")
-    encoder = _load(name, device)
-    before = prompt_for(encoder.model, "document", prompt=prompt, prompt_name=prompt_name)
-    made_by = (name, weights_hash(encoder.model), encoder.dimension)
-    if store is None:
-        store = create_store(index, IndexInfo(*made_by, types, before))
-    else:
-        store.check_model(*made_by)
-        store.check_prompt(before, explicit=prompt is not None or prompt_name is not None)
-    counts = run(store, encoder, entries, progress=not quiet)
+    with writing(index):
+        store = open_store(index) if store_exists(index) else None
+        if store is not None:
+            check_columns(store, types)
+        name = model or (store.info.model if store else "starter")
+        encoder = _load(name, device)
+        before = prompt_for(encoder.model, "document", prompt=prompt, prompt_name=prompt_name)
+        made_by = (name, weights_hash(encoder.model), encoder.dimension)
+        if store is None:
+            store = create_store(index, IndexInfo(*made_by, types, before))
+        else:
+            store.check_model(*made_by)
+            store.check_prompt(before, explicit=prompt is not None or prompt_name is not None)
+        counts = run(store, encoder, entries, progress=not quiet)
     if encoder.cut:
         typer.echo(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
     total = store.count()
@@ -126,8 +127,9 @@ def delete(
     if bool(ids) == (where is not None):
         raise LusiferError("say what to delete: either --ids or --where")
     store = open_store(index)
-    deleted = store.delete(ids=ids or None, where=where)
-    store.tidy()
+    with store.writing():
+        deleted = store.delete(ids=ids or None, where=where)
+        store.tidy()
     facts = {"index": index, "deleted": deleted, "texts": store.count()}
     emit(facts) if as_json else typer.echo(f"{deleted:,} deleted, {facts['texts']:,} texts left")
 
@@ -164,7 +166,8 @@ def build(index: Index, quiet: Quiet = False) -> None:
     from lusifer.search.locations import open_store
 
     store = open_store(index)
-    store.build()
+    with store.writing():
+        store.build()
     if not quiet:
         typer.echo(f"approximate index over {store.count():,} texts -> {index}")
 

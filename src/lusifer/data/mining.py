@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lusifer.data.check import normalise
+from lusifer.data.pairs import Problem, Texts, read_problem
 from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import alone_at
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import DataRecipe
 
 Embed = Callable[[list[str]], np.ndarray]
 
+_PLAN = "plan.json"
 _CHUNK = 8_192  # Texts embedded between two writes to the cache.
 _QUERIES, _PASSAGES = 1_024, 32_768  # A block of scores: 128 MB of float32.
 
@@ -140,68 +142,24 @@ def choose(
     return candidates[kept].tolist(), scores[kept].tolist()
 
 
-class _Texts:
-    """Unique texts in order, and for each its ``kind``, shared by texts equal but for case and punctuation."""
-
-    def __init__(self) -> None:
-        self.number: dict[str, int] = {}
-        self.kind: list[int] = []
-        self._kinds: dict[bytes, int] = {}
-
-    def add(self, text: str) -> int:
-        number = self.number.setdefault(text, len(self.number))
-        if number == len(self.kind):
-            self.kind.append(self.kind_of(text))
-        return number
-
-    def kind_of(self, text: str) -> int:
-        digest = hashlib.blake2b(normalise(text).encode(), digest_size=12).digest()
-        return self._kinds.setdefault(digest, len(self._kinds))
-
-    def digest(self) -> str:
-        content = hashlib.sha256()
-        for text in self.number:
-            content.update(text.encode() + b"\0")
-        return content.hexdigest()[:16]
-
-
-class _Problem(NamedTuple):
-    """The rows of a set as numbers of unique queries and passages."""
-
-    queries: _Texts
-    passages: _Texts
-    rows: list[tuple[int, list[int]]]
-    own: list[set[int]]  # For every query, the classes of its own texts over all rows.
-
-
-def _problem(records: Records, corpus: Records | None, progress: bool) -> _Problem:
-    queries, passages = _Texts(), _Texts()
-    rows: list[tuple[int, list[int]]] = []
-    own: list[set[int]] = []
-    for row in tqdm(range(len(records)), "reading texts", unit=" rows", leave=False, disable=not progress or None):
-        record = records[row]
-        query = queries.add(record["query"])
-        if query == len(own):
-            own.append({passages.kind_of(record["query"])})
-        positives = [passages.add(text) for text in record["positive"]]
-        own[query].update(passages.kind[number] for number in positives)
-        rows.append((query, positives))
-    if corpus is not None:
-        for row in range(len(corpus)):
-            passages.add(corpus[row]["text"])
-    return _Problem(queries, passages, rows, own)
-
-
 def check_output(output: Path) -> None:
     """Refuses what cannot become the output, before any model is loaded.
 
     Raises:
-        LusiferError: If the name tells no format that is written here, or the file exists.
+        LusiferError: If the name tells no format that is written here, or the file exists and its call has ended.
     """
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
         raise LusiferError(f"cannot write {str(output)!r}: name it .jsonl or .jsonl.gz")
-    if output.exists():
-        raise LusiferError(f"{str(output)!r} exists already; choose another name, or remove it")
+    if output.exists() and not (_folder(output) / _PLAN).is_file():
+        raise _exists(output)
+
+
+def _exists(output: Path) -> LusiferError:
+    return LusiferError(f"{str(output)!r} exists already; choose another name, or remove it")
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.embeddings")
 
 
 def mine(
@@ -210,6 +168,7 @@ def mine(
     embed: Embed,
     *,
     teacher: str,
+    teacher_hash: str,
     settings: Settings,
     corpus: DataRecipe | None = None,
     device: str = "cpu",
@@ -223,7 +182,8 @@ def mine(
         item: The set of pairs; its own negatives are replaced.
         output: The new ``.jsonl`` or ``.jsonl.gz`` file; ``<output>.mining.json`` tells how it was made.
         embed: The teacher for passages.
-        teacher: Its name, for the summary and the cache.
+        teacher: Its name, for the summary.
+        teacher_hash: Hash of its content: what an interrupted call has embedded is another's where it differs.
         settings: How to choose.
         corpus: Texts to choose from besides all positives.
         device: Where scores are made.
@@ -235,39 +195,91 @@ def mine(
         The summary: ``teacher``, settings, counts, mean scores, ``rows_short`` (fewer negatives than asked for).
 
     Raises:
-        LusiferError: If data cannot be read, or the output exists or cannot be written.
+        LusiferError: If data cannot be read, the output exists or cannot be written, or another process is at work
+            on it.
     """
     check_output(output)
-    records = open_records(item.model_copy(update={"task": "contrast", "hard_negatives": 0}))
-    pool = None if corpus is None else open_records(corpus.model_copy(update={"task": "reconstruct"}))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        problem = _problem(records, pool, progress)
-        folder = output.with_name(f"{output.name}.embeddings")
-        folder.mkdir(exist_ok=True)
-        made_by = json.dumps([teacher, prompts])
-        queries = _embedded(problem.queries, embed_query or embed, folder, f"{made_by} queries", progress)
-        passages = _embedded(problem.passages, embed, folder, f"{made_by} passages", progress)
-        chosen, summary = _choose_all(problem, queries, passages, settings, device, progress)
-        _write_rows(output, records, problem, chosen, progress)
-    except OSError as error:
-        raise LusiferError(f"cannot write {str(output)!r}: {first_line(error)}") from error
-    facts: dict[str, Any] = {"teacher": teacher, "prompts": prompts, "source": item.source}
-    facts |= {"corpus": corpus.source if corpus else None, "rows": len(records)}
-    facts |= {"passages": len(problem.passages.number), **asdict(settings), **summary}
-    write_json(output.with_name(f"{output.name}.mining.json"), facts)
+    with alone_at(output):
+        check_output(output)  # The other process may have ended meanwhile.
+        task = _Task(item, corpus, output, teacher, teacher_hash, prompts, settings)
+        try:
+            return _mine(task, embed, embed_query or embed, device, progress)
+        except OSError as error:
+            raise LusiferError(f"cannot write {str(output)!r}: {first_line(error)}") from error
+
+
+class _Task(NamedTuple):
+    """What is asked for."""
+
+    item: DataRecipe
+    corpus: DataRecipe | None
+    output: Path
+    teacher: str
+    teacher_hash: str
+    prompts: Mapping[Role, str] | None
+    settings: Settings
+
+
+def _mine(task: _Task, embed: Embed, embed_query: Embed, device: str, progress: bool) -> dict[str, Any]:
+    output, settings, folder = task.output, task.settings, _folder(task.output)
+    records = open_records(task.item.model_copy(update={"task": "contrast", "hard_negatives": 0}))
+    pool = None if task.corpus is None else open_records(task.corpus.model_copy(update={"task": "reconstruct"}))
+    problem = read_problem(records, pool, progress)
+    summary = output.with_name(f"{output.name}.mining.json")
+    if done := _begin(task, problem, folder, summary):
+        return done
+    made_by = json.dumps([task.teacher_hash, task.prompts])
+    queries = _embedded(problem.queries, embed_query, folder, f"{made_by} queries", progress)
+    passages = _embedded(problem.passages, embed, folder, f"{made_by} passages", progress)
+    chosen, figures = _choose_all(problem, queries, passages, settings, device, progress)
+    _write_rows(output, records, problem, chosen, progress)
+    facts: dict[str, Any] = {"teacher": task.teacher, "teacher_hash": task.teacher_hash, "prompts": task.prompts}
+    facts |= {"source": task.item.source, "corpus": task.corpus.source if task.corpus else None}
+    facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **figures}
+    write_json(summary, facts)
     shutil.rmtree(folder)
     return facts
 
 
-def _embedded(texts: _Texts, embed: Embed, folder: Path, name: str, progress: bool) -> np.ndarray:
+def _begin(task: _Task, problem: Problem, folder: Path, summary: Path) -> dict[str, Any] | None:
+    """Writes down what the call is about; the summary, if one like it was killed when all was written."""
+    folder.mkdir(exist_ok=True)
+    plan = {
+        "teacher_hash": task.teacher_hash,
+        "prompts": task.prompts,
+        "texts": [problem.queries.digest(), problem.passages.digest()],
+        "rows": hashlib.sha256(repr(problem.rows).encode()).hexdigest()[:16],
+        "settings": asdict(task.settings),
+    }
+    known = _read(folder / _PLAN)
+    if task.output.exists():
+        if known != plan:
+            raise _exists(task.output)
+        if done := _read(summary):
+            shutil.rmtree(folder)
+            return done
+    else:
+        summary.unlink(missing_ok=True)  # Of an output that was removed.
+    write_json(folder / _PLAN, plan)
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _embedded(texts: Texts, embed: Embed, folder: Path, name: str, progress: bool) -> np.ndarray:
     digest = hashlib.sha256(f"{name} {texts.digest()}".encode()).hexdigest()[:16]
     shown = f"embedding {name.rsplit(' ', 1)[1]}" if progress else None
     return embed_to_file(embed, list(texts.number), folder / f"{digest}.f16", progress=shown)
 
 
 def _choose_all(
-    problem: _Problem, queries: np.ndarray, passages: np.ndarray, settings: Settings, device: str, progress: bool
+    problem: Problem, queries: np.ndarray, passages: np.ndarray, settings: Settings, device: str, progress: bool
 ) -> tuple[list[list[int]], dict[str, Any]]:
     kinds = np.array(problem.passages.kind, dtype=np.int64)
     rows_of: list[list[int]] = [[] for _ in range(len(queries))]
@@ -299,7 +311,7 @@ def _choose_all(
     }
 
 
-def _write_rows(output: Path, records: Records, problem: _Problem, chosen: list[list[int]], progress: bool) -> None:
+def _write_rows(output: Path, records: Records, problem: Problem, chosen: list[list[int]], progress: bool) -> None:
     texts = list(problem.passages.number)
     labels = [(name, records.column(name)) for name in ("id", "cluster")]
     with ExitStack() as stack:

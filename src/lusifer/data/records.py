@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lusifer.data.reading import hub_blocks, load_hub_set, read_blocks
@@ -26,6 +25,7 @@ from lusifer.data.sources import files_of_recipe, unit_of
 from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.datasets import fingerprint
+from lusifer.locks import alone_at
 from lusifer.publishing import publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
@@ -147,7 +147,7 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
     if not path.is_file():  # Who may only read a cache can use what is there.
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            with alone_at(path, wait=True):
                 if not path.is_file():
                     _write(item, path)
         except OSError as error:

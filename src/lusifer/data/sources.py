@@ -95,6 +95,19 @@ def _describe(fs: Any, name: str, source: str) -> InputFile:
     return InputFile(url, int(info.get("size") or 0), version(info))
 
 
+def is_unchanged(file: InputFile) -> bool:
+    """Whether a file still has the size and the version that it was found with.
+
+    Raises:
+        LusiferError: If it is gone, or its store cannot be reached.
+    """
+    fs, path = locate(file.url)
+    with storage_errors(file.url):
+        fs.invalidate_cache()  # A store's listing of before would say what was.
+        info = fs.info(path)
+    return (int(info.get("size") or 0), version(info)) == (file.size, file.version)
+
+
 def _is_data(fs: Any, name: str, *, below: str) -> bool:
     """Whether a file in a folder is data rather than hidden, of another format, or a configuration in JSON."""
     if any(part.startswith((".", "_")) for part in name.removeprefix(below).split("/") if part):

@@ -23,7 +23,10 @@ from pydantic import ValidationError
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.intervals import Recorder
+from lusifer.locks import alone_at
 from lusifer.publishing import write_json
+
+_RUN = "run.json"
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,7 @@ class Results(ResultCache):
 
     def __init__(self, out: Path, settings: dict[str, Any], revisions: Mapping[str, str]) -> None:
         self.cache_path = out  # mteb's own constructor makes the folder, before anybody knows that the model loads.
-        known = read_object(out / "run.json")
-        for key in ("model_hash", "prompts"):
-            now, there = settings[key], settings[key] if known is None else known.get(key)
-            if now != there:
-                difference = f"{key} is {there!r} there and {now!r} now"
-                raise LusiferError(f"{out} holds results of another run ({difference}); choose another --out")
+        _refuse_other(out, settings)
         name = "local/" + settings["model"].strip("./").replace("/", "-").replace(":", "-")
         self.model: Any = ModelMeta.create_empty(overwrites={"name": name, "revision": settings["model_hash"]})
         self.settings, self.revisions = settings, revisions
@@ -131,10 +129,13 @@ class Results(ResultCache):
         """Writes what the folder is about, and adds tasks to what it shall hold.
 
         Raises:
-            LusiferError: If the folder cannot be written.
+            LusiferError: If the folder cannot be written, or another process has made it another model's meanwhile.
         """
+        with alone_at(Path(self.cache_path) / _RUN, wait=True):
+            self._claim(tasks, _refuse_other(Path(self.cache_path), self.settings))
+
+    def _claim(self, tasks: Sequence[Task], before: dict[str, Any]) -> None:
         out = Path(self.cache_path)
-        before = read_object(out / "run.json") or {}
         plan: dict[str, Any] = dict(before.get("plan") or {})
         for task in tasks:
             planned = plan.get(task.name) or {"splits": [], "subsets": {}}
@@ -146,9 +147,20 @@ class Results(ResultCache):
                 path.mkdir(parents=True, exist_ok=True)
             write_json(folder / "model_meta.json", json.loads(json.dumps(self.model.to_dict(), default=str)))
             asked = {key: self.settings[key] for key in ("model", "model_hash", "prompts")}
-            write_json(out / "run.json", {**before, **asked, "plan": plan})
+            write_json(out / _RUN, {**before, **asked, "plan": plan})
         except OSError as error:
             raise LusiferError(f"cannot write into {str(out)!r}: {first_line(error)}") from error
+
+
+def _refuse_other(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` holds, nothing where there is none; refuses that of another model or of other prompts."""
+    known = read_object(out / _RUN)
+    for key in ("model_hash", "prompts"):
+        now, there = settings[key], settings[key] if known is None else known.get(key)
+        if now != there:
+            difference = f"{key} is {there!r} there and {now!r} now"
+            raise LusiferError(f"{out} holds results of another run ({difference}); choose another --out")
+    return known or {}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

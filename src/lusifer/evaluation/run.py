@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from filelock import FileLock, Timeout
 from mteb.types import PromptType
 from tqdm.auto import tqdm
 
@@ -35,6 +34,7 @@ from lusifer.evaluation.systems import Embedder, language_profile, load_embedder
 from lusifer.evaluation.tasks import cost, data_revision, mteb_task
 from lusifer.hooks.datasets import arrow_cache
 from lusifer.hooks.mteb import PREDICTIONS_TAKEN
+from lusifer.locks import BusyError, alone_at
 from lusifer.publishing import write_json
 from lusifer.quiet import quiet_libraries
 from lusifer.starter.fetch import cache_dir
@@ -153,8 +153,7 @@ def _run_here(
 
 def _score_locked(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:
     """Scores what is left of a task, unless another process is at it."""
-    lock = FileLock(Path(results.cache_path) / f".{task.name}.lock")
-    with suppress(Timeout), lock.acquire(blocking=False):
+    with suppress(BusyError), alone_at(Path(results.cache_path) / task.name):
         for last in (False, True):  # A hub that stumbles once is no failure.
             try:
                 if not results.is_complete(mteb_task(task, data)):

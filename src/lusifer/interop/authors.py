@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.interop.authors_format import PARTS, UNUSED, Source, backbone_of, fetch, is_authors_checkpoint, read_source
+from lusifer.locks import alone_at
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.model.checkpoint import WEIGHTS, check_fit
 from lusifer.model.configuration import LusiferConfig
@@ -70,11 +71,13 @@ def find_authors(name: str) -> str:
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
     out = cache_dir() / "models" / f"authors-{digest.hexdigest()[:12]}"
     if not (out / "modules.json").is_file():
-        logger.info("converting %s, once, into %s", name, out)
-        try:
-            convert_authors(name, out)
-        except OtherBackboneError:
-            convert_authors(name, out, merge=True)
+        with alone_at(out, wait=True):
+            if not (out / "modules.json").is_file():
+                logger.info("converting %s, once, into %s", name, out)
+                try:
+                    convert_authors(name, out)
+                except OtherBackboneError:
+                    convert_authors(name, out, merge=True)
     return str(out)
 
 
@@ -104,11 +107,16 @@ def convert_authors(
     Raises:
         LusiferError: If it is of another format, damaged, does not fit its backbones, or cannot be written.
     """
+    with alone_at(out):
+        return _convert(source, out, {"encoder": encoder, "llm": llm}, merge, progress)
+
+
+def _convert(source: str, out: Path, chosen: dict[str, str | None], merge: bool, progress: bool) -> dict[str, Any]:
     folder = fetch(source)
     theirs = read_source(folder)
     names = {
-        "encoder": encoder or backbone_of(folder, theirs.config["universal_learner_name_or_path"]),
-        "llm": llm or backbone_of(folder, theirs.config["encoder_name_or_path"]),
+        "encoder": chosen["encoder"] or backbone_of(folder, theirs.config["universal_learner_name_or_path"]),
+        "llm": chosen["llm"] or backbone_of(folder, theirs.config["encoder_name_or_path"]),
     }
     config = _our_config(theirs, names, merge, {"converted_from": source, "format": "authors"})
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import alone_at_new
 from lusifer.publishing import publish_folder
 
 _WEIGHTS, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -36,8 +37,11 @@ def convert_pickled(source: str, output: Path) -> dict[str, Any]:
     Raises:
         LusiferError: If the source cannot be read or holds more than tensors, or the folder exists.
     """
-    if output.exists():
-        raise LusiferError(f"{str(output)!r} exists already; choose a new folder")
+    with alone_at_new(output):
+        return _convert(source, output)
+
+
+def _convert(source: str, output: Path) -> dict[str, Any]:
     folder = _fetched(source)
     state: dict[str, Any] = {}
     for path in _parts(source, folder):

@@ -26,10 +26,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from lusifer.adapt import adapt
+from lusifer.adapt import Options, adapt
 from lusifer.errors import LusiferError
 from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint, load_for_inference
+from lusifer.locks import alone_at
 from lusifer.model.backbone_alone import encoder_alone
 from lusifer.publishing import write_json
 from lusifer.quickstart import adapted
@@ -121,6 +122,13 @@ def quickstart(
     """
     recipe = quickstart_recipe(output, overrides)
     options = replace(adapted.COUNTS, encoder=recipe.model.encoder, seed=recipe.seed)
+    with alone_at(output):
+        return _run(recipe, options, output, progress, answered)
+
+
+def _run(
+    recipe: Recipe, options: Options, output: Path, progress: bool, answered: Callable[[Answers], object] | None
+) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     whole = [fingerprint(recipe, STAGES[-1]), adapted.TEACHER, repr(options)]
     run = _Run(output, hashlib.sha256(json.dumps(whole).encode()).hexdigest())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,10 +19,14 @@ from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
-from lusifer.model.text_encoder import TextEncoder
 from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
+
+if TYPE_CHECKING:
+    from lusifer.model.text_encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
 
 # Texts embedded before they are written: a CPU needs seconds for so many, an accelerator less than a second.
 _CHUNK = {"cpu": 256}
@@ -118,8 +123,18 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
         How many were ``added``, ``updated`` (other text), ``changed`` (other metadata) and ``unchanged``.
 
     Raises:
-        LusiferError: If the index cannot be written.
+        LusiferError: If the index cannot be written, or another process writes to it.
     """
+    with store.writing():
+        if doubled := store.heal():
+            logger.warning("%s: %d rows of ids that stood there twice are removed", store.location, doubled)
+        counts = _add(store, encoder, entries, progress)
+        if counts["unchanged"] < len(entries) or doubled:
+            store.tidy()
+    return counts
+
+
+def _add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], progress: bool) -> dict[str, int]:
     prompt = store.info.prompt or ""
     counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
     chunk = _CHUNK.get(encoder.model.device.type, _CHUNK_ELSEWHERE)
@@ -143,8 +158,6 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
             bar.update(len(part))
             if number % _TIDY_EVERY == 0:
                 store.tidy()
-    if counts["unchanged"] < len(entries):
-        store.tidy()
     return counts
 
 

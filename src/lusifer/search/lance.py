@@ -6,7 +6,10 @@ version for every change, so an interrupted one leaves the version before.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import INSIDE, alone_at
 from lusifer.publishing import write_json
 from lusifer.search.filters import Filter, OneOf, to_sql
 from lusifer.search.lexical import words
@@ -24,8 +28,10 @@ from lusifer.search.store import Entry, Hit, IndexInfo, Store
 
 # Up to here, comparing with every vector takes milliseconds.
 APPROXIMATE_FROM = 50_000
+_SYSTEM = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)}
 _TABLE = "texts"
 _KEEP_VERSIONS = timedelta(hours=1)  # For readers that are still at an older one.
+_DELETED = 10_000  # Rows of one deletion.
 _MIN_TRAIN = 256  # Rows from which LanceDB can train its partitions.
 
 
@@ -43,11 +49,18 @@ class LanceStore(Store):
         Raises:
             LusiferError: If something else is there, or the folder cannot be written.
         """
+        _lancedb()
+        with alone_at(path):
+            return cls._create(path, info)
+
+    @classmethod
+    def _create(cls, path: Path, info: IndexInfo) -> LanceStore:
         lancedb = _lancedb()
         # What an interrupted creation left has no facts.json yet, and is made again.
         mode = "overwrite" if (path / "lance").exists() else "create"
         names = {file.name for file in path.iterdir()} if path.is_dir() else set()
-        if path.is_file() or any(name != "lance" and not name.startswith(".facts.json") for name in names):
+        ours = ("lance", INSIDE)
+        if path.is_file() or any(name not in ours and not name.startswith(".facts.json") for name in names):
             raise LusiferError(f"{str(path)!r} exists and is not an empty folder; choose another name for the index")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -95,18 +108,25 @@ class LanceStore(Store):
         """The folder of the index."""
         return self.path
 
+    def writing(self, *, wait: bool = False) -> AbstractContextManager[None]:
+        """See `Store.writing`: LanceDB lets two processes insert one id twice."""
+        return alone_at(self.path, wait=wait)
+
     def _errors(self) -> AbstractContextManager[None]:
         return _one_line(self.path)
 
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
+        new = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        new.execute(self._rows(entries, vectors))
+
+    def _rows(self, entries: Sequence[Entry], vectors: np.ndarray) -> Any:
         import pyarrow as pa
 
         columns: dict[str, Any] = {key: [getattr(one, key) for one in entries] for key in ("id", "text", "lang")}
         columns["words"] = [" ".join(words(entry.text)) for entry in entries]
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.info.dimension)
         columns |= {name: [entry.metadata.get(name) for entry in entries] for name in self.info.columns}
-        rows = pa.table(columns, schema=_schema(self.info))
-        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        return pa.table(columns, schema=_schema(self.info))
 
     def _fetch(self, ids: Sequence[str]) -> tuple[list[Entry], np.ndarray]:
         query = self._table.search().where(to_sql(OneOf("id", tuple(ids)))).limit(len(ids))
@@ -154,6 +174,24 @@ class LanceStore(Store):
             self._build()
         else:
             self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+
+    def _heal(self) -> int:
+        import pyarrow.compute as pc
+
+        rows = self._table.search().with_row_id(True).select(["id"]).limit(self._table.count_rows()).to_arrow()
+        counts = rows["id"].value_counts()
+        doubled = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        if not len(doubled):
+            return 0
+        latest: dict[str, int] = {}
+        extra: list[int] = []
+        for row in rows.filter(pc.is_in(rows["id"], doubled)).sort_by("_rowid").to_pylist():
+            if row["id"] in latest:
+                extra.append(latest[row["id"]])
+            latest[row["id"]] = row["_rowid"]
+        for begin in range(0, len(extra), _DELETED):
+            self._table.delete(f"_rowid in ({', '.join(map(str, extra[begin : begin + _DELETED]))})")
+        return len(extra)
 
     def _approximate(self) -> bool:
         return any("vector" in index.columns for index in self._table.list_indices())
@@ -218,5 +256,15 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, TypeError) as error:
-        reason = first_line(error)[:200]
-        raise LusiferError(f"the index {str(path)!r} cannot be used; it may be damaged: {reason}") from error
+        raise LusiferError(_told(error, path)) from error
+
+
+def _told(error: Exception, path: Path) -> str:
+    """What is the matter with an index, without the places in LanceDB's source that it names."""
+    reason = re.sub(r",?\s*\S*\.rs:\d+(:\d+)?", "", first_line(error))[:200]
+    if re.search("conflict|concurrent", str(error), re.IGNORECASE):
+        return f"the index {str(path)!r} was changed by another process meanwhile; run the same command again"
+    if reason in _SYSTEM:
+        lost = "nothing that was there is lost, and the same command goes on"
+        return f"cannot write the index {str(path)!r}: {reason}; {lost}"
+    return f"the index {str(path)!r} cannot be used; it may be damaged: {reason}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from lusifer.data.vector_tables import is_vectors, open_vectors
 from lusifer.data.vectors.qdrant import SCHEME, connect
 from lusifer.errors import LusiferError
+from lusifer.locks import alone_at
 from lusifer.search.foreign import TableStore
 from lusifer.search.lance import LanceStore
 from lusifer.search.qdrant import QdrantStore
@@ -62,6 +64,18 @@ def create_store(location: str, info: IndexInfo) -> Store:
     """
     backend, where = _backend(location)
     return backend.create(*where, info)
+
+
+def writing(location: str) -> AbstractContextManager[None]:
+    """Keeps other processes that write to an index out while a block runs, also before it is made.
+
+    Args:
+        location: As for `create_store`; a server keeps order by itself.
+
+    Raises:
+        LusiferError: If another process writes to it.
+    """
+    return nullcontext() if location.startswith(SCHEME) else alone_at(location)
 
 
 def store_exists(location: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,17 @@ class Store(ABC):
     location: str
     has_words = True  # Whether `bm25` and `hybrid` work.
 
+    def writing(self, *, wait: bool = False) -> AbstractContextManager[None]:
+        """Keeps other processes that write to the index out while a block runs, where the backend does not by itself.
+
+        Args:
+            wait: Wait for another process to end, instead of refusing.
+
+        Raises:
+            LusiferError: If another process writes to it.
+        """
+        return nullcontext()
+
     def upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         """Adds texts, or replaces those of the same id.
 
@@ -127,7 +138,7 @@ class Store(ABC):
             LusiferError: If the vectors do not fit the index.
         """
         rows = self._checked(entries, vectors)
-        with self._errors():
+        with self.writing(wait=True), self._errors():
             self._upsert(entries, rows)
 
     def fetch(self, ids: Sequence[str]) -> dict[str, tuple[Entry, np.ndarray]]:
@@ -156,13 +167,21 @@ class Store(ABC):
 
     def build(self) -> None:
         """Makes or renews the index for approximate search."""
-        with self._errors():
+        with self.writing(wait=True), self._errors():
             self._build()
 
     def tidy(self) -> None:
         """Takes new texts into the indexes and frees what old versions hold; to be called after adding."""
-        with self._errors():
+        with self.writing(wait=True), self._errors():
             self._tidy()
+
+    def heal(self) -> int:
+        """Keeps one row, the latest, of each id; returns how many were too many.
+
+        Earlier versions gave an id two rows where two processes added it at once.
+        """
+        with self.writing(wait=True), self._errors():
+            return self._heal()
 
     def approximate(self) -> bool:
         """Whether there is an index for approximate search."""
@@ -224,10 +243,12 @@ class Store(ABC):
             raise LusiferError("say what to delete: either ids or a filter")
         if ids is not None and not ids:
             return 0
-        before, condition = self.count(), self.parsed(where)
-        with self._errors():
-            self._delete(ids, condition)
-        return before - self.count()
+        condition = self.parsed(where)
+        with self.writing(wait=True):
+            before = self.count()
+            with self._errors():
+                self._delete(ids, condition)
+            return before - self.count()
 
     def parsed(self, where: Filter | str | None) -> Filter | None:
         """A filter, checked against the columns of the index."""
@@ -296,6 +317,9 @@ class Store(ABC):
     def _build(self) -> None: ...
     @abstractmethod
     def _tidy(self) -> None: ...
+    def _heal(self) -> int:
+        return 0  # A store whose ids are keys has none.
+
     @abstractmethod
     def _approximate(self) -> bool: ...
     @abstractmethod

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import alone_at
 from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.e5 import convert_e5
 from lusifer.starter.minilm import convert_minilm
@@ -184,7 +185,7 @@ def _fetch(key: str, force: bool) -> Path:
         return folder
     with _disk_errors(key):
         _root().mkdir(parents=True, exist_ok=True)
-        with _lock(key):
+        with alone_at(folder, wait=True):
             # Another process may have finished it while this one waited.
             if force or not _is_complete(folder, hashes=True):
                 for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
@@ -206,17 +207,6 @@ def _disk_errors(key: str) -> Iterator[None]:
             f"cannot write {PREFIX}{key} under {_root()}: {first_line(error)} "
             "(make room or correct the permissions, or set LUSIFER_CACHE to another folder)"
         ) from error
-
-
-def _lock(key: str) -> AbstractContextManager[Any]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(_root() / f".{key}.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another process is fetching %s%s; waiting for it", PREFIX, key)
-        return lock.acquire()
 
 
 def _sha256(path: Path) -> str:

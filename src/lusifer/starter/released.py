@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lusifer.errors import LusiferError
+from lusifer.locks import alone_at
 from lusifer.publishing import publish_folder
 from lusifer.starter.fetch import cache_dir, starter_path
 
@@ -48,12 +49,18 @@ def assemble(source: Path | None = None) -> Path:
     folder = cache_dir() / "models" / f"{NAME}-{digest.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
+    with alone_at(folder, wait=True):
+        if not folder.is_dir():
+            _assemble(source, base, folder)
+    return folder
+
+
+def _assemble(source: Path, base: Path, folder: Path) -> None:
     with publish_folder(folder, "released model") as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHANGES))
         for file in _TOKENIZER:
             shutil.copyfile(base / file, staging / file)
         _add_changes(base / WEIGHTS, source / CHANGES, staging / WEIGHTS)
-    return folder
 
 
 def _add_changes(base: Path, changes: Path, target: Path) -> None:

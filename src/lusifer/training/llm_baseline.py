@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lusifer.data.content import check_inputs_unchanged, inputs_of, keep_inputs
 from lusifer.errors import LusiferError
 from lusifer.model.adapters import add_lora, merge_adapters
 from lusifer.model.backbone_alone import mean_pooled_llm
@@ -18,7 +20,7 @@ from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checks import check_matryoshka
 from lusifer.training.precision import settle
-from lusifer.training.processes import check_output, processes, wait_for_all
+from lusifer.training.processes import alone_in, check_output, first_process_says, processes, wait_for_all
 from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import contrast
 from lusifer.training.trainer import load_trained
@@ -76,6 +78,11 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     if recipe.contrast.teacher:
         raise LusiferError("the LLM alone has no head to learn a teacher's vectors: leave contrast.teacher out")
     check_output(Path(recipe.output))
+    with alone_in(Path(recipe.output) / "llm_alone"):
+        return _train(recipe, progress)
+
+
+def _train(recipe: Recipe, progress: bool) -> Path:
     recipe = settle(recipe)
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
@@ -84,6 +91,7 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     model = llm_alone(recipe)
     check_matryoshka(recipe, int(model[0].auto_model.config.hidden_size))
     folder = Path(recipe.output) / "llm_alone"
+    first_process_says(partial(_begin, recipe, folder))
     alone = LLMAlone(model[0].auto_model)
     trained = contrast(recipe, alone, model.tokenizer, folder / "checkpoints", progress)["trained"]
     if is_sharded(alone):  # It cannot be put together in place.
@@ -94,3 +102,10 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
         save_atomically(model.eval(), folder / "model")
     wait_for_all()
     return folder / "model"
+
+
+def _begin(recipe: Recipe, folder: Path) -> None:
+    inputs = inputs_of(recipe, "contrast")
+    check_inputs_unchanged(folder, inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_inputs(folder, inputs, begun=(folder / "checkpoints").is_dir())

@@ -10,8 +10,8 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from torch import distributed as dist
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.locks import alone_at
 from lusifer.training.gradient_cache import gather, world
 
 _PATIENCE = timedelta(days=7)
@@ -58,6 +59,42 @@ def first_process_first() -> Iterator[None]:
             wait_for_all()
 
 
+def first_process_says(work: Callable[[], Any]) -> Any:
+    """What a function gives on the first process, told to all; every process must ask.
+
+    Args:
+        work: Runs on the first process alone; what it gives can be pickled.
+
+    Raises:
+        LusiferError: On every process, if the function raises one.
+    """
+    answer: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            answer = [work()]
+        except LusiferError as error:
+            answer = [LusiferError(str(error))]  # Without its cause, which may not survive pickling.
+    told = broadcast_object_list(answer)[0]
+    if isinstance(told, LusiferError):
+        raise told
+    return told
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder while a block runs; one process of many holds the lock.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        LusiferError: On every process, if another run is at work there.
+    """
+    with ExitStack() as stack:
+        first_process_says(lambda: stack.enter_context(alone_at(output)))
+        yield
+
+
 def any_process(answer: bool) -> bool:
     """Whether any process says yes; every process must ask."""
     return bool(gather(torch.tensor(answer, device=processes().device)).any())
@@ -77,19 +114,8 @@ def check_output(output: Path) -> None:
     Raises:
         LusiferError: If it cannot be written to, or a process has another folder under this name.
     """
-    answer: list[Any] = [None]
-    sign = output / f".lusifer-{secrets.token_hex(8)}"
-    if processes().is_main_process:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            sign.touch()
-            answer = [sign.name]
-        except OSError as error:
-            answer = [LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}")]
-    name = broadcast_object_list(answer)[0]
-    if isinstance(name, LusiferError):
-        raise name
-    seen = _appears(output / name)
+    sign = output / first_process_says(lambda: _sign(output))
+    seen = _appears(sign)
     alone = any_process(not seen)
     sign.unlink(missing_ok=True)
     if not seen:
@@ -99,6 +125,17 @@ def check_output(output: Path) -> None:
         )
     if alone:
         raise LusiferError(f"output {str(output)!r} is not shared by all machines; see the message of the others")
+
+
+def _sign(output: Path) -> str:
+    """Makes the folder and a file in it; returns the file's name."""
+    name = f".lusifer-{secrets.token_hex(8)}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    except OSError as error:
+        raise LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}") from error
+    return name
 
 
 def _appears(path: Path) -> bool:

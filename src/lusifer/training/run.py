@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
+from lusifer.data.content import check_inputs_unchanged, inputs_of, keep_inputs
 from lusifer.data.records import read_texts
 from lusifer.errors import LusiferError
 from lusifer.loading import load_checkpoint
 from lusifer.model.backbones import load_tokenizer
+from lusifer.model.fingerprint import files_fingerprint
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import publish_file, write_json
@@ -26,7 +30,14 @@ from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, restore_data_types, settle
-from lusifer.training.processes import check_output, first_process_first, processes, wait_for_all
+from lusifer.training.processes import (
+    alone_in,
+    check_output,
+    first_process_first,
+    first_process_says,
+    processes,
+    wait_for_all,
+)
 from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import (
     STAGES,
@@ -123,17 +134,23 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         progress: Whether to show progress bars.
 
     Raises:
-        LusiferError: If the data or a backbone cannot be read, or the output folder holds another recipe's run.
+        LusiferError: If the data or a backbone cannot be read, the output folder holds a run of another
+            recipe or of data that have changed since, or another process is at work there.
     """
-    state = processes()
+    processes()
     with first_process_first():
         check_inputs(recipe)
     check_output(Path(recipe.output))
-    recipe = settle(recipe)
+    with alone_in(Path(recipe.output)):
+        return _train(settle(recipe), progress)
+
+
+def _train(recipe: Recipe, progress: bool) -> Path:
     output, model, previous = Path(recipe.output), None, None
     for number, name in enumerate(STAGES):
         if not getattr(recipe, name).enabled:
             continue
+        first_process_says(partial(_check_content, recipe, name))
         if _finished(recipe, name):
             logger.info("%s is finished, skipping it", name)
             model = None
@@ -143,12 +160,28 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             set_seed(recipe.seed + number)
             model = _run_stage(recipe, name, model, previous, progress)
         previous = output / name / "model"
+    if model is None and previous is not None and first_process_says(partial(_is_final, output / "model", previous)):
+        return output / "model"
     model = _model_before(recipe, previous) if model is None else model
-    if state.is_main_process:
+    if processes().is_main_process:
         tokenizer = load_tokenizer("llm", recipe.model.llm, revision=recipe.model.llm_revision)
         save_atomically(model, output / "model", llm_tokenizer=tokenizer)
     wait_for_all()
     return output / "model"
+
+
+def _is_final(model: Path, last: Path) -> bool:
+    """Whether the final model is there and is the last stage's: who reads it shall not find it gone meanwhile."""
+    if not (model / "llm_tokenizer").is_dir() or not {path.name for path in last.iterdir()} <= set(os.listdir(model)):
+        return False
+    weights = files_fingerprint(str(model))
+    return weights is not None and weights == files_fingerprint(str(last))
+
+
+def _check_content(recipe: Recipe, name: str) -> None:
+    folder = Path(recipe.output) / name
+    if folder.is_dir():
+        check_inputs_unchanged(folder, inputs_of(recipe, name))
 
 
 def recipe_for_provenance(recipe: Recipe) -> dict[str, Any]:
@@ -196,6 +229,7 @@ def _run_stage(
     types = data_types(lusifer_model(model))
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        keep_inputs(folder, inputs_of(recipe, name), begun=(folder / "fingerprint").is_file())
         with publish_file(folder / "fingerprint") as staging:
             staging.write_text(inputs, encoding="utf-8")
     wait_for_all()

@@ -1,0 +1,101 @@
+"""One process at a time on a place that a user names.
+
+The lock is a hidden file beside the place, ``.NAME.lock``, which stays. The system lets go of it when the process ends,
+however it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lusifer.errors import LusiferError, first_line
+
+INSIDE = ".lusifer.lock"  # Its name within a folder whose own parent cannot be written, such as a mounted disk.
+_WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(LusiferError):
+    """Another process is at work in a place."""
+
+
+@contextmanager
+def alone_at(place: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of a place while a block runs; a block within a block of one thread is let through.
+
+    Args:
+        place: A file or a folder, which need not be there; the folder it stands in is made.
+        wait: Wait for another process to end, instead of refusing.
+
+    Raises:
+        BusyError: If another process is at work there.
+        LusiferError: If nothing can be written there.
+    """
+    lock = _acquired(Path(os.path.realpath(place)), str(place), wait)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def alone_at_new(place: Path) -> Iterator[None]:
+    """As `alone_at`, of a place where nothing is yet.
+
+    Args:
+        place: The file or folder to be made.
+
+    Raises:
+        LusiferError: As there, or if it exists.
+    """
+    _refuse_existing(place)  # Before anything is made beside it.
+    with alone_at(place):
+        _refuse_existing(place)
+        yield
+
+
+def _refuse_existing(place: Path) -> None:
+    if place.exists():
+        raise LusiferError(f"{str(place)!r} exists already; choose a new folder")
+
+
+def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
+    """The lock, taken; None where the file system knows no locks."""
+    beside = place.with_name(f".{place.name}.lock")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _take(beside, shown, wait)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not place.is_dir():
+                raise
+            return _take(place / INSIDE, shown, wait)
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in _WITHOUT:
+            raise LusiferError(f"cannot write {shown!r}: {first_line(error)}") from error
+    logger.warning("the file system of %s knows no locks: do not work on it with two commands at once", shown)
+    return None
+
+
+def _take(path: Path, shown: str, wait: bool) -> FileLock:
+    # The same object for the same path, which counts how often its thread has taken it.
+    lock = FileLock(path, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise BusyError(f"another process is at work in {shown!r}; wait for it, or choose another place") from None
+        logger.info("another process is at work in %s; waiting for it", shown)
+        lock.acquire(timeout=-1)
+    return lock

@@ -1,0 +1,164 @@
+"""Two processes at one index: never two rows of one id, and what earlier versions doubled is healed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lusifer import LusiferError
+from lusifer.search import Entry, IndexInfo, open_store
+from lusifer.search.indexing import add
+from support.command import mistake
+from support.holding import held
+
+pytest.importorskip("lancedb")
+
+from lusifer.search.lance import LanceStore  # noqa: E402
+
+DIM = 16
+INFO = IndexInfo("some/model", "0123456789abcdef", DIM)
+COUNT = 600
+# Made and filled once all processes are there, so that they meet.
+_ADD = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from lusifer import LusiferError
+from lusifer.search import Entry, open_store
+from lusifer.search.indexing import add
+
+class Encoder:
+    cut = 0
+    class model:
+        class device:
+            type = "cpu"
+    def encode(self, texts):
+        return np.eye(16, dtype=np.float32)[[hash(text) % 16 for text in texts]].reshape(-1, 16)
+
+index, count = sys.argv[1], int(sys.argv[2])
+entries = [Entry(f"id{i}", f"text {i}", "en") for i in range(count)]
+store = open_store(index)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    add(store, Encoder(), entries)
+except LusiferError as error:
+    print(error, file=sys.stderr)
+    raise SystemExit(2)
+"""
+
+
+class Encoder:
+    """Gives every text one vector."""
+
+    cut = 0
+
+    class model:
+        class device:
+            type = "cpu"
+
+    def encode(self, texts):
+        return np.tile(np.eye(DIM, dtype=np.float32)[0], (len(texts), 1))
+
+
+def entries(count, word="text"):
+    return [Entry(f"id{i}", f"{word} {i}", "en") for i in range(count)]
+
+
+def vectors(count):
+    return np.tile(np.eye(DIM, dtype=np.float32)[1], (count, 1))
+
+
+def ids(path):
+    return open_store(str(path))._table.to_arrow()["id"].to_pylist()
+
+
+def test_two_that_add_at_once_leave_each_id_once(tmp_path):
+    LanceStore.create(tmp_path / "index", INFO)
+    command = [sys.executable, "-c", _ADD, str(tmp_path / "index"), str(COUNT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    two = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in two:
+        assert process.stdout.readline() == "ready\n"
+    for process in two:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [(process.communicate(timeout=120)[1], process.returncode) for process in two]
+    assert 0 in [code for _, code in told], told
+    for err, code in told:
+        assert code == 0 or (code == 2 and "another process is at work in" in err), err
+    assert sorted(ids(tmp_path / "index")) == sorted(f"id{i}" for i in range(COUNT))
+
+
+def test_the_commands_that_write_name_the_place(call, tmp_path):
+    index = tmp_path / "index"
+    LanceStore.create(index, INFO).upsert(entries(3), vectors(3))
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    with held(index):
+        for arguments in (("add", index, tmp_path / "in.txt"), ("delete", index, "--ids", "id1"), ("build", index)):
+            assert f"another process is at work in {str(index)!r}" in mistake(*call("index", *arguments))
+        assert json.loads(call("index", "info", index, "--json")[1])["texts"] == 3, "reading needs no lock"
+    assert json.loads(call("index", "delete", index, "--ids", "id1", "--json")[1])["deleted"] == 1
+
+
+def test_a_process_that_is_killed_lets_go(tmp_path):
+    store = LanceStore.create(tmp_path / "index", INFO)
+    with held(tmp_path / "index") as process:
+        with pytest.raises(LusiferError, match="another process is at work in"):
+            add(store, Encoder(), entries(3))
+        process.kill()
+        process.wait()
+        assert add(store, Encoder(), entries(3))["added"] == 3
+
+
+def test_doubled_ids_are_healed_by_the_next_add(tmp_path, caplog):
+    store = LanceStore.create(tmp_path / "index", INFO)
+    for word in ("old", "new"):  # As two processes at once left them.
+        store._table.add(store._rows(entries(40, word), vectors(40)))
+    store.upsert([Entry("alone", "alone", "en")], vectors(1))
+    assert store.count() == 81
+    assert add(store, Encoder(), entries(2, "new"))["unchanged"] == 2
+    assert store.count() == 41 and len(set(ids(tmp_path / "index"))) == 41
+    assert {entry.text for entry, _ in store.fetch([f"id{i}" for i in range(40)]).values()} == {
+        f"new {i}" for i in range(40)
+    }
+    assert "40 rows of ids that stood there twice are removed" in caplog.text
+    assert store.heal() == 0
+
+
+SOURCE = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/lance-file-13.0.0/src/writer/structural.rs:191:9"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            f"lance error: LanceError(IO): No space left on device (os error 28), {SOURCE}",
+            "cannot write the index {index}: No space left on device; nothing that was there is lost, and the same "
+            "command goes on",
+        ),
+        (
+            "lance error: Retryable commit conflict for version 5: This Update transaction was preempted by concurrent "
+            f"transaction Delete at version 5. Please retry., {SOURCE}",
+            "the index {index} was changed by another process meanwhile; run the same command again",
+        ),
+        (
+            f"lance error: LanceError(IO): file is truncated, {SOURCE}",
+            "the index {index} cannot be used; it may be damaged: lance error: LanceError(IO): file is truncated",
+        ),
+    ],
+)
+def test_what_lancedb_says_is_one_clear_line(tmp_path, monkeypatch, said, told):
+    store = LanceStore.create(tmp_path / "index", INFO)
+
+    def failing(*args):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(store, "_upsert", failing)
+    with pytest.raises(LusiferError) as caught:
+        store.upsert(entries(1), vectors(1))
+    assert str(caught.value) == told.format(index=repr(str(tmp_path / "index")))
