@@ -389,7 +389,9 @@ def test_a_backbone_that_changed_since_the_stage_began_is_refused(make, tiny_llm
         train(recipe, progress=False)
     tensors = load_file(tmp_path / "llm" / "model.safetensors")
     save_file(
-        {name: value * 1.01 for name, value in tensors.items()}, tmp_path / "llm" / "model.safetensors", {"format": "pt"}
+        {name: value * 1.01 for name, value in tensors.items()},
+        tmp_path / "llm" / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(LusiferError, match=r"model\.llm: .*llm has changed since .*align"):
         train(recipe, progress=False)
