@@ -49,6 +49,10 @@ def serve(
     ] = 5.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    watchdog: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds; the process ends when the model is stuck or fails for so long."),
+    ] = None,
     ui: Annotated[str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +111,7 @@ def serve(
         from lusifer.search.page import make_router
 
         app.include_router(make_router(store, _Queries(store.info.dimension, app.state.service)))
-    run(app, listening, phase, drain_timeout=timeout)
+    run(app, listening, phase, drain_timeout=timeout, watchdog=watchdog)
     if not quiet:
         typer.echo("stopped", err=True)
 

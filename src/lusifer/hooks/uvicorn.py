@@ -100,11 +100,19 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn's.
         drain: Called at the first signal.
         finished: Whether the server may end.
+        force: Called at a second Ctrl-C.
     """
 
-    def __init__(self, config: uvicorn.Config, *, drain: Callable[[], None], finished: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain: Callable[[], None],
+        finished: Callable[[], bool],
+        force: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._drain, self._finished = drain, finished
+        self._drain, self._finished, self._force = drain, finished, force
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -114,6 +122,7 @@ class DrainingServer(uvicorn.Server):
             self._drain()
         elif sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
+            self._force()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end."""

@@ -7,6 +7,7 @@ A request is received whole (`lusifer.serving.limits`), checked (`lusifer.servin
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -103,12 +104,14 @@ def _operations(phase: Phase, metrics: Metrics) -> APIRouter:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @router.get("/ready", responses={503: {"description": "Loading or shutting down."}})
+    @router.get("/ready", responses={503: {"description": "Loading, shutting down, or the model fails."}})
     async def ready() -> Response:
-        """Whether requests are taken."""
-        state = "draining" if phase.draining else "ready" if phase.ready else "loading"
+        """Whether requests are taken, and answered by the model."""
+        trouble = phase.model.trouble() if phase.ready else None
+        state = "draining" if phase.draining else "failing" if trouble else "ready" if phase.ready else "loading"
         headers = {} if state == "ready" else {"retry-after": "5"}
-        return Response(f'{{"status":"{state}"}}', 503 if headers else 200, headers, "application/json")
+        told = {"status": state} | ({"reason": trouble} if trouble and state == "failing" else {})
+        return Response(json.dumps(told), 503 if headers else 200, headers, "application/json")
 
     @router.get("/metrics")
     async def prometheus() -> Response:

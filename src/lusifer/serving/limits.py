@@ -12,10 +12,12 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+
+from lusifer.serving.condition import Condition
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class Phase:
         in_flight: Requests in hand.
         failure: Why the model could not be loaded.
         deadline: `time.monotonic` at which draining ends, whatever is in hand.
+        model: How the model does.
     """
 
     ready: bool = False
@@ -109,14 +112,21 @@ class Phase:
     in_flight: int = 0
     failure: Exception | None = None
     deadline: float = math.inf
+    model: Condition = field(default_factory=Condition)
 
     def drain(self, seconds: float) -> None:
         """Refuses new requests, and gives those in hand some seconds."""
-        self.draining, self.deadline = True, time.monotonic() + seconds
+        self.draining = True
+        self.end_within(seconds)
+
+    def end_within(self, seconds: float) -> None:
+        """Brings the deadline forward."""
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def finished(self) -> bool:
         """Whether the server may end."""
-        drained = self.draining and (not self.in_flight or time.monotonic() > self.deadline)
+        late = time.monotonic() > self.deadline or self.model.stuck() is not None
+        drained = self.draining and (not self.in_flight or late)
         return drained or self.failure is not None
 
 
