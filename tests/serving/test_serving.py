@@ -299,7 +299,7 @@ def answer_of(connection):
     return data
 
 
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def test_a_body_that_is_announced_too_large_is_refused_unread(raw):
@@ -349,7 +349,7 @@ def test_a_slow_head_ends_after_its_time(raw, monkeypatch, beginning):
 
 def test_a_slow_head_after_a_first_request_ends_too(raw, monkeypatch):
     monkeypatch.setattr(httpserver.Protocol, "header_timeout", 0.5)
-    connection = raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection = raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     first = b""
     while b"}" not in first:  # Head and body may arrive apart.
         first += connection.recv(65536)
@@ -367,7 +367,7 @@ def test_what_is_not_http_is_400(raw):
 def test_too_many_connections_get_503(raw, client, monkeypatch):
     monkeypatch.setattr(httpserver.Protocol, "max_connections", 12)
     many = [raw() for _ in range(20)]
-    request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answers = []
     for connection in many:
         connection.sendall(request)

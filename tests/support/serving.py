@@ -66,7 +66,7 @@ def serving(source, **options):
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             wait_for(lambda: client.get("/ready").status_code == 200)
-            client.port = port
+            client.port, client.service = port, app.state.service
             yield client
     finally:
         phase.draining = True

@@ -60,7 +60,6 @@ class EmbeddingService:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Loads the model in the background and serves until left."""
-        self._loop = asyncio.get_running_loop()
         work = asyncio.create_task(self._run())
         try:
             yield
@@ -104,10 +103,6 @@ class EmbeddingService:
         if self._encoder is None or not self.phase.ready:
             raise ApiError(503, "the model is still being loaded", code="not_ready", headers={"retry-after": "5"})
         return self._encoder
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """As `embed`, for threads other than the event loop's, which would wait for itself."""
-        return asyncio.run_coroutine_threadsafe(self.embed(texts), self._loop).result()
 
     async def run_json(self, size: int, work: Callable[[], Result]) -> Result:
         """Reads or writes JSON, in a thread where it is large.
