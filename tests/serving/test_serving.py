@@ -24,7 +24,11 @@ import torch
 from fastapi import APIRouter, Request
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from lusifer import LusiferError
 from lusifer.loading import load_checkpoint
@@ -235,7 +239,26 @@ def test_other_paths_and_methods_have_the_same_errors(client):
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_no_request_of_the_schema_breaks_the_server(client):
+@pytest.fixture(scope="module")
+def page(encoder, tmp_path_factory):
+    """The routes of a search page."""
+    pytest.importorskip("lancedb")
+    from lusifer.search.lance import LanceStore
+    from lusifer.search.page import make_router
+    from lusifer.search.store import Entry, IndexInfo
+
+    store = LanceStore.create(tmp_path_factory.mktemp("page") / "index", IndexInfo("tiny", "0" * 16, encoder.dimension))
+    store.upsert([Entry(str(row), text, "en") for row, text in enumerate(CORPUS)], encoder.encode(CORPUS))
+    store.tidy()
+    return make_router(store, encoder)
+
+
+def test_no_request_of_the_schema_breaks_the_server(encoder, page):
+    with serving(encoder, limits=SMALL, routers=[page]) as client:
+        _fuzz(client)
+
+
+def _fuzz(client):
     schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
     tried = []
     for operation in schema.get_all_operations():
@@ -252,11 +275,11 @@ def test_no_request_of_the_schema_breaks_the_server(client):
         def fuzz(case):
             answer = case.call(timeout=20)
             tried.append((case.operation.path, answer.status_code))
-            checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
+            checks = [not_a_server_error, status_code_conformance, response_schema_conformance, negative_data_rejection]
             case.validate_response(answer, checks=checks)
 
         fuzz()
-    assert ("/v1/embeddings", 200) in tried and ("/v1/embeddings", 400) in tried
+    assert {("/v1/embeddings", 200), ("/v1/embeddings", 400), ("/search", 200), ("/search", 422)} <= set(tried)
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_not_json(tiny_encoder, tiny_llm):
@@ -615,7 +638,6 @@ def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_ll
     (tmp_path / "texts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     index = tmp_path / "index"
     assert call("index", "add", index, tmp_path / "texts.txt", "--model", checkpoint, "-q")[0] == 0
-    assert "no API key to send" in mistake(*call("serve", checkpoint, "-q", "--ui", index, "--api-key", "k"))
     assert "no index at" in mistake(*call("serve", checkpoint, "-q", "--ui", tmp_path / "nowhere"))
     other = build(tiny_encoder, tiny_llm)
     with torch.no_grad():  # Other directions: a model that only scales another's may query its index.
@@ -624,13 +646,16 @@ def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_ll
     save_atomically(other, tmp_path / "other")
     assert "holds vectors of" in mistake(*call("serve", tmp_path / "other", "-q", "--port", "0", "--ui", index))
     command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--ui", str(index)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUSIFER_API_KEY": "secret"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         url = re.match(r"(http://127.0.0.1:\d+)/v1", process.stderr.readline())[1]
         process.stderr.readline()
-        assert process.stderr.readline() == f"search page: {url}/\n"
-        with httpx.Client(base_url=url, timeout=60) as client:
+        assert process.stderr.readline() == f"search page: {url}/  (any user name, the key as password)\n"
+        with httpx.Client(base_url=url, timeout=60, auth=("any", "secret")) as client:
             wait_for(lambda: client.get("/ready").status_code == 200, 60)
+            assert httpx.get(url).status_code == 401
+            assert httpx.get(url, headers={"Host": "attacker.example"}).status_code == 421
             assert "<html" in client.get("/").text
             hits = client.get("/search", params={"q": CORPUS[3], "k": 2}).json()["hits"]
             model = load_checkpoint(str(checkpoint))
