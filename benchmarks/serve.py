@@ -64,7 +64,7 @@ class Client:
     async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of an answer, on a connection that is kept."""
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
-        writer.write(b"%s %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (
+        writer.write(b"%s %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (
             method.encode(), path.encode(), len(body)) + body)  # fmt: skip
         status, *rest = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.split(": ", 1) for line in rest if line)

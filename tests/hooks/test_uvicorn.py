@@ -15,6 +15,8 @@ PROTOCOL = {
     "data_received": ["self", "data"],
     "connection_lost": ["self", "exc"],
     "on_response_complete": ["self"],
+    "pause_writing": ["self"],
+    "resume_writing": ["self"],
     "send_400_response": ["self", "msg"],
 }
 SERVER = {"handle_exit": ["self", "sig", "frame"], "on_tick": ["self", "counter"]}

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -24,12 +24,15 @@ import torch
 from fastapi import APIRouter, Request
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
-from lusifer import LusiferError, LusiferModel
+from lusifer import LusiferError
 from lusifer.loading import load_checkpoint
-from lusifer.model.backbones import load_tokenizer
-from lusifer.model.sentence_transformer import save_atomically, to_sentence_transformer
+from lusifer.model.sentence_transformer import save_atomically
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.serving import server as httpserver
 from lusifer.serving import service as embedservice
@@ -37,77 +40,17 @@ from lusifer.serving.app import create_app
 from lusifer.serving.limits import Limits, Phase
 from lusifer.serving.service import truncated_ids
 from support.command import mistake
-from support.tiny import CORPUS, sharpen
+from support.serving import Gated, build, embed, metric, serving, vectors, wait_for
+from support.tiny import CORPUS
 
 # Unit vectors in float32 whose sums ran in another order, as their batches differ; JSON and base64 are exact.
 TOLERANCE = 1e-5
 SMALL = Limits(max_body=20_000, body_timeout=0.7)
 
 
-class Gated(TextEncoder):
-    """A model that can be held, to see what happens while it is busy; keeps what it was given."""
-
-    def __init__(self, model, **settings):
-        super().__init__(model, **settings)
-        self.open, self.busy, self.seen = threading.Event(), threading.Event(), []
-        self.open.set()
-
-    def encode_ids(self, ids, tick=None):
-        self.busy.set()
-        assert self.open.wait(20)
-        self.seen += [list(row) for row in ids]
-        return super().encode_ids(ids, tick)
-
-    @contextmanager
-    def held(self):
-        """With a first request in the model that stays there."""
-        self.open.clear()
-        self.busy.clear()
-        try:
-            yield
-        finally:
-            self.open.set()
-
-
-def build(tiny_encoder, tiny_llm):
-    torch.manual_seed(0)
-    model = LusiferModel.from_backbones(tiny_encoder, tiny_llm, max_seq_length=64)
-    sharpen(model.connector)
-    found = to_sentence_transformer(model, load_tokenizer("encoder", tiny_encoder))
-    found.prompts = {"query": "she reads ", "document": ""}
-    return found
-
-
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder, tiny_llm):
     return Gated(build(tiny_encoder, tiny_llm))
-
-
-@contextmanager
-def serving(source, **options):
-    """A server on a free port; gives a client, and stops it in an orderly way."""
-    phase = Phase()
-    app = create_app(source, "tiny", phase=phase, **options)
-    listening = httpserver.listen("127.0.0.1", 0)
-    port = listening.getsockname()[1]
-    thread = threading.Thread(target=httpserver.run, args=(app, listening, phase), kwargs={"drain_timeout": 20})
-    thread.start()
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            wait_for(lambda: client.get("/ready").status_code == 200)
-            client.port = port
-            yield client
-    finally:
-        phase.draining = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +62,6 @@ def client(encoder):
 @pytest.fixture(scope="module")
 def official(client):
     return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
-
-
-def embed(client, value, **more):
-    return client.post("/v1/embeddings", json={"input": value, **more})
-
-
-def vectors(answer):
-    assert answer.status_code == 200, answer.text
-    return np.array([row["embedding"] for row in answer.json()["data"]], dtype=np.float32)
-
-
-def metric(client, name, **labels):
-    text = ",".join(f'{key}="{value}"' for key, value in labels.items())
-    line = f"{name}{{{text}}} " if labels else f"{name} "
-    return sum(float(row.split()[-1]) for row in client.get("/metrics").text.splitlines() if row.startswith(line))
 
 
 # What is asked for
@@ -311,7 +239,26 @@ def test_other_paths_and_methods_have_the_same_errors(client):
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_no_request_of_the_schema_breaks_the_server(client):
+@pytest.fixture(scope="module")
+def page(encoder, tmp_path_factory):
+    """The routes of a search page."""
+    pytest.importorskip("lancedb")
+    from lusifer.search.lance import LanceStore
+    from lusifer.search.page import make_router
+    from lusifer.search.store import Entry, IndexInfo
+
+    store = LanceStore.create(tmp_path_factory.mktemp("page") / "index", IndexInfo("tiny", "0" * 16, encoder.dimension))
+    store.upsert([Entry(str(row), text, "en") for row, text in enumerate(CORPUS)], encoder.encode(CORPUS))
+    store.tidy()
+    return make_router(store, encoder)
+
+
+def test_no_request_of_the_schema_breaks_the_server(encoder, page):
+    with serving(encoder, limits=SMALL, routers=[page]) as client:
+        _fuzz(client)
+
+
+def _fuzz(client):
     schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
     tried = []
     for operation in schema.get_all_operations():
@@ -328,11 +275,11 @@ def test_no_request_of_the_schema_breaks_the_server(client):
         def fuzz(case):
             answer = case.call(timeout=20)
             tried.append((case.operation.path, answer.status_code))
-            checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
+            checks = [not_a_server_error, status_code_conformance, response_schema_conformance, negative_data_rejection]
             case.validate_response(answer, checks=checks)
 
         fuzz()
-    assert ("/v1/embeddings", 200) in tried and ("/v1/embeddings", 400) in tried
+    assert {("/v1/embeddings", 200), ("/v1/embeddings", 400), ("/search", 200), ("/search", 422)} <= set(tried)
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_not_json(tiny_encoder, tiny_llm):
@@ -375,7 +322,7 @@ def answer_of(connection):
     return data
 
 
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def test_a_body_that_is_announced_too_large_is_refused_unread(raw):
@@ -425,7 +372,7 @@ def test_a_slow_head_ends_after_its_time(raw, monkeypatch, beginning):
 
 def test_a_slow_head_after_a_first_request_ends_too(raw, monkeypatch):
     monkeypatch.setattr(httpserver.Protocol, "header_timeout", 0.5)
-    connection = raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection = raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     first = b""
     while b"}" not in first:  # Head and body may arrive apart.
         first += connection.recv(65536)
@@ -443,7 +390,7 @@ def test_what_is_not_http_is_400(raw):
 def test_too_many_connections_get_503(raw, client, monkeypatch):
     monkeypatch.setattr(httpserver.Protocol, "max_connections", 12)
     many = [raw() for _ in range(20)]
-    request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answers = []
     for connection in many:
         connection.sendall(request)
@@ -691,7 +638,6 @@ def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_ll
     (tmp_path / "texts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     index = tmp_path / "index"
     assert call("index", "add", index, tmp_path / "texts.txt", "--model", checkpoint, "-q")[0] == 0
-    assert "no API key to send" in mistake(*call("serve", checkpoint, "-q", "--ui", index, "--api-key", "k"))
     assert "no index at" in mistake(*call("serve", checkpoint, "-q", "--ui", tmp_path / "nowhere"))
     other = build(tiny_encoder, tiny_llm)
     with torch.no_grad():  # Other directions: a model that only scales another's may query its index.
@@ -700,13 +646,16 @@ def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_ll
     save_atomically(other, tmp_path / "other")
     assert "holds vectors of" in mistake(*call("serve", tmp_path / "other", "-q", "--port", "0", "--ui", index))
     command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--ui", str(index)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUSIFER_API_KEY": "secret"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         url = re.match(r"(http://127.0.0.1:\d+)/v1", process.stderr.readline())[1]
         process.stderr.readline()
-        assert process.stderr.readline() == f"search page: {url}/\n"
-        with httpx.Client(base_url=url, timeout=60) as client:
+        assert process.stderr.readline() == f"search page: {url}/  (any user name, the key as password)\n"
+        with httpx.Client(base_url=url, timeout=60, auth=("any", "secret")) as client:
             wait_for(lambda: client.get("/ready").status_code == 200, 60)
+            assert httpx.get(url).status_code == 401
+            assert httpx.get(url, headers={"Host": "attacker.example"}).status_code == 421
             assert "<html" in client.get("/").text
             hits = client.get("/search", params={"q": CORPUS[3], "k": 2}).json()["hits"]
             model = load_checkpoint(str(checkpoint))

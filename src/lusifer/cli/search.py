@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -289,15 +290,17 @@ def _load(name: str, device: str | None) -> TextEncoder:
 
 
 def _serve(store: Store, encoder: TextEncoder, prompt: str, port: int) -> None:
+    missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if find_spec(module) is None]
+    if missing:
+        raise LusiferError(f"the search page needs {', '.join(missing)}: pip install 'lusifer[search]'")
+    from lusifer.cli.serve import Queries
     from lusifer.search.page import make_router
+    from lusifer.serving.app import create_app
+    from lusifer.serving.limits import Phase
+    from lusifer.serving.server import listen, run
 
-    try:
-        import uvicorn
-        from fastapi import FastAPI
-    except ImportError as error:
-        raise LusiferError("the search page needs FastAPI and uvicorn: pip install 'lusifer[search]'") from error
-    app = FastAPI(title="lusifer search")
-    app.include_router(make_router(store, encoder, prompt=prompt))
-    typer.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", err=True)
-    # Only this machine: the page has no accounts.
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+    phase, listening = Phase(), listen("127.0.0.1", port)  # Only this machine: the page has no accounts.
+    app = create_app(encoder, store.info.model or "model", phase=phase)
+    app.include_router(make_router(store, Queries(encoder.dimension, app.state.service), prompt=prompt))
+    typer.echo(f"http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C ends it)", err=True)
+    run(app, listening, phase, drain_timeout=5)

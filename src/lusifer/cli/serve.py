@@ -36,6 +36,12 @@ def serve(
         list[str] | None,
         typer.Option(envvar="LUSIFER_API_KEY", help="Required of clients; several may be given, or set, with spaces."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Also answer to this host name; may be given again. * for any. Addresses need none."
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto (measures), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device, the best there is when left out.")] = None,
     batch_tokens: Annotated[
@@ -49,6 +55,10 @@ def serve(
     ] = 5.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    watchdog: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds; the process ends when the model is stuck or fails for so long."),
+    ] = None,
     ui: Annotated[str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -72,10 +82,6 @@ def serve(
     if api_key and not keys:
         raise LusiferError("the API key is empty; give one, or leave --api-key and LUSIFER_API_KEY out")
     _check_model(model)
-    if ui is not None and keys:
-        raise LusiferError(
-            "a page in a browser has no API key to send; leave the key out, or use `lusifer search --ui`"
-        )
     store = None
     if ui is not None:
         from lusifer.search.locations import open_any
@@ -87,7 +93,7 @@ def serve(
         typer.echo(f"warning: {host} is open to the network, without an API key", err=True)
     served = name or model
     if not quiet:
-        typer.echo(_welcome(where, served, bool(keys)) + (f"\nsearch page: {where}/" if store else ""), err=True)
+        typer.echo(_welcome(where, served, bool(keys)) + (_page_line(where, bool(keys)) if store else ""), err=True)
     from lusifer.serving.app import create_app
     from lusifer.serving.limits import Limits, Phase
     from lusifer.serving.server import run
@@ -102,18 +108,19 @@ def serve(
         queue_tokens=queue_tokens,
         max_wait=max_wait,
         api_keys=keys,
+        allowed_hosts=[host, *(allowed_host or [])],
     )
     if store is not None:
         from lusifer.search.page import make_router
 
-        app.include_router(make_router(store, _Queries(store.info.dimension, app.state.service)))
-    run(app, listening, phase, drain_timeout=timeout)
+        app.include_router(make_router(store, Queries(store.info.dimension, app.state.service)))
+    run(app, listening, phase, drain_timeout=timeout, watchdog=watchdog)
     if not quiet:
         typer.echo("stopped", err=True)
 
 
 @dataclass
-class _Queries:
+class Queries:
     """The served model as a search page uses it: its queries wait for their turn like everybody's."""
 
     dimension: int
@@ -124,9 +131,9 @@ class _Queries:
         """The loaded model."""
         return self.service.encoder.model
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    async def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 unit vectors of texts."""
-        return self.service.encode(texts)
+        return await self.service.embed(texts)
 
 
 def _loader(
@@ -171,6 +178,10 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _page_line(where: str, with_key: bool) -> str:
+    return f"\nsearch page: {where}/" + ("  (any user name, the key as password)" if with_key else "")
 
 
 def _welcome(where: str, served: str, with_key: bool) -> str:

@@ -7,14 +7,27 @@ import signal
 from collections.abc import Callable
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
+class Holding(Protocol):
+    """Who is told which clients do not take their answers."""
+
+    def hold(self, transport: asyncio.Transport) -> None:
+        """A client has not taken all that was written."""
+
+    def release(self, transport: asyncio.Transport) -> None:
+        """It has, or it has left."""
+
+
 class LimitedProtocol(H11Protocol):
     """HTTP/1.1 with deadlines for a request's head and for an unread answer; errors have the body the server chooses.
+
+    A request that a client sends before it has taken its last answer waits until it has. Where the application's
+    lifespan gives a state with ``unread``, a `Holding`, that is told who takes its time.
 
     Private: the methods of `H11Protocol` overridden here, its attributes ``app_state``, ``connections``, ``cycle``,
     ``loop`` and ``transport``, and ``RequestResponseCycle.response_complete``.
@@ -31,10 +44,14 @@ class LimitedProtocol(H11Protocol):
     max_connections = 4096
     error_body: Callable[[int, str, str], bytes]
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _answered = False  # An answer is complete, and its client has not taken all of it.
 
     def connection_made(self, transport: Any) -> None:
         """Starts the clock of the first head."""
         super().connection_made(transport)
+        self._unread: Holding | None = self.app_state.get("unread")
+        transport.set_write_buffer_limits(high=0)  # So that we are told of every byte that waits.
         if len(self.connections) > self.max_connections:
             self.app_state = {**self.app_state, "too_many_connections": True}
         self._start_head_timer()
@@ -48,15 +65,32 @@ class LimitedProtocol(H11Protocol):
             self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
+        """Stops the clocks."""
         self._stop_head_timer()
+        self._stop_holding()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """Starts the clock of an answer that waits for its client."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout, self.transport.abort)
+        if self._unread is not None:
+            self._unread.hold(self.transport)
+
+    def resume_writing(self) -> None:
+        """Goes on with the next request, if the answer before has been waited for."""
+        super().resume_writing()
+        self._stop_holding()
+        if self._answered:
+            self._answered = False
+            super().on_response_complete()
+
     def on_response_complete(self) -> None:
-        """Looks again later whether the client has taken its answer."""
-        super().on_response_complete()
+        """Begins with the next request, unless the client has not taken its answer yet."""
         if self.transport.get_write_buffer_size():
-            self.loop.call_later(self.write_timeout, self._abort_unread)
+            self._answered = True
+        else:
+            super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP."""
@@ -83,9 +117,12 @@ class LimitedProtocol(H11Protocol):
             message = f"the head of the request did not arrive within {self.header_timeout:g} s"
             self._refuse(408, message, "head_timeout")
 
-    def _abort_unread(self) -> None:
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+    def _stop_holding(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        if self._unread is not None:
+            self._unread.release(self.transport)
 
 
 class DrainingServer(uvicorn.Server):
@@ -100,11 +137,19 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn's.
         drain: Called at the first signal.
         finished: Whether the server may end.
+        force: Called at a second Ctrl-C.
     """
 
-    def __init__(self, config: uvicorn.Config, *, drain: Callable[[], None], finished: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain: Callable[[], None],
+        finished: Callable[[], bool],
+        force: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._drain, self._finished = drain, finished
+        self._drain, self._finished, self._force = drain, finished, force
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -114,6 +159,7 @@ class DrainingServer(uvicorn.Server):
             self._drain()
         elif sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
+            self._force()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end."""

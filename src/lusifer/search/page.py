@@ -6,19 +6,26 @@ import hashlib
 import re
 import threading
 import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, runtime_checkable
 
-from lusifer.data.prompts import prompt_for
+import numpy as np
+
+from lusifer.data.prompts import Prompted, prompt_for
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
 from lusifer.search.corpus_map import CorpusMap
 from lusifer.search.filters import OneOf
 from lusifer.search.indexing import Encoder
 from lusifer.search.store import Hit, Store
+from lusifer.search.turns import BusyError, Turns
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
+
+Result = TypeVar("Result")
 
 MOST_RESULTS = 100
 _LONGEST_QUERY = 2000
@@ -50,23 +57,51 @@ def find(
     Raises:
         LusiferError: If the query is empty, the filter wrong, or the index unreadable.
     """
-    if not query.strip():
-        raise LusiferError("the query is empty")
-    vector = unit(encoder.encode([prompt_for(encoder.model, "query", prompt=prompt) + query]))[0]
+    vector = unit(encoder.encode([_asked(encoder, query, prompt)]))[0]
+    return _nearest(store, vector, query, k=k, where=where, exact=exact, hybrid=hybrid)
+
+
+def _nearest(
+    store: Store, vector: np.ndarray, query: str, *, k: int, where: Any, exact: bool = False, hybrid: bool
+) -> list[Hit]:
     if hybrid:
         return store.hybrid(vector, query, k=k, where=where, exact=exact)
     return store.search(vector, k=k, where=where, exact=exact)
 
 
-def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) -> "APIRouter":
+def _asked(encoder: "Encoder | Embedder", query: str, prompt: str | None) -> str:
+    """What the model reads of a query."""
+    if not query.strip():
+        raise LusiferError("the query is empty")
+    return prompt_for(encoder.model, "query", prompt=prompt) + query
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A model that serves many callers by itself."""
+
+    @property
+    def model(self) -> Prompted:
+        """The model, for its prompts."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    async def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dim) float32 unit vectors of texts."""
+
+
+def make_router(store: Store, encoder: "Encoder | Embedder", *, prompt: str | None = None) -> "APIRouter":
     """The page and what it asks for, to be included in any FastAPI app.
 
     ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&hybrid=false`` finds texts; ``lang`` may be given several
-    times. ``GET /map`` has ``status``, ``count``, ``languages``, ``model`` and, once computed, the points.
+    times. ``GET /map`` has ``status``, ``count``, ``languages``, ``model`` and, once computed, the points. Where more
+    ask than can be answered within some seconds, the rest gets 429; a search whose caller leaves is dropped.
 
     Args:
         store: The index; `lusifer.search.agreement.admit` has been called.
-        encoder: Its model; one query at a time goes through it.
+        encoder: Its model. One query at a time goes through it, unless it is an `Embedder`.
         prompt: Put before every query; the model's own query prompt when None.
 
     Raises:
@@ -84,15 +119,35 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
         )
     router = APIRouter()
     corpus_map = CorpusMap(store)
-    one_at_a_time = threading.Lock()
+    one_at_a_time, turns = threading.Lock(), Turns()
     html, policy = _page()
+
+    async def answer(begun: Callable[[], Awaitable[Result]]) -> Result:
+        try:
+            with turns.turn():
+                return await begun()
+        except BusyError as error:
+            raise HTTPException(429, str(error), headers={"Retry-After": str(error.seconds)}) from error
+        except LusiferError as error:
+            raise HTTPException(400, str(error)) from error
+
+    def search_alone(query: str, **options: Any) -> list[Hit]:
+        assert not isinstance(encoder, Embedder)
+        with one_at_a_time:
+            return find(store, encoder, query, prompt=prompt, **options)
+
+    async def search_together(query: str, **options: Any) -> list[Hit]:
+        if not isinstance(encoder, Embedder):
+            return await turns.run(partial(search_alone, query, **options))
+        vector = unit(await encoder.embed([_asked(encoder, query, prompt)]))[0]
+        return await turns.run(partial(_nearest, store, vector, query, **options))
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> HTMLResponse:
         return HTMLResponse(html, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     @router.get("/search")
-    def search(
+    async def search(
         q: Annotated[str, Query(max_length=_LONGEST_QUERY)],
         k: Annotated[int, Query(ge=1, le=MOST_RESULTS)] = 10,
         lang: Annotated[list[str] | None, Query()] = None,
@@ -100,23 +155,20 @@ def make_router(store: Store, encoder: Encoder, *, prompt: str | None = None) ->
     ) -> dict[str, Any]:
         """Texts nearest to a query in any language."""
         begin, where = time.perf_counter(), OneOf("lang", tuple(lang)) if lang else None
-        try:
-            with one_at_a_time:
-                hits = find(store, encoder, q, k=k, where=where, hybrid=hybrid, prompt=prompt)
-        except LusiferError as error:
-            raise HTTPException(400, str(error)) from error
+        hits = await answer(partial(search_together, q, k=k, where=where, hybrid=hybrid))
         took = round(1000 * (time.perf_counter() - begin), 1)
         return {"query": q, "hits": [hit.to_dict() for hit in hits], "milliseconds": took}
 
     @router.get("/map")
-    def the_map() -> dict[str, Any]:
+    async def the_map() -> dict[str, Any]:
         """The corpus in two dimensions; ask again while it is computed."""
-        try:
+
+        def look() -> dict[str, Any]:
             languages = store.languages()
             totals = {"count": sum(languages.values()), "languages": languages, "model": store.info.model or "unknown"}
             return {**totals, **corpus_map.get()}
-        except LusiferError as error:
-            raise HTTPException(400, str(error)) from error
+
+        return await answer(partial(turns.run, look))
 
     return router
 

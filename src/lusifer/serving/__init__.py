@@ -1,9 +1,11 @@
 """Embeddings over HTTP, as OpenAI's API has them: what `lusifer serve` runs.
 
-1. `server` runs the application under uvicorn and drains it at the end.
-2. `limits` reads each request whole, within its size and time, checks its key, and drops it when its client leaves.
+1. `server` runs the application under uvicorn and drains it at the end; `ending` ends the process if the model hangs.
+2. `limits` reads each request whole, within its size and time, and drops it when its client leaves; `access` checks its
+   key and the name it asks for, `unread` counts what clients do not read.
 3. `schema` says what a request and its answer hold.
-4. `service` tokenises the texts in a thread; `batcher` collects many callers' texts into batches for the model.
+4. `service` tokenises the texts in a thread; `batcher` collects many callers' texts into batches for the model;
+   `condition` says how that does.
 5. `app` puts these together as a FastAPI application; `metrics` counts for Prometheus.
 
 FastAPI and prometheus-client come with ``lusifer[serving]`` and are imported with the first name taken from here.

@@ -6,13 +6,14 @@ A request is received whole (`lusifer.serving.limits`), checked (`lusifer.servin
 
 from __future__ import annotations
 
-import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -22,9 +23,14 @@ from lusifer.data.prompts import prompt_for
 from lusifer.errors import LusiferError
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.serving import schema
-from lusifer.serving.limits import ApiError, Guard, Limits, Phase
+from lusifer.serving.access import Access
+from lusifer.serving.limits import OPEN_PATHS, ApiError, Guard, Limits, Phase
 from lusifer.serving.metrics import Metrics
 from lusifer.serving.service import EmbeddingService
+from lusifer.serving.unread import Unread
+
+_CODES = (400, 401, 404, 405, 408, 413, 421, 422, 429, 500, 503, 504)
+_ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": schema.ErrorResponse} for code in _CODES}
 
 
 def _failed(error: ApiError) -> Response:
@@ -41,6 +47,7 @@ def create_app(
     queue_tokens: int | None = None,
     max_wait: float = 5.0,
     api_keys: Collection[str] = (),
+    allowed_hosts: Collection[str] = (),
     routers: Sequence[APIRouter] = (),
     public: Collection[str] = (),
 ) -> FastAPI:
@@ -55,10 +62,14 @@ def create_app(
         queue_tokens: Tokens that may wait before requests are refused; eight batches when None.
         max_wait: Seconds that what waits may take before requests are refused.
         api_keys: Accepted keys; none means no authentication.
+        allowed_hosts: Names in ``Host`` that are answered, besides ``localhost`` and addresses; ``*`` for any.
         routers: Further routes; they reach the model through ``request.app.state.service``.
         public: Paths of those routes that need no key.
     """
     limits, phase, metrics = limits or Limits(), phase or Phase(), Metrics()
+    access = Access(keys=api_keys, hosts=allowed_hosts, public=OPEN_PATHS | set(public))
+    unread = Unread(limits.max_unread)
+    metrics.unread.set_function(lambda: unread.size)
     service = EmbeddingService(
         encoder,
         phase,
@@ -70,14 +81,16 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with service.running():
-            yield
+            yield {"unread": unread}
 
     # The interactive pages would load scripts from another host.
-    app = FastAPI(title="lusifer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="lusifer", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS
+    )
     app.state.service = service
-    app.add_middleware(Guard, limits=limits, phase=phase, keys=api_keys, public=public, observe=metrics.request)
+    app.add_middleware(Guard, limits=limits, phase=phase, access=access, unread=unread, observe=metrics.request)
 
     @app.exception_handler(ApiError)
     async def own(request: Request, error: ApiError) -> Response:
@@ -85,11 +98,20 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def starlettes(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path[:200]!r}: {str(error.detail).lower()}"
-        return _failed(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path[:200]!r}: {message.lower()}"
+        code = "rate_limit_exceeded" if error.status_code == 429 else None
+        return _failed(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
+
+    @app.exception_handler(RequestValidationError)
+    async def fastapis(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return _failed(ApiError(422, f"{name}: {first['msg']}", param=name))
 
     app.include_router(_operations(phase, metrics))
-    app.include_router(_openai(service, name, limits))
+    app.include_router(_openai(service, name))
     for router in routers:
         app.include_router(router)
     return app
@@ -103,12 +125,14 @@ def _operations(phase: Phase, metrics: Metrics) -> APIRouter:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @router.get("/ready", responses={503: {"description": "Loading or shutting down."}})
+    @router.get("/ready", responses={503: {"description": "Loading, shutting down, or the model fails."}})
     async def ready() -> Response:
-        """Whether requests are taken."""
-        state = "draining" if phase.draining else "ready" if phase.ready else "loading"
+        """Whether requests are taken, and answered by the model."""
+        trouble = phase.model.trouble() if phase.ready else None
+        state = "draining" if phase.draining else "failing" if trouble else "ready" if phase.ready else "loading"
         headers = {} if state == "ready" else {"retry-after": "5"}
-        return Response(f'{{"status":"{state}"}}', 503 if headers else 200, headers, "application/json")
+        told = {"status": state} | ({"reason": trouble} if trouble and state == "failing" else {})
+        return Response(json.dumps(told), 503 if headers else 200, headers, "application/json")
 
     @router.get("/metrics")
     async def prometheus() -> Response:
@@ -118,11 +142,8 @@ def _operations(phase: Phase, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
-    codes = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
-    router = APIRouter(
-        prefix="/v1", tags=["OpenAI"], responses={code: {"model": schema.ErrorResponse} for code in codes}
-    )
+def _openai(service: EmbeddingService, name: str) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "lusifer"}
 
     def check_name(given: str, status_param: str | None) -> None:
@@ -147,12 +168,7 @@ def _openai(service: EmbeddingService, name: str, limits: Limits) -> APIRouter:
     @router.post("/embeddings", response_model=schema.EmbeddingResponse, openapi_extra=extra)
     async def embeddings(request: Request) -> Response:
         """Embeds texts, or their token ids."""
-        try:
-            async with asyncio.timeout(limits.timeout):
-                return await _embeddings(service, await request.body(), check_name, name)
-        except TimeoutError:
-            message = f"no answer within {limits.timeout:g} s; send fewer texts, or try again later"
-            raise ApiError(504, message, code="timeout") from None
+        return await _embeddings(service, await request.body(), check_name, name)
 
     return router
 

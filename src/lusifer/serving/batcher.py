@@ -20,10 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from lusifer.serving.condition import Condition
 from lusifer.serving.limits import ApiError, try_again
 
 Ids = Sequence[int]
@@ -33,6 +36,7 @@ Observe = Callable[[int, int, float], None]
 
 _QUANTA = 8  # Callers that fit into one batch beside each other.
 _SMOOTHING = 0.3  # Weight of a full batch in the measured speed.
+_ASK_AGAIN = 5.0  # Seconds between two attempts of a model that fails.
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +65,7 @@ class Batcher:
         max_wait: Most seconds that what waits, counted so, may take at the measured speed.
         timeout: Seconds in which a request has to be finished.
         observe: Called after each batch.
+        condition: Is told how the model does.
 
     Attributes:
         rate: Tokens a second, measured; 0 before the first batch.
@@ -75,6 +80,7 @@ class Batcher:
         max_wait: float = 5.0,
         timeout: float = 60.0,
         observe: Observe | None = None,
+        condition: Condition | None = None,
     ) -> None:
         self._embed = embed
         self.batch_tokens = batch_tokens
@@ -82,6 +88,9 @@ class Batcher:
         self.max_wait, self.timeout = max_wait, timeout
         self.rate = 0.0
         self._observe = observe
+        self._condition = condition or Condition()
+        self._known: Sequence[Ids] = ()  # Texts that went well.
+        self._asked = -math.inf
         self._quantum = max(1, batch_tokens // _QUANTA)
         self._jobs: deque[_Job] = deque()
         self._running = 0
@@ -109,8 +118,10 @@ class Batcher:
 
         Raises:
             ApiError: 413 if it could not be finished in time even alone; 429 if the queue is full, or it could not be
-                finished in time behind what waits.
+                finished in time behind what waits; 503 if the model does not return.
         """
+        if stuck := self._condition.stuck():
+            raise try_again(503, stuck, code="model_stuck", seconds=5)
         own = min(tokens, self.batch_tokens)
         missing = self.weight + own - self.bound
         # An empty queue takes whatever fits into the time, also where its bound is smaller than one text.
@@ -160,8 +171,9 @@ class Batcher:
         """Serves until cancelled."""
         loop, begin = asyncio.get_running_loop(), time.perf_counter()
         while True:
+            await self._ask_if_suspicious()
             if not self._wake.is_set():
-                await self._wake.wait()
+                await self._work()
                 begin = time.perf_counter()
             await asyncio.sleep(0)  # Callers that became ready in the same turn of the loop come along.
             batch = self._take()
@@ -181,6 +193,20 @@ class Batcher:
             for part, vectors in zip(batch, embedded, strict=True):
                 self._deliver(part, vectors)
 
+    async def _work(self) -> None:
+        """Waits for work; where the model fails, no longer than until it should be asked again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ASK_AGAIN if self._condition.suspicious else None):
+                await self._wake.wait()
+
+    async def _ask_if_suspicious(self) -> None:
+        """Whether it is the model that fails, or what it was given."""
+        condition, now = self._condition, time.monotonic()
+        if self._known and condition.suspicious and not (condition.failing and now < self._asked + _ASK_AGAIN):
+            self._asked = now
+            ask = partial(self._embed_parts, [self._known], own=True)
+            await asyncio.get_running_loop().run_in_executor(self._thread, ask)
+
     async def warm_up(self, ids: Sequence[Ids]) -> None:
         """Runs texts through the model twice, before the first caller, and takes the second time as its speed."""
         loop = asyncio.get_running_loop()
@@ -189,6 +215,7 @@ class Batcher:
             if isinstance(embedded[0], Exception):
                 raise embedded[0]
             self.rate = sum(map(len, ids)) / seconds
+        self._known = ids[:1]
 
     def close(self) -> None:
         """Lets the batch in hand end, and no other begin."""
@@ -220,12 +247,14 @@ class Batcher:
                 break
         return batch
 
-    def _embed_parts(self, parts: list[Sequence[Ids]]) -> tuple[float, list[np.ndarray | Exception]]:
+    def _embed_parts(self, parts: list[Sequence[Ids]], own: bool = False) -> tuple[float, list[np.ndarray | Exception]]:
         """Seconds, and vectors by part; where the model fails, each part alone, so that one cannot spoil another's."""
         begin = time.perf_counter()
         results: list[np.ndarray | Exception] = []
         try:
-            vectors = self._embed([ids for part in parts for ids in part])
+            texts = [ids for part in parts for ids in part]
+            with self._condition.call(sum(map(len, texts)) / self.rate if self.rate else 0.0, own=own) as found:
+                found.append(vectors := self._embed(texts))
             results.extend(np.split(vectors, np.cumsum([len(part) for part in parts])[:-1]))
         except Exception as error:
             results = [error] if len(parts) == 1 else [self._embed_parts([part])[1][0] for part in parts]

@@ -5,17 +5,21 @@ Every answer that is an error has the body of OpenAI's: ``{"error": {"message", 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import anyio
+
+from lusifer.serving.condition import Condition
+from lusifer.serving.unread import Unread
+
+if TYPE_CHECKING:
+    from lusifer.serving.access import Access
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +88,15 @@ class Limits:
         max_requests: Requests in hand at a time.
         timeout: Seconds from the whole request to its answer.
         body_timeout: Seconds in which a body has to arrive.
+        max_unread: Bytes of answers that wait for their clients, of all together; with more than half, requests are
+            refused.
     """
 
     max_body: int = 8 << 20
     max_requests: int = 1024
     timeout: float = 60.0
     body_timeout: float = 20.0
+    max_unread: int = 256 << 20
 
 
 @dataclass
@@ -102,6 +109,7 @@ class Phase:
         in_flight: Requests in hand.
         failure: Why the model could not be loaded.
         deadline: `time.monotonic` at which draining ends, whatever is in hand.
+        model: How the model does.
     """
 
     ready: bool = False
@@ -109,14 +117,21 @@ class Phase:
     in_flight: int = 0
     failure: Exception | None = None
     deadline: float = math.inf
+    model: Condition = field(default_factory=Condition)
 
     def drain(self, seconds: float) -> None:
         """Refuses new requests, and gives those in hand some seconds."""
-        self.draining, self.deadline = True, time.monotonic() + seconds
+        self.draining = True
+        self.end_within(seconds)
+
+    def end_within(self, seconds: float) -> None:
+        """Brings the deadline forward."""
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def finished(self) -> bool:
         """Whether the server may end."""
-        drained = self.draining and (not self.in_flight or time.monotonic() > self.deadline)
+        late = time.monotonic() > self.deadline or self.model.stuck() is not None
+        drained = self.draining and (not self.in_flight or late)
         return drained or self.failure is not None
 
 
@@ -124,14 +139,14 @@ class Guard:
     """ASGI middleware around everything.
 
     A body is read whole before the application sees it, within its size and time. The application is cancelled when
-    the client goes away, also when it closes only its sending half.
+    the client goes away, also when it closes only its sending half, and when its time is over.
 
     Args:
         app: The application.
         limits: Sizes and times.
         phase: Shared with the server; counts the requests in hand, `OPEN_PATHS` aside.
-        keys: Accepted API keys; none means no authentication.
-        public: Paths that need no key, besides `OPEN_PATHS`.
+        access: Whose requests are answered.
+        unread: Counts the answers that wait for their clients.
         observe: Called after each request.
     """
 
@@ -141,13 +156,12 @@ class Guard:
         *,
         limits: Limits,
         phase: Phase,
-        keys: Collection[str] = (),
-        public: Collection[str] = (),
+        access: Access,
+        unread: Unread,
         observe: Observe | None = None,
     ) -> None:
         self.app, self.limits, self.phase = app, limits, phase
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._public = OPEN_PATHS | set(public)
+        self._access, self._unread = access, unread
         self._observe = observe
         self._buffered = 0
 
@@ -156,7 +170,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, self.phase)
+        answer = _Answer(send, self.phase, self._unread)
         begin = time.perf_counter()
         counted = scope["path"] not in OPEN_PATHS
         self.phase.in_flight += counted
@@ -177,21 +191,21 @@ class Guard:
         """Refuses what need not be read."""
         if scope.get("state", {}).get("too_many_connections"):
             raise try_again(503, "too many connections", code="too_many_connections", seconds=1)
-        headers = dict(scope["headers"])
+        self._access.check(scope)
         if scope["path"] not in OPEN_PATHS:
             if self.phase.draining:
                 raise ApiError(503, "the server is shutting down", code="draining", headers={"retry-after": "5"})
-            if self._keys and scope["path"] not in self._public:
-                self._authenticate(headers.get(b"authorization", b""))
             if self.phase.in_flight > self.limits.max_requests:
                 message = f"more than {self.limits.max_requests} requests at a time"
                 raise try_again(429, message, code="rate_limit_exceeded", seconds=1)
-        size = headers.get(b"content-length", b"")
+            if self._unread.crowded():
+                raise try_again(429, "too many answers wait to be read", code="rate_limit_exceeded", seconds=1)
+        size = dict(scope["headers"]).get(b"content-length", b"")
         if size.isdigit() and int(size[:20]) > self.limits.max_body:
             raise self._too_big()
 
     async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, answer.send)
             return
         chunks: list[bytes] = []
@@ -200,15 +214,6 @@ class Guard:
                 await self._run(scope, b"".join(chunks), receive, answer)
         finally:
             self._buffered -= sum(map(len, chunks))
-
-    def _authenticate(self, header: bytes) -> None:
-        scheme, _, given = header.partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
-        # No early end: the time tells neither which key matched nor how much of it.
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            message = "missing or wrong API key; send it as 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def _too_big(self) -> ApiError:
         message = f"the body is larger than {self.limits.max_body} bytes; send fewer texts at a time"
@@ -252,28 +257,40 @@ class Guard:
                 answer.status = _CLIENT_LEFT
                 group.cancel_scope.cancel()
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            await self.app(scope, replay, answer.send)
-            group.cancel_scope.cancel()
+        with anyio.move_on_after(self.limits.timeout) as answer.time:
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch)
+                await self.app(scope, replay, answer.send)
+                group.cancel_scope.cancel()
+        if answer.time.cancelled_caught:
+            message = f"no answer within {self.limits.timeout:g} s; ask for less at a time, or try again later"
+            raise ApiError(504, message, code="timeout")
 
 
 class _Answer:
     """What has been sent of one answer."""
 
-    def __init__(self, send: Send, phase: Phase) -> None:
-        self._send, self._phase = send, phase
+    def __init__(self, send: Send, phase: Phase, unread: Unread) -> None:
+        self._send, self._phase, self._unread = send, phase, unread
+        self.time: anyio.CancelScope | None = None
         self.status = _CLIENT_LEFT
         self.started = self.complete = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
+            if self.time is not None:  # How long a client may take to read is the connection's affair.
+                self.time.deadline = math.inf
             if self._phase.draining and (b"connection", b"close") not in message["headers"]:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True
-        await self._send(message)
+        size = len(message.get("body", b""))
+        self._unread.begin(size)
+        try:
+            await self._send(message)
+        finally:
+            self._unread.end(size)
 
     async def refuse(self, error: ApiError, receive: Receive) -> None:
         """Answers with an error and closes; discards what the client still sends, for a short time."""

@@ -27,6 +27,9 @@ class Metrics:
         self.model_seconds = Counter("lusifer_model_seconds", "Time the model was busy.", **own)
         self.queue = Gauge("lusifer_queue_tokens", "Tokens that wait for the model.", **own)
         self.in_flight = Gauge("lusifer_requests_in_flight", "Requests in hand.", **own)
+        self.batch_age = Gauge("lusifer_batch_age_seconds", "Time the batch in the model has taken so far.", **own)
+        self.failing = Gauge("lusifer_model_failing", "1 while the model is stuck or fails.", **own)
+        self.unread = Gauge("lusifer_unread_bytes", "Answers that wait for their clients.", **own)
         self.rejected = Counter("lusifer_rejected", "Requests refused with 429.", **own)
 
     def request(self, path: str, status: int, seconds: float) -> None:

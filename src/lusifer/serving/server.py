@@ -10,9 +10,11 @@ import uvicorn
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.uvicorn import DrainingServer, LimitedProtocol
+from lusifer.serving.ending import GRACE, Ending
 from lusifer.serving.limits import ApiError, Phase
 
 _KEEP_ALIVE = 30  # Seconds a connection may idle; longer than the intervals of health checks, shorter than NATs forget.
+_FORCED = 1.0  # Seconds in which the process may end by itself after a second Ctrl-C.
 
 
 class Protocol(LimitedProtocol):
@@ -46,14 +48,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(app: Any, listening: socket.socket, phase: Phase, *, drain_timeout: float) -> None:
+def run(
+    app: Any, listening: socket.socket, phase: Phase, *, drain_timeout: float, watchdog: float | None = None
+) -> None:
     """Serves until SIGTERM or Ctrl-C, or until the model cannot be loaded.
+
+    The process ends then, also if the model never returns: see `lusifer.serving.ending`.
 
     Args:
         app: The application.
         listening: From `listen`.
         phase: Shared with the application.
         drain_timeout: Seconds for requests in hand after SIGTERM or Ctrl-C.
+        watchdog: Seconds without anything from the model after which the process ends.
 
     Raises:
         Exception: What loading the model raised.
@@ -71,7 +78,13 @@ def run(app: Any, listening: socket.socket, phase: Phase, *, drain_timeout: floa
         timeout_graceful_shutdown=2,  # After the draining, only idle connections are left.
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    server = DrainingServer(config, drain=lambda: phase.drain(drain_timeout), finished=phase.finished)
-    server.run(sockets=[listening])
+    server = DrainingServer(
+        config,
+        drain=lambda: phase.drain(drain_timeout),
+        finished=phase.finished,
+        force=lambda: phase.end_within(_FORCED - GRACE),
+    )
+    with Ending(phase, watchdog):
+        server.run(sockets=[listening])
     if phase.failure is not None:
         raise phase.failure

@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 _CHARACTERS = 32  # Characters a token, more than any script has: so many are looked at first of a very long text.
 _GIVE_UP = 256  # After so many characters a token of the window, what follows is not looked at.
 _JOB = 65_536  # Characters tokenised in one go; callers take turns.
+_CLOSE = 2.0  # Seconds for the batch in hand to end, when nobody waits for it any more.
 _INLINE = 65_536  # Bytes of a body or numbers of an answer that the event loop handles itself.
 
 
@@ -59,11 +60,11 @@ class EmbeddingService:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Loads the model in the background and serves until left."""
-        self._loop = asyncio.get_running_loop()
         work = asyncio.create_task(self._run())
         try:
             yield
         finally:
+            self.phase.end_within(_CLOSE)
             work.cancel()
             with suppress(asyncio.CancelledError):
                 await work
@@ -77,10 +78,13 @@ class EmbeddingService:
             source = self._source
             encoder = source if isinstance(source, TextEncoder) else await asyncio.to_thread(source)
             tokens = self._batch_tokens or encoder.token_budget
-            batcher = Batcher(encoder.encode_ids, batch_tokens=tokens, observe=self.metrics.batch, **self._settings)
+            told: dict[str, Any] = {"observe": self.metrics.batch, "condition": self.phase.model}
+            batcher = Batcher(encoder.encode_ids, batch_tokens=tokens, **told, **self._settings)
             self._encoder, self._batcher = encoder, batcher
             self.metrics.queue.set_function(lambda: batcher.waiting)
             self.metrics.in_flight.set_function(lambda: self.phase.in_flight)
+            self.metrics.batch_age.set_function(self.phase.model.age)
+            self.metrics.failing.set_function(lambda: self.phase.model.trouble() is not None)
             sentence = encoder.tokenize(["the cat sat on the mat and looked at the dog " * 3])[0]
             await batcher.warm_up([sentence] * max(1, min(batcher.batch_tokens, 1024) // len(sentence)))
         except Exception as error:
@@ -99,10 +103,6 @@ class EmbeddingService:
         if self._encoder is None or not self.phase.ready:
             raise ApiError(503, "the model is still being loaded", code="not_ready", headers={"retry-after": "5"})
         return self._encoder
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """As `embed`, for threads other than the event loop's, which would wait for itself."""
-        return asyncio.run_coroutine_threadsafe(self.embed(texts), self._loop).result()
 
     async def run_json(self, size: int, work: Callable[[], Result]) -> Result:
         """Reads or writes JSON, in a thread where it is large.
