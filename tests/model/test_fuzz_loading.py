@@ -215,7 +215,7 @@ def test_a_backbone_in_a_pickle_is_not_opened(tiny_encoder, tiny_llm, part, tmp_
     weights = load_file(os.path.join(folders[part], "model.safetensors"))
     os.remove(os.path.join(folders[part], "model.safetensors"))
     torch.save(weights, os.path.join(folders[part], "pytorch_model.bin"))
-    with pytest.raises(LusiferError, match=f"cannot load the {part}.*safetensors"):
+    with pytest.raises(LusiferError, match=f"the {part} .* has no model.safetensors.*lusifer convert pickled"):
         LusiferModel.from_backbones(**folders)
 
 

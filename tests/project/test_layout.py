@@ -25,6 +25,7 @@ ORDER = [
     "registration",
     "storage",
     "hooks",
+    "trust",
     "recipes",
     "starter",
     "model",
