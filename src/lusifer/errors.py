@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from lusifer.terminal import without_secrets
+
 
 class LusiferError(Exception):
-    """A mistake of the user. The command line shows its message, one line, and exits with 2."""
+    """A mistake of the user. The command line shows its message, one line, and exits with 2.
+
+    Args:
+        message: What, where, and the remedy; passwords and keys in URLs are masked.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 def first_line(error: BaseException) -> str:

@@ -20,13 +20,20 @@ from lusifer.data.sources import find_files
 ROWS, LENGTH = 4096, 100_000  # 400 MB of text.
 
 
+POOLS = []  # What Arrow took from a pool it gives back to it, however late.
+
+
 @pytest.fixture
-def pool():
-    """A pool that knows the most that Arrow took at once."""
+def count():
+    """Begins to count, with a pool that knows the most that Arrow took at once."""
     before = pa.default_memory_pool()
-    counted = pa.proxy_memory_pool(before)
-    pa.set_memory_pool(counted)
-    yield counted
+
+    def begin():
+        POOLS.append(pa.proxy_memory_pool(before))
+        pa.set_memory_pool(POOLS[-1])
+        return POOLS[-1]
+
+    yield begin
     pa.set_memory_pool(before)
 
 
@@ -41,13 +48,12 @@ def blocks(path):
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
 @pytest.mark.parametrize("stored", [True, False], ids=["a dictionary", "plain"])
-def test_a_value_meant_by_all_rows_is_read_a_few_at_a_time(tmp_path, pool, kind, stored):
+def test_a_value_meant_by_all_rows_is_read_a_few_at_a_time(tmp_path, count, kind, stored):
     path = tmp_path / "bomb.parquet"
-    parquet.write_table(
-        pa.table({"text": one_value(ROWS, LENGTH, kind)}), path, compression="zstd", store_schema=stored
-    )
+    table = pa.table({"text": one_value(ROWS, LENGTH, kind)})
+    parquet.write_table(table, path, compression="zstd", store_schema=stored)
     assert path.stat().st_size < 2000
-    rows = 0
+    rows, pool = 0, count()
     for block in blocks(path):
         rows += len(block)
         assert len(block) * LENGTH <= expansion.MAX_BYTES
@@ -55,23 +61,23 @@ def test_a_value_meant_by_all_rows_is_read_a_few_at_a_time(tmp_path, pool, kind,
     assert pool.max_memory() < 200e6  # 410 MB where it is read 4,096 rows at a time.
 
 
-def test_prefixes_of_the_value_before_are_read_a_few_at_a_time(tmp_path, pool):
+def test_prefixes_of_the_value_before_are_read_a_few_at_a_time(tmp_path, count):
     path, texts = tmp_path / "bomb.parquet", pa.array(["a" * LENGTH] * ROWS)
     options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}, "compression": "zstd"}
     parquet.write_table(pa.table({"text": texts}), path, **options)
     del texts
-    pa.set_memory_pool(counted := pa.proxy_memory_pool(pa.default_memory_pool()))
+    pool = count()
     assert sum(len(block) for block in blocks(path)) == ROWS
-    assert counted.max_memory() < 200e6
+    assert pool.max_memory() < 200e6
 
 
-def test_long_texts_are_read_a_few_at_a_time(tmp_path, pool):
+def test_long_texts_are_read_a_few_at_a_time(tmp_path, count):
     path = tmp_path / "long.parquet"
     texts = [chr(97 + row % 26) * 50_000 + str(row) for row in range(3000)]
     parquet.write_table(pa.table({"text": texts}), path, use_dictionary=False, compression="none")
-    pa.set_memory_pool(counted := pa.proxy_memory_pool(pa.default_memory_pool()))
+    pool = count()
     assert [text for block in blocks(path) for text in block.values("text")] == texts
-    assert counted.max_memory() < 130e6  # 150 MB of text.
+    assert pool.max_memory() < 180e6  # 205 MB where all are read at once.
 
 
 def refused(path, match):

@@ -12,7 +12,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # A default only: our own bars say f
 import typer
 
 from lusifer.cli.adapt import adapt
-from lusifer.cli.console import PASS_ON
+from lusifer.cli.console import PASS_ON, say
 from lusifer.cli.data import data_app
 from lusifer.cli.encode import encode
 from lusifer.cli.evaluate import benchmark_app, diagnose, evaluate, report
@@ -23,6 +23,7 @@ from lusifer.cli.search import index_app, search
 from lusifer.cli.serve import serve
 from lusifer.cli.train import fetch, quickstart, train
 from lusifer.errors import LusiferError
+from lusifer.terminal import visible
 
 app = typer.Typer(
     name="lusifer",
@@ -54,14 +55,14 @@ def main() -> None:
     try:
         app()
     except LusiferError as error:
-        typer.echo(f"lusifer: {error}", err=True)
+        say(f"lusifer: {visible(str(error), lines=False)}", err=True)
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C.
-            typer.echo("lusifer: interrupted; the same command goes on from here", err=True)
+            say("lusifer: interrupted; the same command goes on from here", err=True)
         raise
     except OSError as error:
-        typer.echo(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
+        say(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
         raise SystemExit(2) from None
 
 

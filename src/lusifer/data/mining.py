@@ -27,6 +27,7 @@ from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import DataRecipe
+from lusifer.terminal import without_secrets
 
 Embed = Callable[[list[str]], np.ndarray]
 
@@ -252,8 +253,8 @@ def mine(
         _write_rows(output, records, problem, chosen, progress)
     except OSError as error:
         raise LusiferError(f"cannot write {str(output)!r}: {first_line(error)}") from error
-    facts: dict[str, Any] = {"teacher": teacher, "prompts": prompts, "source": item.source}
-    facts |= {"corpus": corpus.source if corpus else None, "rows": len(records)}
+    facts: dict[str, Any] = {"teacher": teacher, "prompts": prompts, "source": without_secrets(item.source)}
+    facts |= {"corpus": without_secrets(corpus.source) if corpus else None, "rows": len(records)}
     facts |= {"passages": len(problem.passages.number), **asdict(settings), **summary}
     write_json(output.with_name(f"{output.name}.mining.json"), facts)
     shutil.rmtree(folder)
