@@ -45,7 +45,7 @@ def without_secrets(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: without_secrets(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(map(without_secrets, value))
     if not isinstance(value, str) or not ("://" in value or "=" in value):
         return value

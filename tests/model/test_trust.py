@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 
 import lusifer
 from lusifer import LusiferError, LusiferModel
+from lusifer.interop.pickled import convert_pickled
 from lusifer.model.adapters import add_lora
 from lusifer.model.backbone_alone import encoder_alone
 from lusifer.model.backbones import load_config, load_encoder, load_llm, load_tokenizer
@@ -167,6 +168,15 @@ def test_a_pipe_in_a_backbone_is_refused(tiny_encoder, tiny_llm, file, tmp_path)
     os.mkfifo(llm / file)
     with pytest.raises(LusiferError, match="is a pipe, a socket or a device"):
         LusiferModel.from_backbones(tiny_encoder, str(llm))
+
+
+def test_a_pipe_among_pickles_is_refused(tiny_llm, tmp_path):
+    llm = shutil.copytree(tiny_llm, tmp_path / "llm")
+    torch.save(load_file(llm / "model.safetensors"), llm / "pytorch_model.bin")
+    (llm / "tokenizer.json").unlink()
+    os.mkfifo(llm / "tokenizer.json")
+    with pytest.raises(LusiferError, match="tokenizer.json' of .* is a pipe, a socket or a device"):
+        convert_pickled(str(llm), tmp_path / "out")
 
 
 def test_a_pipe_in_an_adapter_is_refused(tiny_llm, tmp_path):

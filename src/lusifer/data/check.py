@@ -126,7 +126,7 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
             examples.append(f"{rows.where(row)}: {leaked[0][0]!r} is a text of {leaked[0][1]}")
     facts: dict[str, Any] = {"duplicates": duplicates, "negatives_per_row": negatives / len(rows)}
     facts["copies"] = rows.copies
-    return {**facts, "leaks": leaks, "leak_examples": examples}
+    return {**facts, "leaks": leaks, "leak_examples": without_secrets(examples)}
 
 
 def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, seed: int) -> dict[str, Any]:
