@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 
+from lusifer.terminal import without_secrets
+
 _FULL = "No space left on device"
 # How a full disk is told: by the system's words, and by torch's writer of zip files, which only finds itself elsewhere.
 _TELLS_FULL = re.compile(r"no space left on device|os error 28\b|unexpected pos \d+ vs \d+", re.IGNORECASE)
 
 
 class LusiferError(Exception):
-    """A mistake of the user. The command line shows its message, one line, and exits with 2."""
+    """A mistake of the user. The command line shows its message, one line, and exits with 2.
+
+    Args:
+        message: What, where, and the remedy; passwords and keys in URLs are masked.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 def first_line(error: BaseException) -> str:

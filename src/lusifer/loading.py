@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import cached_or_none
+from lusifer.hooks.sentence_transformers import no_pickled_modules
+from lusifer.hooks.transformers import cached_or_none, no_panics
 from lusifer.interop.authors import find_authors
 from lusifer.model.adapters import parameters_by_part
 from lusifer.model.backbones import check_tokenizer
-from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.configuration import ADAPTED
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import lusifer_model
 from lusifer.model.text_encoder import FastSentenceTransformer, set_precision
 from lusifer.starter.names import resolve_backbone
+from lusifer.trust import SAFE, check_modules
 
 
 def resolve(name: str) -> str:
@@ -54,12 +56,16 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     if looks_local and not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {path!r}: it has no modules.json (train one, or check the path)")
     hub = {key: kwargs[key] for key in ("revision", "token", "local_files_only") if kwargs.get(key) is not None}
-    check_files(repr(path), path, **hub)
+    if kwargs.get("cache_folder") is not None:
+        hub["cache_dir"] = kwargs["cache_folder"]
+    check_modules(repr(path), path, **hub)
     # A model's own files may ask for other options, but not over these.
     kwargs["model_kwargs"] = {**SAFE, **(kwargs.get("model_kwargs") or {})}
+    insisted = not kwargs["model_kwargs"]["use_safetensors"]
     try:
-        model = FastSentenceTransformer(path, **kwargs)
-        _try_out(path, model)
+        with nullcontext() if insisted else no_pickled_modules(repr(path)), no_panics(repr(path)):
+            model = FastSentenceTransformer(path, **kwargs)
+            _try_out(path, model)
         return model
     except LusiferError:
         raise

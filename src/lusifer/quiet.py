@@ -6,6 +6,15 @@ import logging
 import sys
 import warnings
 
+from lusifer.terminal import visible, without_secrets
+
+
+class _Shown(logging.Formatter):
+    """Lines of a log as a terminal may show them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(without_secrets(super().format(record)))
+
 
 def quiet_libraries(quiet: bool) -> None:
     """Logs our own messages to standard error and silences the libraries beneath, whose bars drown ours.
@@ -16,9 +25,9 @@ def quiet_libraries(quiet: bool) -> None:
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
-    )
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[shown], force=True)
     # What goes wrong inside datasets reaches the user as one line of ours.
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     for name in ("httpx", "sentence_transformers", "transformers", "filelock", "mteb"):

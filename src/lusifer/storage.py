@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_file
+from lusifer.terminal import without_secrets
 
 # Libraries behind fsspec whose exceptions tell of the store, not of a defect of ours.
 _CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp", "huggingface_hub", "fsspec", "httpx"}
@@ -146,11 +147,11 @@ def open_file(url: str) -> Any:
 
 
 def without_paths(value: Any) -> Any:
-    """A recipe's values, paths of the machine shortened to the file's name."""
+    """A recipe's values, paths of the machine shortened to the file's name, and passwords in URLs masked."""
     if isinstance(value, dict):
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:\\", value)):
         return Path(value.replace("\\", "/")).name
-    return value
+    return without_secrets(value)

@@ -18,6 +18,7 @@ SOURCE = Path(lusifer.__file__).parent
 TESTS = Path(__file__).parents[1]
 # Packages and modules beside them, bottom to top: each imports only what stands before it.
 ORDER = [
+    "terminal",
     "errors",
     "lazy",
     "locks",
@@ -26,6 +27,7 @@ ORDER = [
     "registration",
     "storage",
     "hooks",
+    "trust",
     "recipes",
     "starter",
     "model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from lusifer import LusiferError
-from lusifer.recipes.files import load_recipe, parse_overrides
+from lusifer.evaluation.mteb_model import load_prompts
+from lusifer.recipes.files import load_recipe, load_yaml, parse_overrides
 from lusifer.recipes.schema import Recipe
 from lusifer.training.run import fingerprint
 
@@ -423,3 +425,49 @@ def test_a_run_begun_under_the_earlier_keys_goes_on():
         "f63b8b59b2ef5aa1",
         "6ba16eb70497d1fd",
     ]
+
+
+def laughs(levels, merged=False):
+    """Aliases of aliases, nine of each."""
+    lines = ["a0: &a0 {x: lol}" if merged else "a0: &a0 [lol]"]
+    for level in range(1, levels):
+        inner = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} " + (f"{{<<: [{inner}]}}" if merged else f"[{inner}]"))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [laughs(10), laughs(10, merged=True), "a: &a [*a]", "a: &a {b: *a}"],
+    ids=["lists", "merged mappings", "a list in itself", "a mapping in itself"],
+)
+def test_aliases_that_unfold_without_end_are_refused(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LusiferError, match="aliases unfold to more than 10,000,000 characters"):
+            load_recipe(path)
+        with pytest.raises(LusiferError, match="aliases unfold to more than 10,000,000 characters"):
+            load_prompts(path)
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_aliases_of_people_are_read():
+    assert load_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": [{"x": 1}, {"x": 1}],
+    }
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: 2001-13-45", "a: " + "1" * 5000], ids=["deep", "date", "number"])
+def test_yaml_that_is_no_value_is_one_line(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(LusiferError, match="is not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(LusiferError, match="the value of '--seed' is not valid YAML"):
+        parse_overrides(["--seed", text.removeprefix("a: ")])

@@ -111,6 +111,18 @@ def test_filters_keep_the_same_texts_everywhere(filled, where, keep):
     assert set(found_ids(filled.bm25("common", k=60, where=where))) == kept
 
 
+def test_a_filter_may_be_as_deep_as_it_is_read(filled):
+    # Whatever one filter's reader takes, the stores take too.
+    inner = "lang = 'te'"
+    for depth in range(15):
+        inner = (
+            f"year >= {2000 + depth} {('AND', 'OR')[depth % 2]} NOT (NOT ({inner}))"
+            if depth < 7
+            else f"NOT NOT {inner}"
+        )
+    assert filled.count(inner) == len(found_ids(filled.search(unit(1)[0], k=60, where=inner))) > 0
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -126,6 +138,8 @@ def test_filters_keep_the_same_texts_everywhere(filled, where, keep):
         ("lang = 'te'; DROP TABLE texts", "at character 12"),
         ("topic > 'food'", "numbers only"),
         ("", "the name of a column"),
+        ("(" * 5000 + "lang = 'te'" + ")" * 5000, "more than 30 brackets or NOT within each other"),
+        ("NOT " * 5000 + "lang = 'te'", "more than 30 brackets or NOT within each other"),
     ],
 )
 def test_a_bad_filter_is_told(filled, where, message):

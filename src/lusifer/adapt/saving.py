@@ -17,10 +17,10 @@ from lusifer.adapt.configuration import AdaptedConfig
 from lusifer.adapt.modeling import AdaptedEncoder, LayerHead
 from lusifer.adapt.report import summary
 from lusifer.model.card import CARD
-from lusifer.model.checkpoint import SAFE
 from lusifer.model.configuration import ADAPTED
 from lusifer.model.sentence_transformer import to_sentence_transformer
 from lusifer.publishing import publish_folder, write_json
+from lusifer.trust import SAFE
 
 
 def sentence_transformer(

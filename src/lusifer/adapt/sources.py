@@ -21,6 +21,7 @@ from lusifer.data.vectors.rows import VectorTable
 from lusifer.errors import LusiferError
 from lusifer.starter.fetch import PREFIX
 from lusifer.teacher.embedder import Teacher, check_vectors
+from lusifer.terminal import without_secrets
 
 if TYPE_CHECKING:
     from lusifer.adapt.run import Options
@@ -171,7 +172,7 @@ class TableSource:
         self.train, self.held_out = hold_out([texts[row] for row in order])
         self._vectors = vectors[[places[text] for text in self.train]]
         self._held_out = torch.from_numpy(vectors[[places[text] for text in self.held_out]].astype(np.float32))
-        self.name = table.origin.model if table.origin else location
+        self.name = table.origin.model if table.origin else without_secrets(location)
         self.dimension, self.described = table.dimension, table.describe
         self.hash = (
             table.origin.model_hash if table.origin else hashlib.sha256(self._vectors.tobytes()).hexdigest()[:16]

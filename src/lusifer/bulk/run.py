@@ -26,6 +26,7 @@ from lusifer.loading import resolve
 from lusifer.locks import alone_at
 from lusifer.model.fingerprint import model_hash
 from lusifer.storage import Folder, is_remote
+from lusifer.terminal import without_secrets
 
 # Readers of a folder of Parquet pass over names with an underscore.
 MANIFEST = "_manifest.json"
@@ -124,7 +125,7 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
         "model": model,
         "model_hash": model_hash(run["model"]),
         "settings": asdict(run["settings"]),
-        "input": [asdict(file) for file in run["files"]],
+        "input": without_secrets([asdict(file) for file in run["files"]]),
     }
     with _locked(target):
         manifest, done = _resume(target, identity, options["threads"])
@@ -225,7 +226,7 @@ def _difference(known: dict[str, Any], asked: dict[str, Any]) -> str:
             return f"{name} was {before!r} and is {value!r}"
     if asked["threads"] is not None and known.get("threads") not in (None, asked["threads"]):
         return f"threads was {known['threads']!r} and is {asked['threads']!r}"
-    before, now = ({file["url"]: file for file in side["input"]} for side in (known, asked))
+    before, now = ({file["url"]: file for file in without_secrets(side["input"])} for side in (known, asked))
     for url in sorted(before.keys() | now.keys()):
         if before.get(url) != now.get(url):
             how = "is new" if url not in before else "is gone" if url not in now else "has changed"

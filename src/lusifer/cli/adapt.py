@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lusifer.cli.console import Device, Json, Quiet, emit
+from lusifer.cli.console import Device, Json, Quiet, emit, say
 from lusifer.quiet import quiet_libraries
 
 
@@ -87,5 +87,5 @@ def adapt(
         emit(report)
         return
     for line in summary(report):
-        typer.echo(line)
-    typer.echo(f"model: {output / 'model'}")
+        say(line)
+    say(f"model: {output / 'model'}")

@@ -16,7 +16,7 @@ import typer
 
 from lusifer import __version__
 from lusifer.cli.adapt import adapt
-from lusifer.cli.console import PASS_ON
+from lusifer.cli.console import PASS_ON, say
 from lusifer.cli.data import data_app
 from lusifer.cli.encode import encode
 from lusifer.cli.evaluate import benchmark_app, diagnose, evaluate, report
@@ -27,6 +27,7 @@ from lusifer.cli.search import index_app, search
 from lusifer.cli.serve import serve
 from lusifer.cli.train import fetch, quickstart, train
 from lusifer.errors import LusiferError
+from lusifer.terminal import visible
 
 app = typer.Typer(
     name="lusifer",
@@ -41,7 +42,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         names = ("torch", "transformers", "sentence-transformers", "peft")
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-        typer.echo(f"lusifer {__version__} (Python {platform.python_version()}, {versions})")
+        say(f"lusifer {__version__} (Python {platform.python_version()}, {versions})")
         raise typer.Exit
 
 
@@ -77,14 +78,14 @@ def main() -> None:
     try:
         app()
     except LusiferError as error:
-        typer.echo(f"lusifer: {error}", err=True)
+        say(f"lusifer: {visible(str(error), lines=False)}", err=True)
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C.
-            typer.echo("lusifer: interrupted; the same command goes on from here", err=True)
+            say("lusifer: interrupted; the same command goes on from here", err=True)
         raise
     except OSError as error:
-        typer.echo(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
+        say(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
         raise SystemExit(2) from None
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lusifer.terminal import visible, visible_json
+
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # For overrides of a recipe.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
@@ -19,15 +21,26 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when le
 
 def emit(value: dict[str, Any]) -> None:
     """Prints one JSON object."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    typer.echo(visible_json(json.dumps(value, ensure_ascii=False)))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints text, perhaps of strangers: nothing in it reaches the terminal but characters to see.
+
+    Args:
+        text: One or more lines.
+        err: Whether to standard error.
+    """
+    typer.echo(visible(text), err=err)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table of text to standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*header)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(visible(cell)) for cell in row))
     Console().print(table)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import PASS_ON, Device, Json, Quiet, emit
+from lusifer.cli.console import PASS_ON, Device, Json, Quiet, emit, say
 from lusifer.quiet import quiet_libraries
+from lusifer.terminal import visible
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Check training data, mine negatives.")
 
@@ -107,9 +108,9 @@ def mine(
 
 
 def _print_mined(facts: dict[str, Any], output: Path) -> None:
-    typer.echo(f"{facts['rows']:,} rows, {facts['mean_negatives']:.2f} negatives each -> {output}")
+    say(f"{facts['rows']:,} rows, {facts['mean_negatives']:.2f} negatives each -> {output}")
     if facts["rows_short"]:
-        typer.echo(
+        say(
             f"warning: {facts['rows_short']:,} rows have fewer than {facts['negatives']} negatives, "
             f"{facts['rows_without']:,} none; raise --range-max or lower --relative-margin",
             err=True,
@@ -119,6 +120,7 @@ def _print_mined(facts: dict[str, Any], output: Path) -> None:
 def _print(report: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from lusifer.data.check import SAMPLE
@@ -132,6 +134,7 @@ def _print(report: dict[str, Any]) -> None:
     for fact in report["sets"]:
         counts = [fact[f"{kind}_tokens"] for kind in ("encoder", "llm")]
         name = fact["dataset"] if len(fact["dataset"]) <= 30 else Path(fact["dataset"]).name
+        name = escape(visible(name))
         table.add_row(
             name + ("" if fact["clusters"] is None else f", {fact['clusters']:,} clusters"), fact["task"],
             f"{fact['rows']:,}", f"{fact['share']:.1%}", f"{fact['epochs']:.2f}",
@@ -147,5 +150,5 @@ def _print(report: dict[str, Any]) -> None:
     console.print(f"compared with {report['evaluation_texts']:,} texts of evaluation data", highlight=False)
     for kind in ("warnings", "errors"):
         for line in report[kind]:
-            typer.echo(f"{kind[:-1]}: {line}", err=True)
-    typer.echo("nothing wrong found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)
+            say(f"{kind[:-1]}: {line}", err=True)
+    say("nothing wrong found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)

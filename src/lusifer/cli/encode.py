@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Model, Quiet, emit
+from lusifer.cli.console import Json, Model, Quiet, emit, say
 from lusifer.quiet import quiet_libraries
+from lusifer.terminal import without_secrets
 
 
 def encode(
@@ -85,12 +86,11 @@ def encode(
     hardware: dict[str, Any] = {"engine": engine, "processes": processes, "device": device, "threads": threads}
     facts = run(model, source, output, settings, **hardware, progress=not quiet)
     if facts["cut"]:
-        typer.echo(
+        say(
             f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and truncated",
             err=True,
         )
     if facts["skipped"]:
-        typer.echo(f"warning: {facts['skipped']} bad rows were left out", err=True)
-    emit(facts) if as_json else typer.echo(
-        f"{facts['texts']} texts, {facts['dimension']} dimensions -> {facts['output']}"
-    )
+        say(f"warning: {facts['skipped']} bad rows were left out", err=True)
+    facts = without_secrets(facts)
+    emit(facts) if as_json else say(f"{facts['texts']} texts, {facts['dimension']} dimensions -> {facts['output']}")

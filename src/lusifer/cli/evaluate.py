@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit, print_table
+from lusifer.cli.console import Json, Quiet, emit, print_table, say
 from lusifer.errors import LusiferError
 from lusifer.evaluation import benchmarks as suite
 from lusifer.quiet import quiet_libraries
@@ -110,14 +110,14 @@ def _print_records(
         _print_tables(scores, asked, means, out)
         for name, mean in pairs.items():
             score = "" if mean.score is None else f"{100 * mean.score:.2f} %, "
-            typer.echo(f"{name}: {score}{mean.scored} of {mean.of} pairs")
+            say(f"{name}: {score}{mean.scored} of {mean.of} pairs")
         if missing:
             shown = ", ".join(missing[:8]) + " ..." * (len(missing) > 8)
-            typer.echo(f"not in --data, or not all of it: {shown}", err=True)
+            say(f"not in --data, or not all of it: {shown}", err=True)
         for name in unscored:
-            typer.echo(f"{name}: not scored yet; another process is at it", err=True)
+            say(f"{name}: not scored yet; another process is at it", err=True)
     for name, reason in failed.items():
-        typer.echo(f"failed: {name}: {reason}", err=True)
+        say(f"failed: {name}: {reason}", err=True)
     return not failed and not unscored
 
 
@@ -139,7 +139,7 @@ def _print_tables(scores: suite.Scores, chosen: list[suite.Task], means: dict[st
         if every.score is not None:
             rows.append(("mean", _percent(every.score, 2), f"{every.scored} of {every.of} languages"))
         print_table(("language", "mean, %", "tasks scored"), rows)
-    typer.echo(f"results: {where}")
+    say(f"results: {where}")
 
 
 def _percent(score: float | None, places: int = 1) -> str:
@@ -194,7 +194,7 @@ def show(
         groups = ["Classification", "Clustering", "Retrieval", "STS", "Reranking", "all"]
         counts = suite.counts().items()
         print_table(("language", *groups), [[code, *[str(row.get(key, 0)) for key in groups]] for code, row in counts])
-        typer.echo(f"{len({task.published_name for task in listed})} data sets, {len(listed)} mteb tasks")
+        say(f"{len({task.published_name for task in listed})} data sets, {len(listed)} mteb tasks")
         return
     rows = []
     for task in listed:
@@ -222,7 +222,7 @@ def report(
     from lusifer.evaluation.report import read, write
 
     paths = write(read(results), out, baseline, published=published)
-    emit({"files": [str(path) for path in paths]}) if as_json else typer.echo("\n".join(str(path) for path in paths))
+    emit({"files": [str(path) for path in paths]}) if as_json else say("\n".join(str(path) for path in paths))
 
 
 def diagnose(
@@ -254,8 +254,8 @@ def diagnose(
     ]
     print_table(("point", "finds its translation, %", "CKA with English", "anisotropy"), rows)
     for part, row in facts["tokens"].items():
-        typer.echo(
+        say(
             f"{part} tokenizer: {row['per sentence']:.1f} tokens a sentence, {row['times English']:.1f} times English, "
             f"{100 * row['unknown']:.1f} % unknown"
         )
-    typer.echo(f"weak part: {facts['weak']}. {facts['why']}.")
+    say(f"weak part: {facts['weak']}. {facts['why']}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Json, emit
+from lusifer.cli.console import Json, emit, say
 from lusifer.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def card(
     from lusifer.model.card import write_card
 
     scores = None if results is None else _card_scores(read([results])[0])
-    typer.echo(write_card(model, scores=scores, licence=licence, name=name))
+    say(str(write_card(model, scores=scores, licence=licence, name=name)))
 
 
 def _card_scores(system: System) -> CardScores:
@@ -76,4 +76,4 @@ def push(
     from lusifer.interop.hub import push as upload
 
     url = upload(model, repository, private=private, revision=revision, message=message, create_pr=create_pr)
-    emit({"url": url}) if as_json else typer.echo(url)
+    emit({"url": url}) if as_json else say(url)

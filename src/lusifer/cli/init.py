@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, emit
+from lusifer.cli.console import Json, emit, say
 from lusifer.quiet import quiet_libraries
 
 
@@ -69,5 +69,5 @@ def init(
         emit({"recipe": str(path), **asdict(embedder), "config": embedder.config.model_type})
         return
     for note in embedder.notes:
-        typer.echo(f"{note.what}  ({note.where})" + (f"\n    {note.so}" if note.so else ""))
-    typer.echo(f"recipe: {path}\nnext: lusifer train {path} --dry-run")
+        say(f"{note.what}  ({note.where})" + (f"\n    {note.so}" if note.so else ""))
+    say(f"recipe: {path}\nnext: lusifer train {path} --dry-run")

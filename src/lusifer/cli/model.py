@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lusifer.cli.console import Json, Model, Quiet, emit, print_table
+from lusifer.cli.console import Json, Model, Quiet, emit, print_table, say
 from lusifer.quiet import quiet_libraries
 
 convert_app = typer.Typer(
@@ -40,7 +40,7 @@ def info(model: Model, as_json: Json = False) -> None:
     print_table(("part", "parameters", "trained", "frozen"), rows)
     for key, value in facts.items():
         if key != "parameters" and value is not None:
-            typer.echo(f"{key}: {_shown(value)}")
+            say(f"{key}: {_shown(value)}")
 
 
 def _shown(value: object) -> str:
@@ -67,7 +67,7 @@ def merge(
         loaded = load_checkpoint(model)
         lusifer_model(loaded).merge()
         save_atomically(loaded, output)
-    typer.echo(f"standalone checkpoint: {output}")
+    say(f"standalone checkpoint: {output}")
 
 
 @convert_app.command("pickled")
@@ -89,7 +89,7 @@ def pickled(
     from lusifer.interop.pickled import convert_pickled
 
     facts = convert_pickled(source, output)
-    emit(facts) if as_json else typer.echo(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")
+    emit(facts) if as_json else say(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")
 
 
 @convert_app.command("authors")
@@ -119,4 +119,4 @@ def authors(
     from lusifer.interop.authors import convert_authors
 
     facts = convert_authors(source, output, merge=merge, encoder=encoder, llm=llm, progress=not quiet)
-    emit(facts) if as_json else typer.echo(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")
+    emit(facts) if as_json else say(f"{facts['tensors']:,} tensors -> {facts['checkpoint']}")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Device, Json, Quiet, emit
+from lusifer.cli.console import Device, Json, Quiet, emit, say
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
+from lusifer.terminal import visible, without_secrets
 
 if TYPE_CHECKING:
     from lusifer.model.text_encoder import TextEncoder
@@ -101,13 +102,13 @@ def add(
             store.check_prompt(before, explicit=prompt is not None or prompt_name is not None)
         counts = run(store, encoder, entries, progress=not quiet)
     if encoder.cut:
-        typer.echo(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
+        say(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
     total = store.count()
     if as_json:
-        emit({"index": index, "texts": total, **counts, "cut": encoder.cut})
+        emit({"index": without_secrets(index), "texts": total, **counts, "cut": encoder.cut})
     else:
         changes = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-        typer.echo(f"{changes} -> {index}: {total:,} texts")
+        say(f"{changes} -> {without_secrets(index)}: {total:,} texts")
 
 
 @index_app.command("delete")
@@ -131,8 +132,8 @@ def delete(
     with store.writing():
         deleted = store.delete(ids=ids or None, where=where)
         store.tidy()
-    facts = {"index": index, "deleted": deleted, "texts": store.count()}
-    emit(facts) if as_json else typer.echo(f"{deleted:,} deleted, {facts['texts']:,} texts left")
+    facts = {"index": without_secrets(index), "deleted": deleted, "texts": store.count()}
+    emit(facts) if as_json else say(f"{deleted:,} deleted, {facts['texts']:,} texts left")
 
 
 @index_app.command("info")
@@ -149,13 +150,13 @@ def info(index: Index, as_json: Json = False) -> None:
         emit({"texts": total, **asdict(about), "approximate": approximate, "languages": languages})
         return
     columns = ["id", "text", "lang", *(f"{name} ({kind})" for name, kind in about.columns.items())]
-    typer.echo(f"texts: {total:,}")
-    typer.echo(f"model: {about.model} (hash {about.model_hash}), {about.dimension} dimensions")
+    say(f"texts: {total:,}")
+    say(f"model: {about.model} (hash {about.model_hash}), {about.dimension} dimensions")
     if about.prompt:
-        typer.echo(f"document prompt: {about.prompt!r}")
-    typer.echo(f"columns: {', '.join(columns)}")
-    typer.echo(f"search: {'approximate, exact with --exact' if approximate else 'exact'}")
-    typer.echo("languages: " + ", ".join(f"{tag} {count:,}" for tag, count in languages.items()))
+        say(f"document prompt: {about.prompt!r}")
+    say(f"columns: {', '.join(columns)}")
+    say(f"search: {'approximate, exact with --exact' if approximate else 'exact'}")
+    say("languages: " + ", ".join(f"{tag} {count:,}" for tag, count in languages.items()))
 
 
 @index_app.command("build")
@@ -170,7 +171,7 @@ def build(index: Index, quiet: Quiet = False) -> None:
     with store.writing():
         store.build()
     if not quiet:
-        typer.echo(f"approximate index over {store.count():,} texts -> {index}")
+        say(f"approximate index over {store.count():,} texts -> {without_secrets(index)}")
 
 
 @index_app.command("verify")
@@ -205,14 +206,14 @@ def verify(
     asked = prompt is not None or prompt_name is not None
     before = prompt_for(encoder.model, "document", prompt=prompt, prompt_name=prompt_name) if asked else None
     agreement = measure(store, encoder, sample=sample, prompt=before)
-    sentence = agreement.sentence(model, index)
+    sentence = agreement.sentence(model, without_secrets(index))
     if as_json:
-        emit({"index": index, "model": model, **agreement.to_dict(), "sentence": sentence})
+        emit({"index": without_secrets(index), "model": model, **agreement.to_dict(), "sentence": sentence})
     else:
-        typer.echo(f"cosine: mean {agreement.mean_cosine:.3f}, 5th percentile {agreement.low_cosine:.3f}")
+        say(f"cosine: mean {agreement.mean_cosine:.3f}, 5th percentile {agreement.low_cosine:.3f}")
         ranks = f"rank: mean {agreement.mean_rank:.1f}, median {agreement.median_rank:.0f}"
-        typer.echo(f"own vector nearest: {agreement.found:.1%} of {agreement.texts} texts; {ranks}")
-        typer.echo(sentence)
+        say(f"own vector nearest: {agreement.found:.1%} of {agreement.texts} texts; {ranks}")
+        say(sentence)
     if not agreement.may_query:
         raise typer.Exit(1)
 
@@ -265,7 +266,7 @@ def search(
         )
     encoder = _load(name, device)
     if measured := admit(store, encoder, name):
-        typer.echo(measured, err=True)
+        say(measured, err=True)
     before = prompt_for(encoder.model, "query", prompt=asked, prompt_name=prompt_name)
     if ui:
         _serve(store, encoder, before, port)
@@ -277,9 +278,10 @@ def search(
         return
     for hit in hits:
         ranks = "".join(f"  {name} {rank}" for name, rank in hit.ranks.items())
-        typer.echo(f"{hit.score:.3f}  {hit.entry.lang}  {hit.entry.text}  [{hit.entry.id}{ranks}]")
+        line = f"{hit.entry.lang}  {hit.entry.text}  [{hit.entry.id}{ranks}]"
+        say(f"{hit.score:.3f}  {visible(line, lines=False)}")
     if not hits:
-        typer.echo("nothing found", err=True)
+        say("nothing found", err=True)
 
 
 def _load(name: str, device: str | None) -> TextEncoder:
@@ -302,5 +304,5 @@ def _serve(store: Store, encoder: TextEncoder, prompt: str, port: int) -> None:
     phase, listening = Phase(), listen("127.0.0.1", port)  # Only this machine: the page has no accounts.
     app = create_app(encoder, store.info.model or "model", phase=phase)
     app.include_router(make_router(store, Queries(encoder.dimension, app.state.service), prompt=prompt))
-    typer.echo(f"http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C ends it)", err=True)
+    say(f"http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C ends it)", err=True)
     run(app, listening, phase, drain_timeout=5)

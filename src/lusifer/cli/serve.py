@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Quiet
+from lusifer.cli.console import Quiet, say
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
@@ -90,10 +90,10 @@ def serve(
     listening = listen(host, port)
     where = _address(host, listening.getsockname()[1])
     if not keys and not _is_local(host):
-        typer.echo(f"warning: {host} is open to the network, without an API key", err=True)
+        say(f"warning: {host} is open to the network, without an API key", err=True)
     served = name or model
     if not quiet:
-        typer.echo(_welcome(where, served, bool(keys)) + (_page_line(where, bool(keys)) if store else ""), err=True)
+        say(_welcome(where, served, bool(keys)) + (_page_line(where, bool(keys)) if store else ""), err=True)
     from lusifer.serving.app import create_app
     from lusifer.serving.limits import Limits, Phase
     from lusifer.serving.server import run
@@ -116,7 +116,7 @@ def serve(
         app.include_router(make_router(store, Queries(store.info.dimension, app.state.service)))
     run(app, listening, phase, drain_timeout=timeout, watchdog=watchdog)
     if not quiet:
-        typer.echo("stopped", err=True)
+        say("stopped", err=True)
 
 
 @dataclass
@@ -153,9 +153,9 @@ def _loader(
             from lusifer.search.agreement import admit
 
             if (measured := admit(store, encoder, model)) and not quiet:
-                typer.echo(measured, err=True)
+                say(measured, err=True)
         if not quiet:
-            typer.echo(f"ready: {encoder.dimension} dimensions, {chosen}, {loaded.device}", err=True)
+            say(f"ready: {encoder.dimension} dimensions, {chosen}, {loaded.device}", err=True)
         return encoder
 
     return load

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit, print_table
+from lusifer.cli.console import Json, Quiet, emit, print_table, say
 from lusifer.quiet import quiet_libraries
 
 
@@ -33,7 +33,7 @@ def fetch(
         emit({name: str(path) for name, path in folders.items()})
     else:
         for name, path in folders.items():
-            typer.echo(f"{name}  {path}")
+            say(f"{name}  {path}")
 
 
 def quickstart(
@@ -63,16 +63,16 @@ def quickstart(
     scores = {NAMES[name]: means(system["translation_retrieval"]) for name, system in results["systems"].items()}
     rows = [[name, *[f"{100 * mean:.1f}" for mean in by_group.values()]] for name, by_group in scores.items()]
     print_table(("translation retrieval, %", *next(iter(scores.values()))), rows)
-    typer.echo(f"report: {output / 'report.md'}   plot: {output / 'scores.png'}   LUSIFER: {output / 'model'}")
+    say(f"report: {output / 'report.md'}   plot: {output / 'scores.png'}   LUSIFER: {output / 'model'}")
 
 
 def _show_answers(output: Path, answers: Sequence[dict[str, str]]) -> None:
     """What the queries in other languages found in the English index; lines, since scripts differ in width."""
-    typer.echo(f"queries, and what they find in {output / 'index'}:")
+    say(f"queries, and what they find in {output / 'index'}:")
     for one in answers:
         verdict = "right" if one["found"] == one["wanted"] else "WRONG"
-        typer.echo(f"{one['language']}  {verdict}  {one['query']}  ->  {one['found']}")
-    typer.echo(f'ask yourself: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
+        say(f"{one['language']}  {verdict}  {one['query']}  ->  {one['found']}")
+    say(f'ask yourself: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
 
 
 def train(
@@ -113,7 +113,7 @@ def train(
     from lusifer.training.run import train as run
 
     folder = (train_llm_alone if llm_alone else run)(checked, progress=not quiet)
-    emit({"model": str(folder)}) if as_json else typer.echo(f"model: {folder}")
+    emit({"model": str(folder)}) if as_json else say(f"model: {folder}")
 
 
 def _show_sets(sets: list[dict[str, Any]]) -> None:
@@ -122,16 +122,16 @@ def _show_sets(sets: list[dict[str, Any]]) -> None:
         cells = [(row["stage"], row["source"], f"{row['rows']:,}", str(row.get("epochs", ""))) for row in readable]
         print_table(("stage", "set", "rows", "epochs"), cells)
     if problems := [row for row in sets if "problem" in row]:
-        typer.echo(f"{len(problems)} of {len(sets)} sets cannot be read here: {problems[0]['problem']}")
+        say(f"{len(problems)} of {len(sets)} sets cannot be read here: {problems[0]['problem']}")
 
 
 def _show_verdict(name: str, stage: dict[str, Any], card: str) -> None:
     total = f"{name}: {stage['memory_gb_total']:g} GB a process"
     if stage["fits"]:
-        typer.echo(f"{total} fit into {card}")
+        say(f"{total} fit into {card}")
     else:
         remedy = f"it would with {stage['advice']}" if stage["advice"] else "nothing in the recipe makes it fit"
-        typer.echo(f"{total} do not fit into {card}; {remedy}")
+        say(f"{total} do not fit into {card}; {remedy}")
 
 
 def _show_plan(facts: dict[str, Any]) -> None:
@@ -146,10 +146,10 @@ def _show_plan(facts: dict[str, Any]) -> None:
             rows.append([key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]])
     print_table(("", *facts["stages"]), rows)
     _show_sets(facts["sets"])
-    typer.echo(f"memory of a machine {facts['host_gb']:g} GB, disk {facts['disk_gb']:g} GB and what the data takes")
+    say(f"memory of a machine {facts['host_gb']:g} GB, disk {facts['disk_gb']:g} GB and what the data takes")
     for name, stage in facts["stages"].items():
         if "fits" in stage:
             _show_verdict(name, stage, facts["card"])
     if "auto" in facts:
-        typer.echo(f"precision auto is {facts['auto']}")
-    typer.echo(facts["launch"])
+        say(f"precision auto is {facts['auto']}")
+    say(facts["launch"])

@@ -24,6 +24,7 @@ from lusifer.model.backbone_pair import check_window
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, DataRecipe, Recipe
 from lusifer.storage import is_remote
+from lusifer.terminal import without_secrets
 
 SAMPLE = 5_000
 _EXAMPLES = 5
@@ -111,7 +112,7 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
     seen: set[int] = set()
     duplicates = negatives = leaks = 0
     examples: list[str] = []
-    title = f"checking {rows.item.source}"
+    title = f"checking {without_secrets(rows.item.source)}"
     for row in tqdm(range(len(rows)), desc=title, unit=" rows", disable=not progress or None, leave=False):
         texts = _texts_by_column(rows[row])
         negatives += len(texts.get("negative", []))
@@ -125,7 +126,7 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
             examples.append(f"{rows.where(row)}: {leaked[0][0]!r} is a text of {leaked[0][1]}")
     facts: dict[str, Any] = {"duplicates": duplicates, "negatives_per_row": negatives / len(rows)}
     facts["copies"] = rows.copies
-    return {**facts, "leaks": leaks, "leak_examples": examples}
+    return {**facts, "leaks": leaks, "leak_examples": without_secrets(examples)}
 
 
 def lengths(rows: Rows, tokenizers: dict[str, Any], limits: dict[str, int], *, seed: int) -> dict[str, Any]:
@@ -221,7 +222,8 @@ def _check_stage(
             continue
         strata.append(opened)
         clusters = sum(stratum.cluster_count for stratum in opened) or None
-        head = {"stage": name, "number": number, "dataset": item.source, "task": item.task, "rows": len(rows)}
+        head = {"stage": name, "number": number, "task": item.task, "rows": len(rows)}
+        head["dataset"] = without_secrets(item.source)
         head["left_out"] = rows.left_out if isinstance(rows, Records) else 0
         facts.append({**head, "clusters": clusters, **content})
     if facts:

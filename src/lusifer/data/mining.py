@@ -28,6 +28,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.locks import alone_at
 from lusifer.publishing import publish_file, write_json
 from lusifer.recipes.schema import DataRecipe
+from lusifer.terminal import without_secrets
 
 Embed = Callable[[list[str]], np.ndarray]
 
@@ -234,7 +235,8 @@ def _mine(task: _Task, embed: Embed, embed_query: Embed, device: str, progress: 
     chosen, figures = _choose_all(problem, queries, passages, settings, device, progress)
     _write_rows(output, records, problem, chosen, progress)
     facts: dict[str, Any] = {"teacher": task.teacher, "teacher_hash": task.teacher_hash, "prompts": task.prompts}
-    facts |= {"source": task.item.source, "corpus": task.corpus.source if task.corpus else None}
+    corpus = without_secrets(task.corpus.source) if task.corpus else None
+    facts |= {"source": without_secrets(task.item.source), "corpus": corpus}
     facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **figures}
     write_json(summary, facts)
     shutil.rmtree(folder)

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from lusifer.data.expansion import Expansion
 from lusifer.data.sources import InputFile, unit_of
 from lusifer.data.text_files import MAX_RECORD, Lines, not_utf8, records_of, refuse_repeated
 from lusifer.errors import LusiferError, first_line
@@ -152,13 +153,15 @@ def _parquet_blocks(
         refuse_repeated(file.url, header)
         wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]
         total = max(table.metadata.num_rows, 1)
+        expansion = Expansion(file.url, raw, table, wanted or None)
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if done + rows <= offset:
                 done += rows
                 continue
             # Group by group: asked for several, Arrow fetches all of them ahead.
-            for batch in table.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted or None):
+            most = expansion.rows(group, BLOCK_ROWS)
+            for batch in table.iter_batches(most, row_groups=[group], columns=wanted or None):
                 skipped = max(0, min(batch.num_rows, offset - done))
                 begin, done = done + skipped, done + batch.num_rows
                 if begin < done:

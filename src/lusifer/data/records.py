@@ -29,6 +29,7 @@ from lusifer.locks import alone_at
 from lusifer.publishing import publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
+from lusifer.terminal import without_secrets
 
 # Part of the cache's key: another layout or another check makes another file.
 _LAYOUT = 3
@@ -159,7 +160,7 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
 
 
 def _write(item: DataRecipe, path: Path) -> None:
-    bar = tqdm(desc=f"reading {item.source}", unit=" rows", disable=None, delay=2, leave=False)
+    bar = tqdm(desc=f"reading {without_secrets(item.source)}", unit=" rows", disable=None, delay=2, leave=False)
     with publish_file(path) as staging, staging.open("wb") as file, bar:
         batches = _batches(item)
         if (first := next(batches, None)) is None:

@@ -93,7 +93,7 @@ class Lines:
                 offset += len(line) + 1
                 yield number, offset, line
             self.number, self.offset = number, offset
-            self._limit(len(rest))
+            self.limit(len(rest))
         if rest:
             yield self.number + 1, self.offset + len(rest) + 1, rest
 
@@ -102,7 +102,7 @@ class Lines:
         while line := self._read(self.stream.readline, MAX_RECORD + 1):
             self.number += 1
             self.offset += len(line)
-            self._limit(len(line))
+            self.limit(len(line))
             yield line
 
     def _read(self, read: Callable[[int], bytes], size: int) -> bytes:
@@ -115,7 +115,8 @@ class Lines:
             problem = f"broken {self.packing} after line {self.number} ({first_line(error)})"
             raise LusiferError(f"{self.file.url}: {problem}; fetch or compress it again") from error
 
-    def _limit(self, size: int) -> None:
+    def limit(self, size: int) -> None:
+        """Refuses a record of so many bytes if it is too long; raises LusiferError."""
         if size > MAX_RECORD:
             where = f"{self.file.url}, line {self.number + 1}"
             raise LusiferError(f"{where}: longer than {MAX_RECORD >> 20} MB; write one record per line")
@@ -244,6 +245,7 @@ class _CsvRows:
         csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
         self.lines = lines
         self._problem: str | None = None
+        self._begin = lines.offset
         self._reader = csv.reader(self._decoded(), delimiter=delimiter, strict=True)
         while (cells := self._next()) == []:
             pass
@@ -254,6 +256,8 @@ class _CsvRows:
 
     def _decoded(self) -> Iterator[str]:
         for line in self.lines:
+            # A row of quoted cells may go on over any number of lines; of one cell the reader itself says more.
+            self.lines.limit((self.lines.offset - self._begin) // 2)
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
@@ -261,6 +265,7 @@ class _CsvRows:
                 yield line.decode(errors="replace")
 
     def _next(self) -> list[str] | None:
+        self._begin = self.lines.offset
         try:
             return next(self._reader, None)
         except csv.Error as error:

@@ -19,6 +19,7 @@ from lusifer.data.prompts import prompt_for, with_instruction
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.systems import Embedder
+from lusifer.recipes.files import load_yaml
 
 Prompts = dict[str, str | dict[str, str]]
 
@@ -35,7 +36,7 @@ def load_prompts(path: Path | None = None) -> Prompts:
     """
     where = path or (files("lusifer") / "resources" / "prompts.yaml")
     try:
-        prompts = yaml.safe_load(where.read_text(encoding="utf-8"))
+        prompts = load_yaml(where.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise LusiferError(f"cannot read instructions from {where}: {first_line(error)}") from None
     if not isinstance(prompts, dict) or not all(map(_is_prompt, prompts.values())):

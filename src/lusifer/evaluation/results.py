@@ -25,6 +25,7 @@ from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.intervals import Recorder
 from lusifer.locks import alone_at
 from lusifer.publishing import write_json
+from lusifer.terminal import without_secrets
 
 _RUN = "run.json"
 
@@ -109,7 +110,7 @@ class Results(ResultCache):
         reason = f"{type(error).__name__}: {first_line(error)}"[:500]
         date = datetime.now(UTC).isoformat(timespec="seconds")
         failure = {"task": name, "status": "failed", "error": reason, "date": date}
-        write_json(self._failure(name), {**failure, "traceback": traceback.format_exc()})
+        write_json(self._failure(name), {**failure, "traceback": without_secrets(traceback.format_exc())})
 
     def succeed(self, name: str) -> None:
         """Forgets that a task had failed."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
+
+from lusifer.errors import LusiferError
 
 _MODALITIES: Any = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
 
@@ -42,6 +49,39 @@ def transformer_module(folder: str, model: nn.Module) -> Transformer:
     module = _InMemory(folder, model)
     module.__class__ = Transformer
     return module
+
+
+_loading = threading.RLock()
+
+
+@contextmanager
+def no_pickled_modules(what: str) -> Iterator[None]:
+    """Refuses modules (Dense, ...) whose weights are a pickle, while a model loads; one load at a time.
+
+    Touches ``Module.load_file_path``, through which every module finds its files; no option of Sentence Transformers
+    keeps them from opening ``pytorch_model.bin`` where there is no ``model.safetensors``.
+
+    Args:
+        what: The model, for the message.
+
+    Raises:
+        LusiferError: If a module asks for a pickle that is there.
+    """
+
+    def refusing(*args: Any, **kwargs: Any) -> str | None:
+        path = found(*args, **kwargs)
+        if path is not None and Path(path).suffix in (".bin", ".pt", ".pkl"):
+            place = f"{kwargs.get('subfolder') or '.'}/{Path(path).name}".removeprefix("./")
+            raise LusiferError(f"{place} of {what} is a pickle and is not opened; save the model with safetensors")
+        return path
+
+    with _loading:
+        found = Module.load_file_path
+        Module.load_file_path = staticmethod(refusing)
+        try:
+            yield
+        finally:
+            Module.load_file_path = staticmethod(found)
 
 
 class InferenceHook(SentenceTransformer):

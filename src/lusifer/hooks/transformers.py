@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
+from lusifer.errors import LusiferError, first_line
+
 
 def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
     """Path of a model's file in its folder or in the hub's cache; None where there is none, or no hub.
@@ -50,6 +52,29 @@ def remove_capturing_hooks(model: nn.Module) -> None:
         hooks = module._forward_hooks
         for key in [key for key, hook in hooks.items() if "output_capturing_hook" in hook.__qualname__]:
             del hooks[key]
+
+
+@contextmanager
+def no_panics(what: str) -> Iterator[None]:
+    """Makes one line of a panic of the tokenizers' Rust code, which ``except Exception`` does not see.
+
+    Touches the exception's name: pyo3 gives its class in no module that can be imported.
+
+    Args:
+        what: Whose tokenizer it is, for the message.
+
+    Raises:
+        LusiferError: In place of a panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LusiferError(
+            f"the tokenizer of {what} breaks down ({first_line(error)}): its tokenizer.json is damaged, or has a "
+            "pattern that never ends on such a text; fetch the model again"
+        ) from error
 
 
 @contextmanager

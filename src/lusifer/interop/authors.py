@@ -31,6 +31,7 @@ from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import save_around
 from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.fetch import cache_dir
+from lusifer.trust import check_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def find_authors(name: str) -> str:
         if config is None:
             return name
         folder = Path(config).parent
+    check_kinds(repr(name), str(folder))
     if not is_authors_checkpoint(folder):
         return name
     digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lusifer.errors import LusiferError
+from lusifer.trust import check_adapter
 
 _lock = threading.Lock()
 _copies: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], nn.Module]] = WeakKeyDictionary()
@@ -31,11 +32,9 @@ def add_lora(module: nn.Module, fields: dict[str, Any]) -> dict[str, Any]:
         fields: Fields of ``peft.LoraConfig``; linear layers unless they say otherwise.
 
     Raises:
-        LusiferError: If PEFT refuses the configuration.
+        LusiferError: If PEFT refuses the configuration, or `check_adapter` does.
     """
-    # PEFT would import the module that stands there.
-    if named := [name for name in ("megatron_core", "megatron_config") if fields.get(name)]:
-        raise LusiferError(f"cannot add this adapter: {named[0]} names code to import; leave it out")
+    check_adapter("this adapter", fields)
     if "target_modules" not in fields:
         fields = {"target_modules": _linear_names(module), **fields}
     if not fields["target_modules"]:

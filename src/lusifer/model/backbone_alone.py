@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import cached_or_none
+from lusifer.hooks.sentence_transformers import no_pickled_modules
+from lusifer.hooks.transformers import cached_or_none, no_panics
 from lusifer.model.backbone_pair import position_table
 from lusifer.model.backbones import load_config, load_encoder, load_tokenizer
-from lusifer.model.checkpoint import SAFE, check_files
 from lusifer.model.direction.families import check_family
 from lusifer.model.direction.measured import check_alone
 from lusifer.model.pooling import mean_pool
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.names import resolve_backbone
+from lusifer.trust import SAFE, check_files, check_modules
 
 Embed = Callable[[Sequence[str]], Tensor]
 _NO_LIMIT = 1_000_000  # Tokenizers without a limit have one of 1e30.
@@ -180,9 +181,14 @@ class SentenceEncoder(nn.Module):
         config = load_config("encoder", name, revision=revision)
         load_tokenizer("encoder", name, revision=revision, config=config)  # Refuses one that does not fit.
         path = resolve_backbone(name)
-        check_files(f"the encoder {name!r}", path, **({"revision": revision} if revision else {}))
+        check_modules(f"the encoder {name!r}", path, **({"revision": revision} if revision else {}))
         try:
-            model = SentenceTransformer(path, revision=revision, device=device, model_kwargs={"dtype": dtype, **SAFE})
+            with no_pickled_modules(f"the encoder {name!r}"), no_panics(f"the encoder {name!r}"):
+                model = SentenceTransformer(
+                    path, revision=revision, device=device, model_kwargs={"dtype": dtype, **SAFE}
+                )
+        except LusiferError:
+            raise
         except Exception as error:  # Whatever a library says of files that it cannot make sense of.
             raise LusiferError(f"cannot load the encoder {name!r}: {first_line(error)}") from error
         return cls(model, max_seq_length)

@@ -27,10 +27,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import has_pooler, no_load_report
-from lusifer.model.checkpoint import SAFE, check_files
+from lusifer.hooks.transformers import has_pooler, no_load_report, no_panics
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.names import resolve_backbone
+from lusifer.trust import SAFE, check_files
 
 HUB_KEYS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 SAFE_LOADING = {**SAFE, "output_loading_info": True}
@@ -46,11 +46,15 @@ def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -
         **kwargs: Its options.
 
     Raises:
-        LusiferError: If the folder or hub id cannot be loaded.
+        LusiferError: If the folder or hub id cannot be loaded, or asks for what `check_files` refuses.
     """
+    where = resolve_backbone(name)
+    hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision") if kwargs.get(key) is not None}
+    check_files(f"the {what} {name!r}", where, **hub)
     try:
         # Explicit, because transformers would ask at a terminal.
-        return loader(resolve_backbone(name), trust_remote_code=False, **kwargs)
+        with no_panics(f"the {what} {name!r}"):
+            return loader(where, trust_remote_code=False, **kwargs)
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
@@ -164,8 +168,6 @@ def load_llm(
 
 def _load_whole(what: str, name: str, kind: Any, **kwargs: Any) -> Any:
     """Refuses a backbone without all of its weights, where transformers would fill in random ones."""
-    hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision") if kwargs.get(key) is not None}
-    check_files(f"the {what} {name!r}", resolve_backbone(name), **hub)
     with no_load_report():  # It lists the layers and the head that are left out on purpose.
         model, report = load_part(what, name, partial(kind.from_pretrained, **SAFE_LOADING), **kwargs)
     if missing := sorted(report["missing_keys"]):

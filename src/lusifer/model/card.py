@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.publishing import publish_file
+from lusifer.terminal import without_secrets
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -146,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _sources(recipe: Mapping[str, Any]) -> list[str]:
     sets = [item for stage in ("align", "contrast") for item in (recipe.get(stage) or {}).get("data") or []]
     sources = [item.get("source") for item in sets if isinstance(item, dict)]
-    return list(dict.fromkeys(source for source in sources if source))
+    return list(dict.fromkeys(without_secrets(source) for source in sources if source))
 
 
 def _stage_rows(stages: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterable[dict[str, Any]]:

@@ -1,11 +1,9 @@
-"""What a checkpoint stores, how it is read back, and what no model's own files may ask for."""
+"""What a checkpoint stores, and how it is read back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,44 +13,13 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.hooks.transformers import cached_or_none
+from lusifer.trust import SAFE
 
 if TYPE_CHECKING:
     from lusifer.model.configuration import LusiferConfig
     from lusifer.model.modeling import LusiferModel
 
 WEIGHTS = "model.safetensors"
-# Whatever a model's own files say: pickles may run code when they are opened.
-SAFE = {"use_safetensors": True, "weights_only": True}
-
-
-def check_files(what: str, name: str, **hub: Any) -> None:
-    """Refuses a model whose own files send transformers elsewhere for its weights, to files of any kind.
-
-    Args:
-        what: What it is, for the message.
-        name: Its folder or hub id.
-        **hub: ``token``, ``revision``, ...
-
-    Raises:
-        LusiferError: If its configuration names a file of weights, or its index one outside of its folder.
-    """
-    config, index = (_mapping(name, file, **hub) for file in ("config.json", f"{WEIGHTS}.index.json"))
-    if config.get("transformers_weights"):
-        raise LusiferError(f"the configuration of {what} names a file of weights; remove transformers_weights there")
-    weight_map = index.get("weight_map")
-    for file in set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ():
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise LusiferError(f"the index of {what} names {file!r}, which is no safetensors file in its folder")
-
-
-def _mapping(name: str, file: str, **hub: Any) -> dict[str, Any]:
-    try:
-        path = cached_or_none(name, file, **hub)
-        content = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # Whoever loads it says what is wrong.
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_stored(name: str, model: LusiferModel) -> bool:

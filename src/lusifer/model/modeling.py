@@ -25,7 +25,7 @@ from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import add_lora, forget_copy, is_merged_in_place, merge_adapters, merge_in_place
 from lusifer.model.backbone_pair import configure, load_backbones, position_table
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
-from lusifer.model.checkpoint import check_files, check_header, load_standalone, load_stored, stored_state
+from lusifer.model.checkpoint import check_header, load_standalone, load_stored, stored_state
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.connector import FeedForwardConnector, build_head, connector_shapes
 from lusifer.model.direction.masks import masked_directions, set_needs_mask
@@ -33,6 +33,7 @@ from lusifer.model.direction.measured import check_encoder, settle_direction
 from lusifer.model.packing import pack_left, run_llm
 from lusifer.model.pooling import pool
 from lusifer.model.token_batches import padding_groups, run_groups
+from lusifer.trust import check_files
 
 
 class LusiferModel(PreTrainedModel):
@@ -139,9 +140,9 @@ class LusiferModel(PreTrainedModel):
         config, quantization = kwargs.pop("config", None), kwargs.pop("quantization", None)
         given = {part: kwargs.pop(f"{part}_dtype", None) for part in ("encoder", "llm")}
         hub = {key: kwargs[key] for key in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(key) is not None}
+        check_files(repr(name), name, **hub)
         if not isinstance(config, LusiferConfig):
             config = LusiferConfig.from_pretrained(name, **hub)
-        check_files(repr(name), name, **hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if config.standalone:
             model = load_standalone(partial(super().from_pretrained, name, *args), name, config, dtype, **kwargs)

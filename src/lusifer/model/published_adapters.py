@@ -20,6 +20,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.peft import forget_adapter
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import merge_adapters
+from lusifer.trust import check_adapter, check_kinds
 
 WEIGHTS = "adapter_model.safetensors"
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -36,6 +37,7 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
         LusiferError: If it cannot be read, has no safetensors, or holds more than LoRA matrices of inner layers.
     """
     where, _, revision = name.partition("@")
+    check_kinds(f"the adapter {name!r}", where)
     options = {"revision": revision or "main", **hub}
     try:
         config: Any = PeftConfig.from_pretrained(where, **options)
@@ -46,6 +48,8 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
     if tensors is None:
         raise LusiferError(f"the adapter {name!r} has no {WEIGHTS}; other formats may run code: save it as safetensors")
     _check_kind(name, config)
+    # What else could be a pattern there is not used: the layers are those of the tensors.
+    check_adapter(f"the adapter {name!r}", {"alpha_pattern": config.alpha_pattern})
     matrices: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if (match := _TENSOR.fullmatch(key)) is None:

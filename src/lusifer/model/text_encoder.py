@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
 from lusifer.hooks.sentence_transformers import InferenceHook
+from lusifer.hooks.transformers import no_panics
 from lusifer.model.adapters import inference_copy
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.packing import can_pack, embed_packed
@@ -195,7 +196,8 @@ class TextEncoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, special tokens included, truncated to what the model reads; counts the truncated ones."""
-        ids, longer = token_ids(self.tokenizer, texts, self.max_seq_length)
+        with no_panics("the model"):
+            ids, longer = token_ids(self.tokenizer, texts, self.max_seq_length)
         self.cut += sum(longer)
         return ids
 

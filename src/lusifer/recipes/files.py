@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,45 @@ from pydantic import BaseModel, ValidationError
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.recipes.schema import Recipe
+
+_MOST = 10_000_000  # Characters of a file whose aliases are written out.
+
+
+def load_yaml(text: str) -> Any:
+    """Reads YAML of plain values whose aliases, written out, stay of a size that people write.
+
+    Args:
+        text: The YAML.
+
+    Raises:
+        yaml.YAMLError: If it is not valid, or unfolds to far more than it is.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        # Before values are made: merged mappings are written out there.
+        if node is not None and _unfolded(node, {}) > _MOST:
+            raise yaml.YAMLError(f"its aliases unfold to more than {_MOST:,} characters")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # A date or a number that is none.
+        raise yaml.YAMLError(first_line(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _unfolded(node: Any, known: dict[int, float]) -> float:
+    """Characters of a node with its aliases written out; infinite where one stands within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        if isinstance(node, yaml.ScalarNode):
+            size: float = 1 + len(node.value)
+        else:
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            size = 1 + sum(_unfolded(part, known) for part in parts)
+        known[id(node)] = size
+    return known[id(node)]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,7 +65,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         LusiferError: If the file cannot be read, a key is unknown, or a value is not valid.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LusiferError(f"cannot read the recipe {str(path)!r}: {first_line(error)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -57,7 +97,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise LusiferError(f"the override {option!r} lacks a value")
             text = rest.pop(0)
         try:
-            pairs.append((name.replace("-", "_"), yaml.safe_load(text)))
+            pairs.append((name.replace("-", "_"), load_yaml(text)))
         except yaml.YAMLError as error:
             raise LusiferError(f"the value of {option!r} is not valid YAML: {text!r}") from error
     return pairs

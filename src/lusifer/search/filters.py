@@ -30,6 +30,7 @@ _RANGES = {
     "int": (Decimal(-(2**63)), Decimal(2**63 - 1)),
     "float": (Decimal(-sys.float_info.max), Decimal(sys.float_info.max)),
 }
+_DEEPEST = 30  # Brackets within brackets: DataFusion reads no more than some 50.
 _TOKEN = re.compile(
     r"\s*(?:(?P<text>'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\")|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?!\w)"
     r"|(?P<word>[^\W\d]\w*)|(?P<sign><=|>=|!=|<>|[=<>(),]))"
@@ -143,7 +144,7 @@ class _Parser:
     def __init__(self, text: str, columns: Mapping[str, str]) -> None:
         self.text, self.columns = text, columns
         self.tokens = self._split()
-        self.next = 0
+        self.next = self.depth = 0
 
     def parse(self) -> Filter:
         condition = self._either()
@@ -204,13 +205,16 @@ class _Parser:
         return tuple(parts)
 
     def _unary(self) -> Filter:
-        if self._take("NOT"):
-            return Not(self._unary())
-        if self._take("("):
-            condition = self._either()
+        if not (opened := self._take("NOT", "(")):
+            return self._comparison()
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise LusiferError(f"cannot read the filter: more than {_DEEPEST} brackets or NOT within each other")
+        condition = self._either() if opened == "(" else Not(self._unary())
+        if opened == "(":
             self._need(")")
-            return condition
-        return self._comparison()
+        self.depth -= 1
+        return condition
 
     def _comparison(self) -> Filter:
         column = self._column()

@@ -20,6 +20,7 @@ from lusifer.model.backbones import keep_layers
 from lusifer.model.configuration import LusiferConfig
 from lusifer.model.modeling import LusiferModel
 from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.terminal import without_secrets
 from lusifer.training.checks import check_model
 from lusifer.training.planning.cards import Card, find_card
 from lusifer.training.planning.costs import load_of, memory_gb, operations
@@ -225,7 +226,7 @@ def _stages_on_meta(recipe: Recipe) -> Iterator[tuple[str, LusiferModel]]:
 def _sets(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     """Rows and epochs of a stage's sets, as far as they can be opened."""
     stage: GradientStage = getattr(recipe, name)
-    rows: list[dict[str, Any]] = [{"stage": name, "source": item.source} for item in stage.data]
+    rows: list[dict[str, Any]] = [{"stage": name, "source": without_secrets(item.source)} for item in stage.data]
     opened = []
     for row, item in zip(rows, stage.data, strict=True):
         try:
