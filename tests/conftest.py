@@ -95,7 +95,17 @@ def tiny_st(tiny_model, tiny_encoder):
 
 
 # Files that take longest, so that a process of several does not end with one of them alone.
-LONGEST = ("distributed", "rehearsal", "bulk_remote", "bulk_resume", "evaluation", "trainer", "hub", "fuzz_loading", "serving")
+LONGEST = (
+    "distributed",
+    "rehearsal",
+    "bulk_remote",
+    "bulk_resume",
+    "evaluation",
+    "trainer",
+    "hub",
+    "fuzz_loading",
+    "serving",
+)
 
 
 def pytest_unconfigure(config):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.publishing import publish_file, write_json
+from lusifer.publishing import make_folder, publish_file, write_json
 
 _PLAN = "plan.json"
 _WORDS = {"teacher_hash": "another teacher", "encoder": "another encoder", "texts": "other texts"}
@@ -62,7 +62,7 @@ class Work:
 
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Beside the folder, which a restart removes; the system lets go of it when the process ends, however it ends.
         self._lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
         try:

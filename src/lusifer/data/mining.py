@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from lusifer.data.check import normalise
 from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError, first_line
-from lusifer.publishing import publish_file, write_json
+from lusifer.publishing import make_folder, publish_file, write_json
 from lusifer.recipes.schema import DataRecipe
 
 Embed = Callable[[list[str]], np.ndarray]
@@ -87,6 +88,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
                 raise LusiferError("the model gives embeddings that are not finite; try another one")
             file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
             file.flush()
+            os.fsync(file.fileno())  # What is there counts as done.
             bar.update(len(chunk))
     return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), dimension))
 
@@ -241,10 +243,10 @@ def mine(
     records = open_records(item.model_copy(update={"task": "contrast", "hard_negatives": 0}))
     pool = None if corpus is None else open_records(corpus.model_copy(update={"task": "reconstruct"}))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         problem = _problem(records, pool, progress)
         folder = output.with_name(f"{output.name}.embeddings")
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         made_by = json.dumps([teacher, prompts])
         queries = _embedded(problem.queries, embed_query or embed, folder, f"{made_by} queries", progress)
         passages = _embedded(problem.passages, embed, folder, f"{made_by} passages", progress)

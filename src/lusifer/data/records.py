@@ -26,7 +26,7 @@ from lusifer.data.sources import files_of_recipe, unit_of
 from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.datasets import fingerprint
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
 
@@ -146,7 +146,7 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
     path = cache_dir() / "data" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
     if not path.is_file():  # Who may only read a cache can use what is there.
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
                     _write(item, path)

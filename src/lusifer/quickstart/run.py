@@ -31,7 +31,7 @@ from lusifer.errors import LusiferError
 from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint, load_for_inference
 from lusifer.model.backbone_alone import encoder_alone
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, write_json
 from lusifer.quickstart import adapted
 from lusifer.quickstart.report import NAMES, write_report
 from lusifer.recipes.files import load_recipe
@@ -121,7 +121,7 @@ def quickstart(
     """
     recipe = quickstart_recipe(output, overrides)
     options = replace(adapted.COUNTS, encoder=recipe.model.encoder, seed=recipe.seed)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     whole = [fingerprint(recipe, STAGES[-1]), adapted.TEACHER, repr(options)]
     run = _Run(output, hashlib.sha256(json.dumps(whole).encode()).hexdigest())
     fetch()

@@ -18,7 +18,7 @@ from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checks import check_matryoshka
 from lusifer.training.precision import settle
-from lusifer.training.processes import check_output, processes, wait_for_all
+from lusifer.training.processes import alone_in, check_output, processes, wait_for_all
 from lusifer.training.sharding import is_sharded
 from lusifer.training.stages import contrast
 from lusifer.training.trainer import load_trained
@@ -75,8 +75,12 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     """
     if recipe.contrast.teacher:
         raise LusiferError("the LLM alone has no head to learn a teacher's vectors: leave contrast.teacher out")
-    check_output(Path(recipe.output))
-    recipe = settle(recipe)
+    with alone_in(Path(recipe.output) / "llm_alone"):  # The other run may go on beside it.
+        check_output(Path(recipe.output))
+        return _train(settle(recipe), progress)
+
+
+def _train(recipe: Recipe, progress: bool) -> Path:
     set_seed(recipe.seed)
     if recipe.contrast.guide == "encoder":  # What the encoder knows is what the baseline must do without.
         without = {"guide": None, "guide_margin": None, "distill": 0.0}

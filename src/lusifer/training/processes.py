@@ -10,22 +10,26 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from torch import distributed as dist
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import make_folder
 from lusifer.training.gradient_cache import gather, world
 
+_T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)
+_SIGN = ".lusifer-"
 _VISIBLE_WITHIN = 30.0  # Seconds, after which a file on a network disk is seen by every machine.
 
 
@@ -63,6 +67,54 @@ def any_process(answer: bool) -> bool:
     return bool(gather(torch.tensor(answer, device=processes().device)).any())
 
 
+def from_first(decide: Callable[[], _T]) -> _T:
+    """What the first process decides, on every process; so is its LusiferError. Every process must ask."""
+    answer: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            answer = [decide()]
+        except LusiferError as error:  # The others wait for an answer.
+            answer = [error]
+    wait_for_all()
+    decided: Any = broadcast_object_list(answer)[0]
+    if isinstance(decided, LusiferError):
+        raise decided
+    return cast(_T, decided)
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other runs out of it while a block runs; what a killed one left of this goes.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        LusiferError: If it cannot be written to, or another run is at work in it.
+    """
+    lock = FileLock(output / ".lock")
+
+    def enter() -> None:
+        try:
+            make_folder(output)
+            with suppress(NotImplementedError):  # A disk without locks.
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            raise LusiferError(f"another run is at work in {str(output)!r}; wait for it, or choose another") from error
+        except OSError as error:
+            raise LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}") from error
+        for left in output.glob(f"{_SIGN}*"):
+            left.unlink(missing_ok=True)
+
+    from_first(enter)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            (output / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
 def on_machine() -> tuple[int, int]:
     """This process's number among those of its machine, and how many they are."""
     return processes().local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -77,18 +129,17 @@ def check_output(output: Path) -> None:
     Raises:
         LusiferError: If it cannot be written to, or a process has another folder under this name.
     """
-    answer: list[Any] = [None]
-    sign = output / f".lusifer-{secrets.token_hex(8)}"
-    if processes().is_main_process:
+    sign = output / f"{_SIGN}{secrets.token_hex(8)}"
+
+    def leave() -> str:
         try:
-            output.mkdir(parents=True, exist_ok=True)
+            make_folder(output)
             sign.touch()
-            answer = [sign.name]
         except OSError as error:
-            answer = [LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}")]
-    name = broadcast_object_list(answer)[0]
-    if isinstance(name, LusiferError):
-        raise name
+            raise LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}") from error
+        return sign.name
+
+    name = from_first(leave)
     seen = _appears(output / name)
     alone = any_process(not seen)
     sign.unlink(missing_ok=True)
