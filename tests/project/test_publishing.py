@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lusifer
 from lusifer import LusiferError
 from lusifer.errors import first_line
 from lusifer.publishing import make_folder, publish_file, publish_folder, write_json
@@ -185,3 +188,15 @@ def test_the_names_of_new_folders_are_synced_too(tmp_path, monkeypatch):
     assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
     make_folder(tmp_path / "a" / "b" / "c")
     assert len(synced) == 3
+
+
+def test_nothing_else_gives_what_it_wrote_its_name():
+    """Others rename only into a file that is being published, or what is damaged out of the way."""
+    source = Path(lusifer.__file__).parent
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(", path.read_text(encoding="utf-8"))
+    }
+    others = {"starter/fetch.py", "training/checkpoints.py", "search/lance.py"}
+    assert found == {"publishing.py"} | others

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lusifer import LusiferError
 from lusifer.recipes.schema import Recipe
+from lusifer.training.checkpoints import last_intact
 from lusifer.training.processes import alone_in
 from lusifer.training.run import train
 from lusifer.training.trainer import AtomicTrainer
@@ -155,6 +156,21 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(recipe, whole, copy, caplog)
     train(recipe(copy), progress=False)
     assert_same(copy, whole)
     assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_every_process_of_a_checkpoint_left_its_random_state(recipe, copy, caplog, missing):
+    """Another number of processes goes on without it; none of those that wrote it may lack."""
+    folder = copy / "contrast" / "checkpoints" / "checkpoint-4"
+    save_file(
+        load_file(folder / "learning.safetensors"),
+        folder / "learning.safetensors",
+        metadata={"loss_sum": "1.0", "ranks": "2"},
+    )
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
+    (folder / "rng_state.pth").rename(folder / ("elsewhere" if missing else "rng_state_1.pth"))
+    assert last_intact(folder.parent) == folder.with_name("checkpoint-3" if missing else "checkpoint-4")
+    assert ("checkpoint-4/rng_state_1.pth is damaged (missing)" in caplog.text) == missing
 
 
 def test_a_damaged_report_of_a_finished_stage(recipe, whole, tmp_path, caplog):
