@@ -1,13 +1,15 @@
 """How a file or a folder appears on a disk here: complete and synced, or not at all.
 
 It is written under a hidden name, gets the rights of any new file (0666 less the umask) and is synced; a rename puts it
-in its place.
+in its place. A lock beside the hidden name tells that its process is alive: what killed ones left unfinished goes when
+the same file or folder is written again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -29,16 +31,13 @@ def publish_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written; nothing unfinished stays.
     """
-    staging = _hidden(path, scratch)
-    mode = _create(staging)
-    try:
+    with _unfinished(path, scratch) as staging:
+        mode = _create(staging)
         yield staging
         staging.chmod(mode)
         _sync(staging)
         os.replace(staging, path)
         _sync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -52,27 +51,72 @@ def publish_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
     Raises:
         LusiferError: If the disk is full or not writable; nothing unfinished stays, an older folder does.
     """
-    staging, old = _hidden(folder), _hidden(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _settle(staging)
-        try:
-            with suppress(FileNotFoundError):
-                os.rename(folder, old)
-            os.rename(staging, folder)
-        except BaseException:
-            if not folder.exists():
-                with suppress(FileNotFoundError):
-                    os.rename(old, folder)
-            raise
-        _sync(folder.parent)
+        make_folder(folder.parent)
+        with _unfinished(folder) as staging:
+            staging.mkdir()
+            yield staging
+            put_in_place(staging, folder)
     except OSError as error:
         raise LusiferError(f"cannot write the {what} {str(folder)!r}: {first_line(error)}") from error
-    finally:
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Syncs a folder that is complete and gives it its name, and its files the rights of new ones.
+
+    Args:
+        staging: The folder, on the same file system.
+        folder: Where it shall stand; an older folder there is replaced.
+
+    Raises:
+        OSError: If it cannot be synced or renamed; an older folder stays.
+    """
+    old = _old(staging)
+    _settle(staging)
+    try:
+        with suppress(FileNotFoundError):
+            os.rename(folder, old)
+        os.rename(staging, folder)
+    except BaseException:
+        if not folder.exists():
+            with suppress(FileNotFoundError):
+                os.rename(old, folder)
+        raise
+    _sync(folder.parent)
+    _remove(old)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and syncs their names.
+
+    Args:
+        folder: The folder; one that is there stays as it is.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        _sync(one.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs every file and folder below a folder, and itself, whoever wrote them.
+
+    Args:
+        folder: The folder; what others remove from it meanwhile is passed over.
+
+    Raises:
+        OSError: If something cannot be synced.
+    """
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if not path.is_symlink():
+                with suppress(FileNotFoundError):
+                    _sync(path)
+        with suppress(FileNotFoundError):
+            _sync(Path(parent))
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -90,8 +134,53 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
         staging.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _hidden(path: Path, scratch: Path | None = None) -> Path:
-    return (scratch or path.parent) / f".{path.name}-{secrets.token_hex(4)}"
+@contextmanager
+def _unfinished(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A hidden name for what becomes ``path``, locked while this process works on it; nothing is left of it."""
+    from filelock import FileLock
+
+    folder = scratch or path.parent
+    _sweep(path, folder)
+    staging = folder / f".{path.name}-{secrets.token_hex(4)}"
+    lock = FileLock(_lock(staging))
+    with suppress(OSError, NotImplementedError):  # Where a disk knows no locks, nobody sweeps either.
+        lock.acquire(timeout=0)
+    try:
+        yield staging
+    finally:
+        for left in (staging, _old(staging), _lock(staging)):
+            _remove(left)
+        lock.release()
+
+
+def _sweep(path: Path, folder: Path) -> None:
+    """Removes what killed processes left of ``path``; a folder they had moved away, but not replaced, comes back."""
+    from filelock import FileLock, Timeout
+
+    hidden = re.compile(rf"(\.{re.escape(path.name)}-[0-9a-f]{{8}})(\.old|\.lock)?")
+    found = {match[1] for name in os.listdir(folder) if (match := hidden.fullmatch(name))}
+    for staging in (folder / name for name in found):
+        # Timeout says that its process is alive.
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(_lock(staging)).acquire(timeout=0):
+            if _old(staging).exists() and not path.exists():
+                os.rename(_old(staging), path)
+            for left in (staging, _old(staging), _lock(staging)):
+                _remove(left)
+
+
+def _old(staging: Path) -> Path:
+    return Path(f"{staging}.old")
+
+
+def _lock(staging: Path) -> Path:
+    return Path(f"{staging}.lock")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> int:
@@ -105,16 +194,14 @@ def _create(path: Path) -> int:
 
 def _settle(folder: Path) -> None:
     """Gives every file below a folder the rights of a new one, and syncs files and folders."""
-    probe = _hidden(folder / "rights")
+    probe = folder / f".rights-{secrets.token_hex(4)}"
     mode = _create(probe)
     probe.unlink()
     for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
+        for path in (Path(parent, name) for name in names):
             if not path.is_symlink():
                 path.chmod(mode)
-                _sync(path)
-        _sync(Path(parent))
+    sync_tree(folder)
 
 
 def _sync(path: Path) -> None:

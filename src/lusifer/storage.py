@@ -13,7 +13,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 from lusifer.terminal import without_secrets
 
 # Libraries behind fsspec whose exceptions tell of the store, not of a defect of ours.
@@ -93,7 +93,7 @@ class Folder:
         """Creates the folder."""
         with storage_errors(self.url, "write"):
             if self.staging is not None:
-                self.staging.mkdir(parents=True, exist_ok=True)
+                make_folder(self.staging)
 
     def names(self) -> set[str]:
         """Names of the files in the folder; none where there is no folder."""

@@ -15,6 +15,7 @@ from lusifer.data.mining import Settings, choose, embed_to_file, mine, nearest
 from lusifer.data.records import open_records
 from lusifer.recipes.schema import DataRecipe
 from support.holding import held
+from support.power import Disk
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,23 @@ def test_an_interrupted_call_goes_on_with_its_embeddings(tmp_path, monkeypatch):
     expected = unit([np.arange(1, 4) + i for i in range(11)])
     np.testing.assert_allclose(found, expected, atol=5e-4)  # float16 has 11 bits
     assert found.shape == (11, 3)
+
+
+def test_embeddings_are_on_the_disk_before_the_next_are_computed(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "vault").mkdir()
+    disk = Disk(tmp_path / "disk", tmp_path / "vault", monkeypatch)
+    monkeypatch.setattr("lusifer.data.mining._CHUNK", 4)
+    safe = []
+
+    def embed(chunk):
+        cut = tmp_path / f"cut{len(safe)}"
+        disk.cut(cut, kind=True)
+        safe.append((cut / "v").stat().st_size if (cut / "v").exists() else 0)
+        return np.ones((len(chunk), 3))
+
+    embed_to_file(embed, [f"t{i}" for i in range(12)], tmp_path / "disk" / "v", progress=None)
+    assert safe == [0, 0, 24, 48]
 
 
 def test_embeddings_stay_after_an_interruption_and_go_at_the_end(tmp_path):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import lusifer
 from lusifer import LusiferError
 from lusifer.errors import first_line
-from lusifer.publishing import publish_file, publish_folder, write_json
+from lusifer.publishing import make_folder, publish_file, publish_folder, write_json
 from lusifer.storage import Folder
 
 
@@ -123,3 +128,75 @@ def test_an_interruption_between_the_two_renames_keeps_the_old_folder(tmp_path, 
         (folder / "x").write_text("new")
     assert (tmp_path / "b" / "x").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def started(tmp_path, then):
+    """A process that is at work on a file and on a folder, replacing an older one."""
+    code = (
+        "import sys, os, time\nfrom pathlib import Path\nfrom lusifer.publishing import publish_file, publish_folder\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "with publish_file(root / 'a') as a, publish_folder(root / 'b') as b:\n"
+        f"    (b / 'x').write_text('half')\n    print('ready', flush=True)\n    {then}\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def hidden(folder):
+    return {path.name for path in folder.iterdir() if path.name.startswith(".")}
+
+
+def write_both(tmp_path):
+    write_json(tmp_path / "a", 1)
+    with publish_folder(tmp_path / "b") as folder:
+        (folder / "x").write_text("whole")
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    process = started(tmp_path, "time.sleep(60)")
+    begun = hidden(tmp_path)
+    assert len(begun) == 4  # Each with its lock.
+    write_both(tmp_path)
+    assert hidden(tmp_path) == begun
+    process.kill()
+    process.wait()
+    (tmp_path / ".a-notes").write_text("not ours")
+    write_both(tmp_path)
+    assert hidden(tmp_path) == {".a-notes"}
+    assert (tmp_path / "b" / "x").read_text() == "whole"
+
+
+def test_a_folder_that_a_killed_process_had_moved_away_comes_back(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    # Killed between the two renames.
+    code = "rename = os.rename; os.rename = lambda *names: (rename(*names), os._exit(9)); "
+    started(tmp_path, code + "from lusifer.publishing import put_in_place; put_in_place(b, root / 'b')").wait()
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(KeyError), publish_folder(tmp_path / "b"):
+        raise KeyError
+    assert (tmp_path / "b" / "x").read_text() == "old"
+    write_both(tmp_path)
+    assert hidden(tmp_path) == set() and (tmp_path / "b" / "x").read_text() == "whole"
+
+
+def test_the_names_of_new_folders_are_synced_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("lusifer.publishing._sync", synced.append)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(synced) == 3
+
+
+def test_nothing_else_gives_what_it_wrote_its_name():
+    """Others rename only into a file that is being published, or what is damaged out of the way."""
+    source = Path(lusifer.__file__).parent
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(", path.read_text(encoding="utf-8"))
+    }
+    others = {"starter/fetch.py", "training/checkpoints.py", "search/lance.py"}
+    assert found == {"publishing.py"} | others

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.locks import alone_at
-from lusifer.publishing import publish_file, write_json
+from lusifer.publishing import make_folder, publish_file, write_json
 
 _PLAN = "plan.json"
 _LATER = ("encoder_hash",)  # What plans of earlier versions do not have: those go on.
@@ -69,7 +69,7 @@ class Work:
 
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._alone = ExitStack()
         self._alone.enter_context(alone_at(folder))
         if restart:

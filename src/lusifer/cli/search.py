@@ -136,6 +136,26 @@ def delete(
     emit(facts) if as_json else say(f"{deleted:,} deleted, {facts['texts']:,} texts left")
 
 
+@index_app.command("repair")
+def repair(
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="A folder.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Takes a damaged index back to its last version that can be read, as after a power cut.
+
+    Texts added since are to be added again: the same `lusifer index add` embeds only those that are missing. No other
+    command may be writing to the index.
+
+    Example: `lusifer index repair news`
+    """
+    from lusifer.search.locations import repair_store
+
+    store, back = repair_store(index)
+    facts = {"index": index, "versions_back": back, "texts": store.count()}
+    done = f"went back {back} versions" if back else "the newest version can be read; nothing changed"
+    emit(facts) if as_json else typer.echo(f"{done}: {facts['texts']:,} texts")
+
+
 @index_app.command("info")
 def info(index: Index, as_json: Json = False) -> None:
     """Shows what an index holds: texts by language, model, columns.

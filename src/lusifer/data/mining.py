@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -90,6 +91,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
                 raise LusiferError("the model gives embeddings that are not finite; try another one")
             file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
             file.flush()
+            os.fsync(file.fileno())  # What is there counts as done.
             bar.update(len(chunk))
     return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), dimension))
 

@@ -26,7 +26,7 @@ from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.datasets import fingerprint
 from lusifer.locks import alone_at
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
 from lusifer.terminal import without_secrets
@@ -147,7 +147,7 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
     path = cache_dir() / "data" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
     if not path.is_file():  # Who may only read a cache can use what is there.
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with alone_at(path, wait=True):
                 if not path.is_file():
                     _write(item, path)

@@ -24,7 +24,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.intervals import Recorder
 from lusifer.locks import alone_at
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, write_json
 from lusifer.terminal import without_secrets
 
 _RUN = "run.json"
@@ -145,7 +145,7 @@ class Results(ResultCache):
         folder = self.get_task_result_path("any", self.model).parent
         try:
             for path in (folder, out / "failures"):
-                path.mkdir(parents=True, exist_ok=True)
+                make_folder(path)
             write_json(folder / "model_meta.json", json.loads(json.dumps(self.model.to_dict(), default=str)))
             asked = {key: self.settings[key] for key in ("model", "model_hash", "prompts")}
             write_json(out / _RUN, {**before, **asked, "plan": plan})

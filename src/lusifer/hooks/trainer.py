@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 
 class OneDevice(TrainingArguments):
@@ -20,6 +23,13 @@ class OneDevice(TrainingArguments):
     def n_gpu(self) -> int:
         """0 or 1."""
         return min(1, super().n_gpu)
+
+
+def read_random_state(path: Path) -> dict[str, Any]:
+    """The states of a process's random generators that ``Trainer._save_rng_state`` wrote; pickled NumPy arrays."""
+    with safe_globals():
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    return {name: state[name] for name in ("python", "numpy", "cpu")}
 
 
 class OpenTrainer(Trainer):

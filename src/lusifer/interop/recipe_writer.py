@@ -11,7 +11,7 @@ from typing import Any
 from lusifer.errors import LusiferError, first_line
 from lusifer.interop.llm_embedder import LLMEmbedder
 from lusifer.model.backbones import load_config
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 from lusifer.recipes.files import load_recipe
 
 # Above it, a laptop's CPU is out of the question.
@@ -35,7 +35,7 @@ def write_recipe(path: Path, text: str) -> None:
         LusiferError: If it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with publish_file(path) as staging:
             staging.write_text(text, encoding="utf-8")
             load_recipe(staging)

@@ -32,7 +32,7 @@ from lusifer.evaluation.everyday import embedder, score
 from lusifer.loading import load_checkpoint, load_for_inference
 from lusifer.locks import alone_at
 from lusifer.model.backbone_alone import encoder_alone
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, write_json
 from lusifer.quickstart import adapted
 from lusifer.quickstart.report import NAMES, write_report
 from lusifer.recipes.files import load_recipe
@@ -129,7 +129,7 @@ def quickstart(
 def _run(
     recipe: Recipe, options: Options, output: Path, progress: bool, answered: Callable[[Answers], object] | None
 ) -> dict[str, Any]:
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     whole = [fingerprint(recipe, STAGES[-1]), adapted.TEACHER, repr(options)]
     run = _Run(output, hashlib.sha256(json.dumps(whole).encode()).hexdigest())
     fetch()

@@ -1,7 +1,8 @@
 """An index in a folder, kept by LanceDB: no server, nothing to set up.
 
 The folder holds ``facts.json`` (the model), ``lance`` (the texts) and, once drawn, ``map.json``. LanceDB writes a new
-version for every change, so an interrupted one leaves the version before.
+version for every change, so an interrupted one leaves the version before. A change is synced to the disk before its
+call returns, and older versions go only after that: `LanceStore.repair` goes back to one of them after a power cut.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +23,7 @@ import numpy as np
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.locks import INSIDE, alone_at
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, sync_tree, write_json
 from lusifer.search.filters import Filter, OneOf, to_sql
 from lusifer.search.lexical import words
 from lusifer.search.store import Entry, Hit, IndexInfo, Store
@@ -32,6 +34,7 @@ _SYSTEM = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.
 _TABLE = "texts"
 _KEEP_VERSIONS = timedelta(hours=1)  # For readers that are still at an older one.
 _DELETED = 10_000  # Rows of one deletion.
+_ALL_VERSIONS = timedelta(days=36_500)
 _MIN_TRAIN = 256  # Rows from which LanceDB can train its partitions.
 
 
@@ -56,21 +59,22 @@ class LanceStore(Store):
     @classmethod
     def _create(cls, path: Path, info: IndexInfo) -> LanceStore:
         lancedb = _lancedb()
-        # What an interrupted creation left has no facts.json yet, and is made again.
-        mode = "overwrite" if (path / "lance").exists() else "create"
         names = {file.name for file in path.iterdir()} if path.is_dir() else set()
         ours = ("lance", INSIDE)
         if path.is_file() or any(name not in ours and not name.startswith(".facts.json") for name in names):
             raise LusiferError(f"{str(path)!r} exists and is not an empty folder; choose another name for the index")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
+            # What an interrupted creation left has no facts.json yet, and perhaps files that LanceDB cannot read.
+            shutil.rmtree(path / "lance" / f"{_TABLE}.lance", ignore_errors=True)
             with _one_line(path):
-                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(info), mode=mode)
+                table = _connect(lancedb, path).create_table(_TABLE, schema=_schema(info))
                 table.create_index("id", config=lancedb.index.BTree())
                 # The words are made by us, for every script: see lexical.py.
                 off = dict.fromkeys(("lower_case", "stem", "remove_stop_words", "ascii_folding"), False)
                 plain = lancedb.index.FTS(base_tokenizer="whitespace", max_token_length=None, **off)
                 table.create_index("words", config=plain)
+            sync_tree(path)
             write_json(path / "facts.json", info.to_dict())
         except OSError as error:
             raise LusiferError(f"cannot write the index {str(path)!r}: {first_line(error)}") from error
@@ -88,20 +92,62 @@ class LanceStore(Store):
         Raises:
             LusiferError: If there is none, or it is damaged.
         """
-        lancedb = _lancedb()
-        file = path / "facts.json"
-        if not file.is_file():
-            raise LusiferError(f"no index at {str(path)!r}: it has no facts.json (make one with `lusifer index add`)")
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LusiferError(f"the index {str(path)!r} is damaged: facts.json is not JSON; build it anew") from error
-        info = IndexInfo.from_dict(stored, str(path))
+        lancedb, info = _lancedb(), _info(path)
         with _one_line(path):
             table = _connect(lancedb, path).open_table(_TABLE)
             if table.schema != _schema(info):
                 raise LusiferError(f"the index {str(path)!r} is damaged: facts.json does not fit its texts")
         return cls(path, info, table)
+
+    @classmethod
+    def repair(cls, path: Path) -> tuple[LanceStore, int]:
+        """Goes back to the newest version that can be read whole.
+
+        The manifests of newer ones are moved to ``damaged`` in the folder of the index.
+
+        Args:
+            path: The folder of the index; no other process is at work in it.
+
+        Returns:
+            The index, and how many versions it went back.
+
+        Raises:
+            LusiferError: If no version can be read; then nothing is changed.
+        """
+        _info(path)  # Without it, going back is of no use.
+        folder, aside = path / "lance" / f"{_TABLE}.lance" / "_versions", path / "damaged"
+        manifests = sorted(folder.glob("*.manifest"), key=_version_of)
+        for back in range(len(manifests)):
+            try:
+                store = cls.open(path)
+                store.read_all()
+                sync_tree(path)
+                return store, back
+            except LusiferError:
+                make_folder(aside)
+                newest = manifests.pop()
+                newest.rename(aside / newest.name)
+        for manifest in aside.glob("*.manifest"):
+            manifest.rename(folder / manifest.name)
+        raise LusiferError(f"no version of the index {str(path)!r} can be read; build it anew")
+
+    def read_all(self) -> None:
+        """Reads every text and vector, and asks the indexes.
+
+        Raises:
+            LusiferError: If something cannot be read.
+        """
+        with self._errors():
+            count, found, last = self._table.count_rows(), 0, None
+            for batch in self._table.search().limit(count).to_batches():
+                found, last = found + len(batch), batch.slice(len(batch) - 1).to_pylist()[0] if len(batch) else last
+            if found != count:
+                raise ValueError(f"{found} of {count} texts can be read")
+            if last is not None and not self._fetch([last["id"]])[0]:
+                raise ValueError(f"{last['id']!r} is not found by its id")
+            if last is not None:
+                self._bm25(last["words"].split()[:1] or ["none"], 1, None)
+                self._nearest(np.asarray(last["vector"], dtype=np.float32), 1, None, exact=False)
 
     @property
     def folder(self) -> Path:
@@ -118,6 +164,7 @@ class LanceStore(Store):
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         new = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         new.execute(self._rows(entries, vectors))
+        sync_tree(self.path)
 
     def _rows(self, entries: Sequence[Entry], vectors: np.ndarray) -> Any:
         import pyarrow as pa
@@ -166,14 +213,20 @@ class LanceStore(Store):
         if self._table.count_rows() < _MIN_TRAIN:
             raise LusiferError(f"an approximate index needs {_MIN_TRAIN} texts; below that, every search is exact")
         self._table.create_index("vector", config=_lancedb().index.IvfSq(distance_type="cosine"))
-        self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+        self._optimize()
 
     def _tidy(self) -> None:
         """Makes the approximate index, too, when the texts have become many."""
         if self._table.count_rows() >= APPROXIMATE_FROM and not self._approximate():
             self._build()
         else:
-            self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+            self._optimize()
+
+    def _optimize(self) -> None:
+        self._table.optimize(cleanup_older_than=_ALL_VERSIONS)
+        sync_tree(self.path)  # Before the versions go that a power cut would leave.
+        self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
+        sync_tree(self.path)
 
     def _heal(self) -> int:
         import pyarrow.compute as pc
@@ -203,6 +256,7 @@ class LanceStore(Store):
         chosen = condition if ids is None else OneOf("id", tuple(ids))
         assert chosen is not None
         self._table.delete(to_sql(chosen))
+        sync_tree(self.path)
 
     def _best(self, query: Any, k: int, condition: Filter | None, score: str) -> list[tuple[Entry, float]]:
         """The first k texts of a query, and the column that ranks them."""
@@ -236,6 +290,18 @@ def _lancedb() -> Any:
     return lancedb
 
 
+def _info(path: Path) -> IndexInfo:
+    """What an index records about itself; raises as `LanceStore.open`."""
+    file = path / "facts.json"
+    if not file.is_file():
+        raise LusiferError(f"no index at {str(path)!r}: it has no facts.json (make one with `lusifer index add`)")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LusiferError(f"the index {str(path)!r} is damaged: facts.json is not JSON; build it anew") from error
+    return IndexInfo.from_dict(stored, str(path))
+
+
 def _connect(lancedb: Any, path: Path) -> Any:
     # Without an interval, an open index would never see what another process adds.
     return lancedb.connect(str(path / "lance"), read_consistency_interval=timedelta(0))
@@ -248,6 +314,12 @@ def _schema(info: IndexInfo) -> Any:
     fields = [pa.field(name, pa.string()) for name in ("id", "text", "lang", "words")]
     fields.append(pa.field("vector", pa.list_(pa.float32(), info.dimension)))
     return pa.schema(fields + [pa.field(name, types[kind]) for name, kind in info.columns.items()])
+
+
+def _version_of(manifest: Path) -> int:
+    """The version of a manifest; newer formats count down from 2**64 - 1, so that the newest is listed first."""
+    number = int(manifest.stem)
+    return number if number < 2**63 else 2**64 - 1 - number
 
 
 @contextmanager
@@ -267,4 +339,4 @@ def _told(error: Exception, path: Path) -> str:
     if reason in _SYSTEM:
         lost = "nothing that was there is lost, and the same command goes on"
         return f"cannot write the index {str(path)!r}: {reason}; {lost}"
-    return f"the index {str(path)!r} cannot be used; it may be damaged: {reason}"
+    return f"the index {str(path)!r} cannot be used; it may be damaged (lusifer index repair): {reason}"

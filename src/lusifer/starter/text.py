@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 from lusifer.starter.fetch import PREFIX, cache_dir, starter_path
 
 VERSES = "english-verses"
@@ -76,7 +76,7 @@ def _write_all(folder: Path) -> None:
     passages = _passages(modern, others, random.Random(1))
     generator = random.Random(0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, rows in ((VERSES, verses), (PAIRS, pairs), (PASSAGES, passages)):
             generator.shuffle(rows)
             with publish_file(folder / f"{name}.jsonl") as staging, staging.open("w", encoding="utf-8") as file:

@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.model.backbones import load_config
 from lusifer.model.text_encoder import Choice, choose_dtype
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, write_json
 from lusifer.recipes.schema import GradientStage, Recipe
-from lusifer.training.processes import processes
+from lusifer.training.processes import first_process_says
 
 logger = logging.getLogger(__name__)
 
 _FIELDS = {"model": ("encoder_dtype", "llm_dtype"), "align": ("precision",), "contrast": ("precision",)}
 _FILE = "precision.json"
+_REMEDY = "remove it, with the folders of the stages, to decide again"
 _WIDTH, _DEPTH = 4096, 1024  # Of the product measured: larger ones take seconds and have the same ratio.
 
 
@@ -46,16 +46,7 @@ def settle(recipe: Recipe) -> Recipe:
     """
     if not _open(recipe):
         return _checked(recipe)
-    answer: list[Any] = [None]
-    if processes().is_main_process:
-        try:
-            answer = [_decide(recipe)]
-        except LusiferError as error:  # The other processes wait for an answer.
-            answer = [error]
-    choice = broadcast_object_list(answer)[0]
-    if isinstance(choice, LusiferError):
-        raise choice
-    return _checked(_filled(recipe, choice))
+    return _checked(_filled(recipe, first_process_says(lambda: _decide(recipe))))
 
 
 def foresee(recipe: Recipe) -> tuple[Recipe, Choice | None]:
@@ -132,7 +123,7 @@ def _decide(recipe: Recipe) -> Choice:
         return choice
     choice = _measured(recipe)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, {"auto": choice.name, "reason": choice.reason})
     except OSError as error:
         raise LusiferError(f"cannot write {str(path)!r}: {first_line(error)}") from error
@@ -147,7 +138,9 @@ def _kept(path: Path) -> Choice | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         choice = Choice(str(stored["auto"]), str(stored["reason"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LusiferError(f"cannot read {str(path)!r}, the precision of this run: {first_line(error)}") from error
+        raise LusiferError(
+            f"cannot read {str(path)!r}, the precision of this run: {first_line(error)}; {_REMEDY}"
+        ) from error
     if choice.name not in ("float32", "bfloat16"):
         raise LusiferError(f"{str(path)!r} says auto: {choice.name!r}; it must be float32 or bfloat16")
     return choice

@@ -24,9 +24,11 @@ from torch import distributed as dist
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.locks import alone_at
+from lusifer.publishing import make_folder
 from lusifer.training.gradient_cache import gather, world
 
 _PATIENCE = timedelta(days=7)
+_SIGN = ".lusifer-"
 _VISIBLE_WITHIN = 30.0  # Seconds, after which a file on a network disk is seen by every machine.
 
 
@@ -129,9 +131,11 @@ def check_output(output: Path) -> None:
 
 def _sign(output: Path) -> str:
     """Makes the folder and a file in it; returns the file's name."""
-    name = f".lusifer-{secrets.token_hex(8)}"
+    name = f"{_SIGN}{secrets.token_hex(8)}"
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
+        for left in output.glob(f"{_SIGN}*"):  # Of a run that was killed.
+            left.unlink(missing_ok=True)
         (output / name).touch()
     except OSError as error:
         raise LusiferError(f"cannot write into output {str(output)!r}: {first_line(error)}") from error

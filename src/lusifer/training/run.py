@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from lusifer.model.backbones import load_tokenizer
 from lusifer.model.fingerprint import files_fingerprint
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
-from lusifer.publishing import publish_file, write_json
+from lusifer.publishing import make_folder, publish_file, write_json
 from lusifer.recipes.schema import GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
@@ -84,6 +86,8 @@ def _check_held_out(name: str, stage: GradientStage, rows: int) -> None:
         tell("%s: %d rows are held out and measured%s", name, rows, chosen)
 
 
+_DAMAGED = "damaged"
+_HASH = re.compile("[0-9a-f]{64}")
 _FEW = 32  # Held-out rows, below which a choice among checkpoints is mostly chance.
 # Fields that earlier versions had not, of a stage and of its sets.
 _LATER = {"teacher", "teacher_weight", "infonce_weight", "warmup_share", "schedule"}
@@ -204,20 +208,37 @@ def _finished(recipe: Recipe, name: str) -> bool:
     """Whether a stage's folder holds its result; an unfinished one only has the fingerprint it was begun with.
 
     Raises:
-        LusiferError: If it was begun with another recipe.
+        LusiferError: If it was begun with another recipe, or nothing says with which.
     """
     folder = Path(recipe.output) / name
-    report, begun = folder / "stage.json", folder / "fingerprint"
     known = [fingerprint(recipe, name, earlier=earlier) for earlier in (False, True)]
-    finished, stored = report.is_file(), known[0]
-    if finished:
-        stored = json.loads(report.read_text(encoding="utf-8"))["fingerprint"]
-    elif begun.is_file():
-        stored = begun.read_text(encoding="utf-8")
-    if stored not in known:
+    begun = _stored(folder / "fingerprint", lambda text: text)
+    ended = _stored(folder / "stage.json", lambda text: json.loads(text)["fingerprint"])
+    remedy = f"remove the folder {str(folder)!r} to run the stage again"
+    if ended == _DAMAGED and begun in known:  # Known as this recipe's, it may be written again.
+        if processes().is_main_process:
+            logger.warning("%s is damaged; the stage is finished again from its last checkpoint", folder / "stage.json")
+        return False
+    for stored, file in ((ended, "stage.json"), (begun, "fingerprint")):
+        if stored == _DAMAGED:
+            raise LusiferError(f"{str(folder / file)!r} is damaged; {remedy}")
+        if stored is not None:
+            break
+    if stored is not None and stored not in known:
         refusal = "holds a run of another recipe; choose another output, or remove that folder to start again"
         raise LusiferError(f"{str(folder)!r} {refusal}")
-    return finished
+    return ended is not None
+
+
+def _stored(path: Path, read: Callable[[str], Any]) -> str | None:
+    """The fingerprint in a file, `_DAMAGED`, or None where there is no file."""
+    try:
+        stored = read(path.read_text(encoding="utf-8"))
+        return stored if _HASH.fullmatch(stored) else _DAMAGED
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return _DAMAGED
 
 
 def _run_stage(
@@ -228,7 +249,7 @@ def _run_stage(
     started, state, inputs = time.monotonic(), processes(), fingerprint(recipe, name)
     types = data_types(lusifer_model(model))
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         keep_inputs(folder, inputs_of(recipe, name), begun=(folder / "fingerprint").is_file())
         with publish_file(folder / "fingerprint") as staging:
             staging.write_text(inputs, encoding="utf-8")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +16,6 @@ from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from lusifer.data.collate import AlignCollator, ContrastCollator, column_texts, llm_preprocess, source_texts
 from lusifer.data.mixture import Mixture
@@ -30,11 +28,13 @@ from lusifer.model.backbone_alone import EncoderAlone, SentenceEncoder, encoder_
 from lusifer.model.backbones import keep_layers, load_tokenizer, truncate_llm
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import copy_prompts, lusifer_model, to_sentence_transformer
+from lusifer.publishing import make_folder
 from lusifer.recipes.schema import GradientStage, ModelRecipe, Recipe
 from lusifer.training.alignment import AlignmentLoss, held_out_metrics, load_lm_head
+from lusifer.training.checkpoints import last_intact
 from lusifer.training.contrastive import ContrastiveLoss
 from lusifer.training.precision import hold_trained_in_float32
-from lusifer.training.processes import processes, wait_for_all
+from lusifer.training.processes import first_process_says, processes
 from lusifer.training.sharding import shard
 from lusifer.training.teaching import vectors_of
 from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
@@ -275,6 +275,8 @@ def _train(
     arguments = _training_arguments(recipe, name, folder, eval_steps, progress)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent.parent / "logs" / folder.parent.name)
     listener, state = SaveOnSignal(), processes()
+    if state.is_main_process:  # Before the trainer makes it, which syncs nothing.
+        make_folder(folder)
     trainer = AtomicTrainer(
         model, arguments, stage=stage, step_loss=loss, evaluator=metrics, train_dataset=mixture, eval_dataset=[],
         data_collator=collator, callbacks=[listener],
@@ -287,15 +289,11 @@ def _train(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
     set_seed(arguments.seed)
-    if arguments.should_save:
-        for stale in folder.glob(".saving-*"):  # Left by a process that was killed.
-            shutil.rmtree(stale, ignore_errors=True)
-    wait_for_all()
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = first_process_says(lambda: last_intact(folder))
     if last:
         logger.info("resuming from %s", last)
     with listener.listening():
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last and str(last))
     if listener.asked:
         raise LusiferError("stopped by SIGTERM; a checkpoint is saved, and the same command goes on from it")
     history, trained = trainer.state.log_history, trainer.trained_parameters()

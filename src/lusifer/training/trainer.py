@@ -35,13 +35,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
-from lusifer.publishing import write_json
+from lusifer.publishing import make_folder, put_in_place, sync_tree, write_json
 from lusifer.recipes.schema import GradientStage
+from lusifer.training.checkpoints import OPTIMIZER, RANKS, SCHEDULER, TRAINABLE
 from lusifer.training.processes import any_process, wait_for_all
 from lusifer.training.sharding import copy_into, in_full, without_reduction
 
-_TRAINABLE = "learning.safetensors"
-_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SPREAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
 
@@ -181,7 +180,7 @@ class AtomicTrainer(OpenTrainer):
         parameters = dict(self.model.named_parameters())
         not_finite = [n for n, p in parameters.items() if p.grad is not None and not in_full(p.grad).isfinite().all()]
         state = {"step": self.state.global_step, "reason": reason, "gradients_not_finite": not_finite}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, {**state, "batch": recursively_apply(Tensor.tolist, self._batch)}, indent=None)
         raise LusiferError(
             f"step {self.state.global_step + 1}: {reason}; stopped before the weights changed. The batch is in {path}; "
@@ -215,7 +214,8 @@ class AtomicTrainer(OpenTrainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / _TRAINABLE, metadata={"loss_sum": repr(self.loss_sum)})
+            facts = {"loss_sum": repr(self.loss_sum), RANKS: str(self.args.world_size)}
+            save_file(state, folder / TRAINABLE, metadata=facts)
 
     def load_weights(self, checkpoint: str) -> None:
         """Reads the trainable parameters and the sum of the losses.
@@ -224,7 +224,7 @@ class AtomicTrainer(OpenTrainer):
             LusiferError: If the file is damaged or of another model.
         """
         try:
-            with safe_open(Path(checkpoint) / _TRAINABLE, "pt") as file:
+            with safe_open(Path(checkpoint) / TRAINABLE, "pt") as file:
                 self.loss_sum = float(file.metadata()["loss_sum"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -235,23 +235,23 @@ class AtomicTrainer(OpenTrainer):
         """Writes the optimizer's state by parameter name, and the scheduler's."""
         state = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
         if self.args.should_save:
-            torch.save(state, os.path.join(folder, _OPTIMIZER))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(folder, _SCHEDULER))
+            torch.save(state, os.path.join(folder, OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(folder, SCHEDULER))
 
     def load_optimizer(self, checkpoint: str) -> None:
         """Reads the optimizer's state, of any number of ranks, and the scheduler's."""
-        state = torch.load(os.path.join(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True)
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True)
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         state["state"] = {name: moments for name, moments in state["state"].items() if name in trained}
         for group in state["param_groups"]:
             group["params"] = [name for name in group["params"] if name in trained]
         options = _SPREAD if self.args.world_size > 1 else _FULL
         dcp.set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
-        schedule = torch.load(os.path.join(checkpoint, _SCHEDULER), map_location="cpu", weights_only=True)
+        schedule = torch.load(os.path.join(checkpoint, SCHEDULER), map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
     def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint under another name, then renames it; arguments as for ``Trainer``.
+        """Writes a checkpoint under another name, syncs and renames it; arguments as for ``Trainer``.
 
         Raises:
             LusiferError: If it cannot be written.
@@ -264,9 +264,10 @@ class AtomicTrainer(OpenTrainer):
             os.makedirs(staging, exist_ok=True)
             self.args.output_dir = staging
             super().save_checkpoint(model, trial)
+            sync_tree(Path(staging))  # What this rank wrote; another machine could not.
             wait_for_all()
             if self.args.should_save:
-                os.replace(os.path.join(staging, folder), os.path.join(output, folder))
+                put_in_place(Path(staging, folder), Path(output, folder))
                 os.rmdir(staging)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk.
             shutil.rmtree(staging, ignore_errors=True)
@@ -277,7 +278,8 @@ class AtomicTrainer(OpenTrainer):
             self.state.best_model_checkpoint = os.path.join(output, folder)
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(output, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+            # By their steps: a clock may go back.
+            rotate_checkpoints(output, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
         wait_for_all()
 
 

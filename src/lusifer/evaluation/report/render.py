@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.report.results import System
 from lusifer.evaluation.report.sections import sections
-from lusifer.publishing import publish_file
+from lusifer.publishing import make_folder, publish_file
 
 
 def render(systems: Sequence[System], form: str, baseline: str | None = None, *, published: bool = False) -> str:
@@ -39,7 +39,7 @@ def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, 
     texts = {out / f"report.{form}": render(systems, form, baseline, published=published) for form in ("html", "md")}
     for path, text in texts.items():
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             with publish_file(path) as staging:
                 staging.write_text(text, encoding="utf-8")
         except OSError as error:
