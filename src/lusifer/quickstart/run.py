@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,6 +38,7 @@ from lusifer.recipes.schema import Recipe
 from lusifer.starter.fetch import fetch
 from lusifer.training.llm_baseline import train_llm_alone
 from lusifer.training.run import STAGES, fingerprint, train
+from lusifer.training.trainer import peak_memory_mb
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +60,6 @@ def quickstart_recipe(output: Path, overrides: list[str] | None = None) -> Recip
     """The bundled recipe, writing to ``output``."""
     bundled = files("lusifer") / "resources" / "quickstart.yaml"
     return load_recipe(str(bundled), [*(overrides or []), "--output", str(output)])
-
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 class _Run:
@@ -94,7 +87,7 @@ class _Run:
         finally:
             spent = self.state["seconds"].get(name, 0.0) + time.monotonic() - began
             self.state["seconds"][name] = round(spent, 1)
-            self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_rss_mb()), 1)
+            self.state["peak_rss_mb"] = round(max(self.state["peak_rss_mb"], peak_memory_mb()), 1)
             write_json(self.path, self.state)
         return self.state["done"][name]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import recursively_apply
 from safetensors import SafetensorError, safe_open
@@ -49,6 +49,15 @@ def _memory_mb(device: torch.device) -> float:
     """Peak memory in MB: of the device if it is an accelerator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    return peak_memory_mb()
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process in MB."""
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    import resource  # There is none on Windows.
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
