@@ -1,7 +1,7 @@
 """One process at a time on a place that a user names.
 
-The lock is a hidden file beside the place, ``.NAME.lock``, which stays. The system lets go of it when the process ends,
-however it ends.
+The lock is a hidden file beside the place, ``.NAME.lock``, there while somebody works. The system lets go of it when
+the process ends, however it ends; what a killed one leaves of it is taken by the next.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -44,6 +44,9 @@ def alone_at(place: str | Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
+            if lock.lock_counter == 1:
+                with suppress(OSError):  # Windows removes nothing that is open.
+                    os.unlink(lock.lock_file)
             lock.release()
 
 
@@ -89,13 +92,26 @@ def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
 
 
 def _take(path: Path, shown: str, wait: bool) -> FileLock:
-    # The same object for the same path, which counts how often its thread has taken it.
-    lock = FileLock(path, is_singleton=True)
+    while True:
+        # The same object for the same path, which counts how often its thread has taken it.
+        lock = FileLock(path, is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                busy = f"another process is at work in {shown!r}; wait for it, or choose another place"
+                raise BusyError(busy) from None
+            logger.info("another process is at work in %s; waiting for it", shown)
+            lock.acquire(timeout=-1)
+        if lock.lock_counter > 1 or _is_at(path, lock):
+            return lock
+        lock.release()  # Whoever had it before has removed the file: this one keeps nobody out.
+
+
+def _is_at(path: Path, lock: FileLock) -> bool:
+    """Whether the file that a lock holds is still the one at its path; reads filelock's private descriptor."""
+    descriptor = lock._context.lock_file_fd
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise BusyError(f"another process is at work in {shown!r}; wait for it, or choose another place") from None
-        logger.info("another process is at work in %s; waiting for it", shown)
-        lock.acquire(timeout=-1)
-    return lock
+        return descriptor is not None and os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False

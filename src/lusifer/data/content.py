@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lusifer.data.records import Records, open_records
+from lusifer.data.records import Records, as_texts, open_records
 from lusifer.data.sources import InputFile, files_of_recipe
 from lusifer.errors import LusiferError, first_line
 from lusifer.model.fingerprint import files_fingerprint
@@ -113,8 +113,10 @@ def inputs_of(recipe: Recipe, name: str) -> dict[str, str]:
         LusiferError: If a set cannot be read.
     """
     stage, model = getattr(recipe, name), recipe.model
-    sets = [recipe.warm_start_data()] if name == "warm_start" else stage.data
-    hashes = {f"{name}.data.{number}: {item.source}": set_hash(item) for number, item in enumerate(sets) if item}
+    sets = list(stage.data) if name != "warm_start" else []
+    if name == "warm_start" and (first := recipe.warm_start_data()) is not None:
+        sets = [as_texts(first)]  # As stage 0 reads it.
+    hashes = {f"{name}.data.{number}: {item.source}": set_hash(item) for number, item in enumerate(sets)}
     backbones: dict[str, tuple[str | None, dict[str, Any]]] = {
         "model.encoder": (model.encoder, {"revision": model.encoder_revision}),
         "model.llm": (model.llm, {"revision": model.llm_revision}),

@@ -295,6 +295,11 @@ def open_set(item: DataRecipe, *, seed: int = 0) -> Rows:
     return StreamedRecords(item) if item.streaming else open_records(item, seed=seed)
 
 
+def as_texts(item: DataRecipe) -> DataRecipe:
+    """A set of texts or pairs, to be read as texts."""
+    return DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct")
+
+
 def read_texts(item: DataRecipe, limit: int) -> list[str]:
     """The first texts of a set: its ``text`` column, or queries and positives of pair records.
 
@@ -305,5 +310,5 @@ def read_texts(item: DataRecipe, limit: int) -> list[str]:
     Raises:
         LusiferError: If it cannot be read.
     """
-    records = open_set(DataRecipe(source=item.source, **item.model_dump(include=_WHERE), task="reconstruct"))
+    records = open_set(as_texts(item))
     return [records[row]["text"] for row in range(min(limit, len(records)))]
