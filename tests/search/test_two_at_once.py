@@ -148,7 +148,8 @@ SOURCE = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/lance-file-
         ),
         (
             f"lance error: LanceError(IO): file is truncated, {SOURCE}",
-            "the index {index} cannot be used; it may be damaged (lusifer index repair): lance error: LanceError(IO): file is truncated",
+            "the index {index} cannot be used; it may be damaged (lusifer index repair): "
+            "lance error: LanceError(IO): file is truncated",
         ),
     ],
 )
