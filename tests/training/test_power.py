@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from lusifer import LusiferError
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checkpoints import last_intact
-from lusifer.training.processes import alone_in
 from lusifer.training.run import train
 from lusifer.training.trainer import AtomicTrainer
+from support.holding import held
 from support.kill import Killed, kill_in
 from support.power import Disk
 from support.texts import TEXTS
@@ -221,8 +221,8 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, whole, tmp_path):
     left.mkdir()
     (tmp_path / "run" / ".lusifer-0123456789abcdef").touch()
     with (
-        alone_in(tmp_path / "run"),
-        pytest.raises(LusiferError, match="another run is at work in"),
+        held(tmp_path / "run"),
+        pytest.raises(LusiferError, match="another process is at work in"),
     ):
         train(recipe(tmp_path / "run"), progress=False)
     assert left.is_dir()

@@ -77,8 +77,8 @@ def train_llm_alone(recipe: Recipe, *, progress: bool = True) -> Path:
     """
     if recipe.contrast.teacher:
         raise LusiferError("the LLM alone has no head to learn a teacher's vectors: leave contrast.teacher out")
-    check_output(Path(recipe.output))
     with alone_in(Path(recipe.output) / "llm_alone"):
+        check_output(Path(recipe.output))
         return _train(recipe, progress)
 
 

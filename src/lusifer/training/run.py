@@ -144,8 +144,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     processes()
     with first_process_first():
         check_inputs(recipe)
-    check_output(Path(recipe.output))
     with alone_in(Path(recipe.output)):
+        check_output(Path(recipe.output))
         return _train(settle(recipe), progress)
 
 
