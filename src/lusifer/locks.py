@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.publishing import make_folder
 
 INSIDE = ".lusifer.lock"  # Its name within a folder whose own parent cannot be written, such as a mounted disk.
 _WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -75,7 +76,7 @@ def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
     """The lock, taken; None where the file system knows no locks."""
     beside = place.with_name(f".{place.name}.lock")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         try:
             return _take(beside, shown, wait)
         except OSError as error:
