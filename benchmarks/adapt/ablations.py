@@ -253,6 +253,14 @@ def parts(data: Stored, student: Student, dictionary: Path) -> Iterator[tuple[st
     yield "closed form, four layers, switched copies, MLP", trained(network, states, targets, start=both, epochs=6)
 
 
+def starters(evaluation: Path) -> tuple[Student, Teacher, Sets]:
+    """The starter's encoder and teacher, both frozen, and the sets that are scored."""
+    student = Student("starter:multilingual-e5-small", asymmetric=False, device="cpu")
+    student.bfloat16 = True
+    teacher = Teacher("starter:all-minilm-l6-v2", device="cpu")
+    return student, teacher, Sets(evaluation, student, teacher)
+
+
 def main() -> None:
     """Reads the command line, computes the rows and prints them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,9 +270,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    student = Student("starter:multilingual-e5-small", asymmetric=False, device="cpu")
-    student.bfloat16 = True
-    sets = Sets(args.eval, student, Teacher("starter:all-minilm-l6-v2", device="cpu"))
+    student, _, sets = starters(args.eval)
     data = load_stored(args.work, student, sets.contexts.shape[1])
     rows: dict[str, dict[str, float]] = {}
     for name, form in chain(peers(data, student.width), parts(data, student, args.work / "dictionary.safetensors")):

@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ablations import Sets
+from ablations import starters
 from lusifer.adapt.closed_form import Moments
 from lusifer.adapt.collect import dictionary, prepare
-from lusifer.adapt.student import Student
 from lusifer.adapt.switching import Switcher
 from lusifer.adapt.texts import english_texts
 from lusifer.publishing import write_json
-from lusifer.teacher.embedder import Teacher
 
 COUNTS = (10_000, 50_000, 100_000, 200_000)
 BLOCK, KEPT, PENALTY = 2_000, 50_000, 0.03
@@ -42,10 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--vectors", type=Path)
     args = parser.parse_args()
-    student = Student("starter:multilingual-e5-small", asymmetric=False, device="cpu")
-    student.bfloat16 = True
-    teacher = Teacher("starter:all-minilm-l6-v2", device="cpu")
-    sets = Sets(args.eval, student, teacher)
+    student, teacher, sets = starters(args.eval)
     corpus = english_texts((args.texts,), most=max(COUNTS))
     roles = ["query"] * (len(corpus.train) + len(corpus.held_out))
     prepared = prepare(student, corpus.train, corpus.held_out, roles)

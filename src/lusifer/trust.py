@@ -64,6 +64,11 @@ def check_files(what: str, name: str, **hub: Any) -> None:
             folder is neither file nor folder, which a read may wait at for ever.
     """
     check_kinds(what, name)
+    _check_place(what, name, **hub)
+
+
+def _check_place(what: str, name: str, **hub: Any) -> None:
+    """The files of one folder of a model."""
     config, index = (_mapping(name, file, **hub) for file in ("config.json", _INDEX))
     if config.get("transformers_weights"):
         raise LusiferError(f"the configuration of {what} names a file of weights; remove transformers_weights there")
@@ -92,7 +97,7 @@ def check_modules(what: str, name: str, **hub: Any) -> None:
     for place in _module_places(name, **hub):
         within = {**hub, "subfolder": place}
         if place:
-            check_files(what, name, **within)
+            _check_place(what, name, **within)
         options = (_mapping(name, f"sentence_{family}_config.json", **within) for family in _FAMILIES)
         for key, value in next(filter(None, options), {}).items():
             if key.endswith(("_kwargs", "_args")) and isinstance(value, dict):

@@ -16,6 +16,7 @@ PATH = Path(__file__).parents[2] / "tools" / "gpu_proof.py"
 @pytest.fixture
 def tool(monkeypatch, tmp_path):
     monkeypatch.setenv("LUSIFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(PATH.parent))
     spec = importlib.util.spec_from_file_location("gpu_proof", PATH)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_proof", module)

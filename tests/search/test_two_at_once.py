@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,59 +15,33 @@ from lusifer.search import Entry, IndexInfo, open_store
 from lusifer.search.indexing import add
 from support.command import mistake
 from support.holding import held
+from support.launch import TESTS
+from support.toy_index import DIM, Encoder, entries
 
 pytest.importorskip("lancedb")
 
 from lusifer.search.lance import LanceStore  # noqa: E402
 
-DIM = 16
 INFO = IndexInfo("some/model", "0123456789abcdef", DIM)
 COUNT = 600
 # Made and filled once all processes are there, so that they meet.
 _ADD = """
-import sys, time
-from pathlib import Path
-import numpy as np
+import sys
 from lusifer import LusiferError
-from lusifer.search import Entry, open_store
+from lusifer.search import open_store
 from lusifer.search.indexing import add
+from support.toy_index import Encoder, entries
 
-class Encoder:
-    cut = 0
-    class model:
-        class device:
-            type = "cpu"
-    def encode(self, texts):
-        return np.eye(16, dtype=np.float32)[[hash(text) % 16 for text in texts]].reshape(-1, 16)
-
-index, count = sys.argv[1], int(sys.argv[2])
-entries = [Entry(f"id{i}", f"text {i}", "en") for i in range(count)]
+index, rows = sys.argv[1], entries(int(sys.argv[2]))
 store = open_store(index)
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    add(store, Encoder(), entries)
+    add(store, Encoder(), rows)
 except LusiferError as error:
     print(error, file=sys.stderr)
     raise SystemExit(2)
 """
-
-
-class Encoder:
-    """Gives every text one vector."""
-
-    cut = 0
-
-    class model:
-        class device:
-            type = "cpu"
-
-    def encode(self, texts):
-        return np.tile(np.eye(DIM, dtype=np.float32)[0], (len(texts), 1))
-
-
-def entries(count, word="text"):
-    return [Entry(f"id{i}", f"{word} {i}", "en") for i in range(count)]
 
 
 def vectors(count):
@@ -81,7 +56,8 @@ def test_two_that_add_at_once_leave_each_id_once(tmp_path):
     LanceStore.create(tmp_path / "index", INFO)
     command = [sys.executable, "-c", _ADD, str(tmp_path / "index"), str(COUNT)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    two = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    found = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    two = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": found}, **pipes) for _ in range(2)]
     for process in two:
         assert process.stdout.readline() == "ready\n"
     for process in two:

@@ -24,6 +24,7 @@ seen, begun = {"machine": p.on_machine()}, time.monotonic()
 with p.first_process_first():
     time.sleep(5 if rank == 0 else 0)
 seen["waited"] = time.monotonic() - begun
+seen["said"] = p.first_process_says(lambda: time.sleep(5) or "done")
 seen["any"] = [p.any_process(rank == 1), p.any_process(False)]
 p._VISIBLE_WITHIN = 1.0
 for name in ("shared", "own"):
@@ -45,6 +46,7 @@ def test_two_processes_wait_and_see_one_folder(tmp_path):
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert [one["machine"] for one in seen] == [[0, 2], [1, 2]]
     assert min(one["waited"] for one in seen) > 4
+    assert [one["said"] for one in seen] == ["done", "done"]
     assert [one["any"] for one in seen] == [[True, False]] * 2
     assert [one["shared"] for one in seen] == [None, None]
     assert "not shared by all machines" in seen[0]["own"]

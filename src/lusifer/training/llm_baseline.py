@@ -17,6 +17,7 @@ from lusifer.model.adapters import add_lora, merge_adapters
 from lusifer.model.backbone_alone import mean_pooled_llm
 from lusifer.model.pooling import mean_pool
 from lusifer.model.sentence_transformer import save_atomically
+from lusifer.publishing import make_folder
 from lusifer.recipes.schema import Recipe
 from lusifer.training.checks import check_matryoshka
 from lusifer.training.precision import settle
@@ -107,5 +108,5 @@ def _train(recipe: Recipe, progress: bool) -> Path:
 def _begin(recipe: Recipe, folder: Path) -> None:
     inputs = inputs_of(recipe, "contrast")
     check_inputs_unchanged(folder, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     keep_inputs(folder, inputs, begun=(folder / "checkpoints").is_dir())

@@ -76,6 +76,7 @@ def first_process_says(work: Callable[[], Any]) -> Any:
             answer = [work()]
         except LusiferError as error:
             answer = [LusiferError(str(error))]  # Without its cause, which may not survive pickling.
+    wait_for_all()  # A broadcast times out as training's collectives do.
     told = broadcast_object_list(answer)[0]
     if isinstance(told, LusiferError):
         raise told

@@ -28,7 +28,7 @@ from lusifer.model.fingerprint import files_fingerprint
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.publishing import make_folder, publish_file, write_json
-from lusifer.recipes.schema import GradientStage, Recipe
+from lusifer.recipes.schema import DataRecipe, GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
 from lusifer.training.precision import data_types, restore_data_types, settle
@@ -91,7 +91,7 @@ _HASH = re.compile("[0-9a-f]{64}")
 _FEW = 32  # Held-out rows, below which a choice among checkpoints is mostly chance.
 # Fields that earlier versions had not, of a stage and of its sets.
 _LATER = {"teacher", "teacher_weight", "infonce_weight", "warmup_share", "schedule"}
-_LATER_OF_SETS = {"document_instruction": None, "positives": 1}
+_LATER_OF_SETS = ("document_instruction", "positives")
 # What may change when a run goes on: it decides speed, memory and logs, not the result.
 _VOLATILE = {"save_steps", "logging_steps", "eval_steps", "save_total_limit", "report_to", "max_tokens", "graph_tokens"}
 # So do these, which earlier versions took for the result's: at their defaults they give the fingerprints of before.
@@ -125,8 +125,9 @@ def fingerprint(recipe: Recipe, stage: str, *, earlier: bool = False) -> str:
                 del tree[name][field]
         data = tree[name].get("data")
         for item in data if isinstance(data, list) else ():
-            for field in [field for field, default in _LATER_OF_SETS.items() if item[field] == default]:
-                del item[field]
+            for field in _LATER_OF_SETS:
+                if item[field] == DataRecipe.model_fields[field].default:
+                    del item[field]
     return hashlib.sha256(json.dumps([recipe.seed, tree], sort_keys=True).encode()).hexdigest()
 
 
