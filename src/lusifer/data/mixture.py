@@ -175,10 +175,8 @@ def open_strata(sets: Sequence[DataRecipe], *, batch_size: int, seed: int) -> li
                 size = len(records if rows is None else rows)
                 strata.append(Stratum(len(strata), item, records, rows, size, name))
         if small:
-            rows, codes = (
-                np.concatenate([*small.values()]),
-                np.repeat(np.arange(len(small)), [*map(len, small.values())]),
-            )
+            rows = np.concatenate([*small.values()])
+            codes = np.repeat(np.arange(len(small)), [*map(len, small.values())])
             strata.append(Stratum(len(strata), item, records, rows, len(rows), clusters=codes))
         _check_size(strata[first:], least)
     return strata
