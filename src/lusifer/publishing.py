@@ -7,6 +7,7 @@ the same file or folder is written again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -96,7 +97,10 @@ def make_folder(folder: Path) -> None:
         OSError: If it cannot be made.
     """
     missing = [one for one in (folder, *folder.parents) if not one.is_dir()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # The folder, or one above it, is a file.
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
     for one in missing:
         _sync(one.parent)
 

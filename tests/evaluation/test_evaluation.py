@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -263,6 +264,17 @@ def test_the_cache_keeps_order_and_computes_each_text_once(tmp_path):
     assert other([*texts, "d"]).tolist() == [*expected, [1, 100]]
     assert given[3:] == ["d"] and other.computed == 1
     assert cache([]).shape[0] == 0
+
+
+def test_many_open_the_cache_at_once(tmp_path):
+    def use(file, number):
+        cache = EmbeddingCache(file, lambda texts: np.ones((len(texts), 8)))
+        cache([f"{number} {k}" for k in range(50)])
+        cache.base.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        for time in range(30):
+            list(pool.map(use, [tmp_path / f"{time}.sqlite"] * 8, range(8)))
 
 
 @pytest.mark.skipif(not EVAL_DATA.is_dir(), reason="needs the evaluation data beside the repository")

@@ -159,6 +159,12 @@ def test_tests_import_no_other_test(path):
     assert not [name for name in names if name.startswith(("test_", "tests.")) or name == "conftest"]
 
 
+def test_tests_have_a_name_each():
+    # Without packages, pytest refuses a second file of the same name.
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_tests_stand_where_the_source_does():
     rooms = {path.name for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
     packages = {part(name) for name, path in sources().items() if path.name == "__init__.py"}

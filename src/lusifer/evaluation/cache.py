@@ -25,8 +25,7 @@ _ASKED = 500  # Parameters in one question to SQLite.
 
 def _open(path: Path) -> sqlite3.Connection:
     base = sqlite3.connect(path, timeout=600, isolation_level=None)
-    base.execute("PRAGMA journal_mode=WAL")
-    base.execute("PRAGMA synchronous=NORMAL")
+    # No write-ahead log: SQLite waits for nobody while it switches one on, and a second process fails.
     base.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
     return base
 
