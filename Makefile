@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/'
 
-$(READY): pyproject.toml tools/install.sh
+$(READY): pyproject.toml requirements.lock tools/install.sh tools/torch.txt tools/uv.lock
 	sh tools/install.sh "$(PYTHON)" "$(VENV)"
 	touch $(READY)
 
