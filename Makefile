@@ -29,7 +29,7 @@ check: $(READY)  ## lint, format check and types
 
 docs: $(READY)   ## build the documentation site into site/; warnings are errors
 	$(BIN)/python tools/reference.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict --clean
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/train.py

@@ -1,8 +1,10 @@
-"""The locked packages: what pyproject.toml asks for, each by version and hash."""
+"""What is installed: every import declared, every requirement bounded, every locked package of one version and hash."""
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+# Modules that are not called as the package they come with.
+PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "umap": "umap-learn", "pydantic_core": "pydantic"}
 
 
 def blocks(name):
@@ -53,3 +59,15 @@ def test_every_requirement_has_an_upper_bound():
     for text in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]:
         one = Requirement(text)
         assert one.name == PROJECT["name"] or any(part.operator in ("<", "==") for part in one.specifier), text
+
+
+def test_every_import_is_declared():
+    named = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    declared = {Requirement(text).name.lower().replace("-", "_") for text in named}
+    imported = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+            imported |= {node.module} if isinstance(node, ast.ImportFrom) and not node.level else set()
+    tops = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"lusifer"}
+    assert {PACKAGES.get(top, top).replace("-", "_") for top in tops} <= declared
