@@ -19,8 +19,8 @@ BERT = tf.BertConfig(**SHAPE, vocab_size=100)
 LLAMA = tf.LlamaConfig(**SHAPE, vocab_size=100, bos_token_id=1, eos_token_id=2)
 RENAMED = ["esm", "gte", "jina_embeddings_v3", "nomic_bert"]
 # The first ones are renamed; then experts with layers beside them, GPT-2's layers, modules that are numbered, a linear
-# class of their own, routers, and state-space layers.
-DECODERS = ["exaone", "mixtral", "dots1", "gpt2", "ctrl", "falcon", "phimoe", "llama4_text", "nemotron_h"]
+# class of their own, routers, state-space layers, and scales that no module of its own has.
+DECODERS = ["exaone", "mixtral", "dots1", "gpt2", "ctrl", "falcon", "phimoe", "llama4_text", "nemotron_h", "falcon_h1"]
 
 
 def tiny_config(family):

@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.adapt.configuration import AdaptedConfig
-from lusifer.hooks.transformers import remove_capturing_hooks
+from lusifer.hooks.transformers import InitializesParts, remove_capturing_hooks
 from lusifer.model.backbones import build_encoder
 
 
@@ -83,7 +83,7 @@ def _means(states: Sequence[Tensor], attention_mask: Tensor, layers: list[int]) 
     return torch.cat(means, dim=1)
 
 
-class AdaptedEncoder(PreTrainedModel):
+class AdaptedEncoder(InitializesParts, PreTrainedModel):
     """A multilingual encoder whose embeddings lie in a teacher's vector space.
 
     Args:

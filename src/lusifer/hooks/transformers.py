@@ -87,3 +87,16 @@ def no_load_report() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class InitializesParts:
+    """A model made of transformers' own models; each computes its buffers when a checkpoint is loaded.
+
+    In a class that is not transformers' own, modules without weights of their own are passed over: Falcon-H1's scales
+    stayed uninitialised memory. `is_custom_code` is public but undocumented.
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether transformers may pass over such modules."""
+        return False

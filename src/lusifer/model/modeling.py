@@ -21,7 +21,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lusifer.errors import LusiferError
-from lusifer.hooks.transformers import cached_or_none
+from lusifer.hooks.transformers import InitializesParts, cached_or_none
 from lusifer.model.adapters import add_lora, forget_copy, is_merged_in_place, merge_adapters, merge_in_place
 from lusifer.model.backbone_pair import configure, load_backbones, position_table
 from lusifer.model.backbones import HUB_KEYS, build_encoder, build_llm, load_tokenizer
@@ -36,7 +36,7 @@ from lusifer.model.token_batches import padding_groups, run_groups
 from lusifer.trust import check_files
 
 
-class LusiferModel(PreTrainedModel):
+class LusiferModel(InitializesParts, PreTrainedModel):
     """Encoder, connector, decoder LLM, pooling and optional MLP head.
 
     Args:
