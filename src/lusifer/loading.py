@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from lusifer.errors import LusiferError, first_line
+from lusifer.errors import LusiferError
+from lusifer.hooks.huggingface_hub import why_not_loaded
 from lusifer.hooks.sentence_transformers import no_pickled_modules
 from lusifer.hooks.transformers import cached_or_none, no_panics
 from lusifer.interop.authors import find_authors
@@ -70,7 +71,7 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
     except LusiferError:
         raise
     except Exception as error:  # Whatever a library says of files that it cannot make sense of.
-        raise LusiferError(f"cannot read the checkpoint {path!r}: {first_line(error)}") from error
+        raise LusiferError(f"cannot read the checkpoint {path!r}: {why_not_loaded(path, error)}") from error
 
 
 def load_for_inference(path: str, *, device: str | None = None, precision: str | None = None) -> SentenceTransformer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from lusifer.data.expansion import Expansion
 from lusifer.data.sources import InputFile, unit_of
 from lusifer.data.text_files import MAX_RECORD, Lines, not_utf8, records_of, refuse_repeated
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.huggingface_hub import settle_hub, why_not_loaded
 from lusifer.recipes.schema import DataRecipe
 from lusifer.storage import is_remote, open_file, storage_errors
 
@@ -208,10 +210,12 @@ def load_hub_set(item: DataRecipe, *, streaming: bool) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    if not Path(item.source).exists():
+        settle_hub()
     try:
         return load_dataset(item.source, item.subset, split=item.split, revision=item.revision, streaming=streaming)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = first_line(error.__cause__ or error)
+        reason = why_not_loaded(item.source, error.__cause__ or error)
         raise LusiferError(f"cannot read the data set {item.source!r}: {reason}") from error
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.huggingface_hub import why_not_loaded
 
 _MARK = "universal_learner_name_or_path"  # No other configuration has it.
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
@@ -91,7 +92,7 @@ def fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise LusiferError(f"cannot fetch {source!r} from the hub: {first_line(error)}") from error
+        raise LusiferError(f"cannot fetch {source!r} from the hub: {why_not_loaded(source, error)}") from error
 
 
 def backbone_of(folder: Path, name: str) -> str:

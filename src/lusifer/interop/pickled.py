@@ -17,6 +17,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.huggingface_hub import settle_hub, why_not_loaded
 from lusifer.locks import alone_at_new
 from lusifer.publishing import publish_folder
 from lusifer.trust import check_kinds
@@ -60,10 +61,11 @@ def _fetched(source: str) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
         check_kinds(repr(source), str(folder))
         return folder
+    settle_hub()
     try:
         return Path(snapshot_download(source, allow_patterns=["pytorch_model*.bin", _INDEX, *_BESIDE]))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise LusiferError(f"cannot fetch {source!r}: {first_line(error)}") from error
+        raise LusiferError(f"cannot fetch {source!r}: {why_not_loaded(source, error)}") from error
 
 
 def _parts(source: str, folder: Path) -> Iterator[Path]:

@@ -11,7 +11,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lusifer.errors import LusiferError, first_line
+from lusifer.errors import LusiferError
+from lusifer.hooks.huggingface_hub import why_not_loaded
 from lusifer.hooks.sentence_transformers import no_pickled_modules
 from lusifer.hooks.transformers import cached_or_none, no_panics
 from lusifer.model.backbone_pair import position_table
@@ -66,7 +67,7 @@ def mean_pooled_llm(
             max_seq_length=max_seq_length,
         )
     except (OSError, ValueError) as error:
-        raise LusiferError(f"cannot load the llm {name!r}: {first_line(error)}") from error
+        raise LusiferError(f"cannot load the llm {name!r}: {why_not_loaded(name, error)}") from error
     for adapter in adapters:
         merge_in(module.auto_model, adapter, depth=config.num_hidden_layers)
     # Not in config_kwargs, which drop what the configuration does not have already.
@@ -190,7 +191,7 @@ class SentenceEncoder(nn.Module):
         except LusiferError:
             raise
         except Exception as error:  # Whatever a library says of files that it cannot make sense of.
-            raise LusiferError(f"cannot load the encoder {name!r}: {first_line(error)}") from error
+            raise LusiferError(f"cannot load the encoder {name!r}: {why_not_loaded(name, error)}") from error
         return cls(model, max_seq_length)
 
     @property

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.hooks.huggingface_hub import why_not_loaded
 from lusifer.hooks.transformers import has_pooler, no_load_report, no_panics
 from lusifer.model.published_adapters import merge_in
 from lusifer.starter.names import resolve_backbone
@@ -64,7 +65,7 @@ def load_part(what: str, name: str, loader: Callable[..., Any], **kwargs: Any) -
                 f"`lusifer convert pickled {name} FOLDER` and give that folder"
             ) from error
         raise LusiferError(
-            f"cannot load the {what} {name!r}: {first_line(error)} "
+            f"cannot load the {what} {name!r}: {why_not_loaded(name, error)} "
             "(give a hub id you can reach, a local folder, or a starter name after `lusifer fetch`)"
         ) from error
 
