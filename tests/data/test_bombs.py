@@ -135,7 +135,8 @@ LIES = {
 def test_sizes_that_are_not_so_do_not_burst_memory(tmp_path, count, lie, coded):
     path, rows = tmp_path / "bomb.parquet", 4099 if coded else 2111
     table = pa.table({"text": one_value(rows, LENGTH, pa.string()) if coded else pa.array(["a" * LENGTH] * rows)})
-    parquet.write_table(table, path, compression="zstd", store_schema=False, use_dictionary=coded)
+    options = {"store_schema": False, "use_dictionary": coded, "write_batch_size": 64}
+    parquet.write_table(table, path, compression="zstd", **options)
     del table
     chunk = parquet.read_metadata(path).row_group(0).column(0)
     # What of it stands in the footer more than once, as the rows do, is forged everywhere.
