@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,22 +106,37 @@ def make_folder(folder: Path) -> None:
         _sync(one.parent)
 
 
-def sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path, known: dict[str, object] | None = None) -> None:
     """Syncs every file and folder below a folder, and itself, whoever wrote them.
 
     Args:
         folder: The folder; what others remove from it meanwhile is passed over.
+        known: What earlier calls have synced, kept up to date: files of the same size and time, and folders of the same
+            entries, are passed over. Not for files that are rewritten in place within a tick of the clock.
 
     Raises:
         OSError: If something cannot be synced.
     """
+    known = {} if known is None else known
+    seen = set[str]()
+
+    def sync(path: str, state: object) -> None:
+        seen.add(path)
+        if known.get(path) != state:
+            _sync(Path(path))
+            known[path] = state
+
     for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            if not path.is_symlink():
-                with suppress(FileNotFoundError):
-                    _sync(path)
-        with suppress(FileNotFoundError):
-            _sync(Path(parent))
+        for path in (os.path.join(parent, name) for name in names):
+            with suppress(FileNotFoundError):
+                status = os.lstat(path)
+                if not stat.S_ISLNK(status.st_mode):
+                    sync(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+        with suppress(FileNotFoundError), os.scandir(parent) as entries:
+            # By names: the time of a folder may stand still between two changes.
+            sync(parent, (os.stat(parent).st_ino, frozenset((entry.name, entry.inode()) for entry in entries)))
+    for path in known.keys() - seen:
+        del known[path]
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:

@@ -1,4 +1,9 @@
-"""What no model's own files may ask for: pickles, code, files outside of its folder, patterns that never end."""
+"""What no model's own files may ask for: pickles, code, files outside of its folder, patterns that never end.
+
+A symbolic link leads out of a folder as a path in a configuration does: a vocabulary that is a link to a private file
+is part of every model trained on it. Only links within the folder are followed, and those into the stores where caches
+keep files of the folder.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +27,15 @@ _FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-robert
 _PLACES = {"subfolder", "variant", "key_mapping", "adapter_kwargs", "use_kernels", "kernel_config", "custom_generate"}
 _PLACE_ENDINGS = ("_file", "_files", "_path", "_dir", "_folder")
 _PATTERN_SIGNS = set("*+?{}()[]|")
+LINKED = "LUSIFER_LINKED_FOLDERS"
+_STORES = (".git/annex/objects", ".dvc/cache")  # Of a repository that the folder lies in.
 
 
-def check_kinds(what: str, name: str) -> None:
-    """Refuses a model's folder with a pipe, a socket or a device in it, where a read may wait for ever.
+def check_folder(what: str, name: str) -> None:
+    """Refuses a model's folder with links out of it, or with a pipe or device in it, where a read may wait for ever.
+
+    Links may lead to the blobs of the same repository in a hub's cache, to the store of the git-annex or DVC repository
+    around the folder, and to the folders that ``LUSIFER_LINKED_FOLDERS`` names.
 
     Args:
         what: What it is, for the message.
@@ -34,20 +44,43 @@ def check_kinds(what: str, name: str) -> None:
     Raises:
         LusiferError: If so.
     """
-    seen = set[str]()
+    seen, allowed = set[str](), _allowed(Path(os.path.realpath(name)))
     for folder, folders, files in os.walk(name, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        for file in files:
-            path = os.path.join(folder, file)
+        for entry in (*folders, *files):
+            path = os.path.join(folder, entry)
+            if os.path.islink(path):
+                _check_link(what, path, allowed)
             try:
                 mode = os.stat(path).st_mode
             except OSError:  # A link to nothing: whoever needs the file says so.
                 continue
-            if not stat.S_ISREG(mode):
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise LusiferError(f"{path!r} of {what} is a pipe, a socket or a device, not a file; remove it")
+
+
+def _allowed(root: Path) -> list[Path]:
+    """Where links of a model's folder may lead."""
+    allowed = [root]
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots":  # Blobs of its repository, and those that repositories share.
+            repository = folder.parent.parent
+            allowed += [repository / "blobs", repository.parent / "blobs"]
+        allowed += [folder / store for store in _STORES]
+    allowed += [Path(named) for named in os.environ.get(LINKED, "").split(os.pathsep) if named]
+    return [Path(os.path.realpath(folder)) for folder in allowed]
+
+
+def _check_link(what: str, path: str, allowed: list[Path]) -> None:
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise LusiferError(
+            f"{path!r} of {what} is a link to {str(target)!r}, outside of its folder; copy the model with its files "
+            f"(cp -rL), or name the folder in {LINKED} if you trust the link"
+        )
 
 
 def check_files(what: str, name: str, **hub: Any) -> None:
@@ -60,10 +93,9 @@ def check_files(what: str, name: str, **hub: Any) -> None:
 
     Raises:
         LusiferError: If its configuration names a file of weights or its index one outside of its folder; if an adapter
-            there belongs to a model elsewhere on this machine, is a pickle, or names code; or if something in the
-            folder is neither file nor folder, which a read may wait at for ever.
+            there belongs to a model elsewhere on this machine, is a pickle, or names code; or as `check_folder`.
     """
-    check_kinds(what, name)
+    check_folder(what, name)
     _check_place(what, name, **hub)
 
 

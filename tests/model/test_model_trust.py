@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 
 import lusifer
 from lusifer import LusiferError, LusiferModel
+from lusifer.interop.hub import check_shareable
 from lusifer.interop.pickled import convert_pickled
 from lusifer.model.adapters import add_lora
 from lusifer.model.backbone_alone import encoder_alone
@@ -158,7 +159,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(stranger):
     (stranger / "modules.json").rename(stranger / "kept")
     os.symlink("/dev/zero", stranger / "README.html")
     (stranger / "kept").rename(stranger / "modules.json")
-    refused(stranger, "README.html' of .* is a pipe, a socket or a device")
+    refused(stranger, "README.html' of .* is a link to '/dev/zero'")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"])
@@ -190,6 +191,84 @@ def test_a_pipe_in_an_adapter_is_refused(tiny_llm, tmp_path):
 def test_a_folder_linked_into_itself_is_walked_once(stranger):
     os.symlink(stranger, stranger / "again")
     assert lusifer.load(str(stranger), device="cpu").encode(["a"]).shape == (1, 16)
+
+
+def link(place, target):
+    """Moves a file and leaves a link in its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(place, target)
+    place.symlink_to(os.path.relpath(target, place.parent))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "README.md", "2_Dense"])
+@pytest.mark.parametrize("dangling", [False, True], ids=["to something", "to nothing"])
+def test_a_link_out_of_the_folder_is_refused(stranger, tmp_path, file, dangling):
+    link(stranger / file, tmp_path / "elsewhere" / "private")
+    if dangling:
+        (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    refused(stranger, f"{file}' of .* is a link to '.*/elsewhere/private', outside of its folder; copy the model")
+
+
+def test_a_link_of_a_link_is_followed_to_its_end(stranger, tmp_path):
+    link(stranger / "README.md", tmp_path / "elsewhere" / "private")
+    link(stranger / "README.md", stranger / "inner" / "README.md")
+    (stranger / "inner" / "README.md").unlink()
+    (stranger / "inner" / "README.md").symlink_to(tmp_path / "elsewhere" / "private")
+    refused(stranger, "README.md' of .* is a link to '.*/elsewhere/private'")
+
+
+def test_a_private_file_is_no_vocabulary(tiny_encoder, tmp_path):
+    """It would be part of every model that is trained on this one."""
+    (tmp_path / "private").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nthe-passphrase\n")
+    folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    change(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    (folder / "vocab.txt").symlink_to(tmp_path / "private")
+    with pytest.raises(LusiferError, match=r"vocab.txt' of .* is a link to '.*/private'"):
+        load_tokenizer("encoder", str(folder))
+
+
+STORES = {
+    "a hub's cache": ("hub/models--a--b/snapshots/c0ffee/", "hub/models--a--b/blobs/"),
+    "shared by a hub's repositories": ("hub/models--a--b/snapshots/c0ffee/", "hub/blobs/ab/"),
+    "git-annex": ("repository/models/", "repository/.git/annex/objects/Xk/2m/"),
+    "DVC": ("repository/models/", "repository/.dvc/cache/files/md5/ab/"),
+    "the folder itself": ("", "..2026_11_26/"),
+}
+
+
+@pytest.mark.parametrize("where", STORES)
+def test_links_into_the_store_around_a_folder_are_followed(stranger, tmp_path, where):
+    within, store = STORES[where]
+    folder = tmp_path / within / "model" if within else stranger
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stranger.rename(folder)
+    store = tmp_path / store if within else stranger / store
+    for number, file in enumerate([path for path in folder.rglob("*") if path.is_file()]):
+        link(file, store / str(number))
+    (tmp_path / "linked").symlink_to(folder)
+    assert lusifer.load(str(tmp_path / "linked"), device="cpu").encode(["a"]).shape == (1, 16)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "other")
+    refused(folder, "README.md' of .* is a link to")
+
+
+def test_links_into_a_folder_that_the_user_names_are_followed(stranger, tmp_path, monkeypatch):
+    link(stranger / "model.safetensors", tmp_path / "store" / "weights")
+    refused(stranger, "or name the folder in LUSIFER_LINKED_FOLDERS if you trust the link")
+    monkeypatch.setenv("LUSIFER_LINKED_FOLDERS", os.pathsep.join([str(tmp_path / "other"), str(tmp_path / "store")]))
+    assert lusifer.load(str(stranger), device="cpu").encode(["a"]).shape == (1, 16)
+    (tmp_path / "store" / "pipe").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "store" / "pipe")
+    (stranger / "README.html").symlink_to(tmp_path / "store" / "pipe")
+    refused(stranger, "README.html' of .* is a pipe, a socket or a device")
+
+
+def test_a_checkpoint_with_a_link_is_not_pushed(stranger, tmp_path):
+    link(stranger / "README.md", tmp_path / "elsewhere" / "private")
+    with pytest.raises(LusiferError, match=r"README.md' of .* is a link to"):
+        check_shareable(stranger)
 
 
 def break_tokenizer(folder, **parts):

@@ -65,11 +65,38 @@ def test_what_was_added_survives_a_power_cut(disk, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [False, True])
+def test_every_add_of_one_process_survives(disk, tmp_path, kind):
+    path = tmp_path / "disk" / "index"
+    store = LanceStore.create(path, INFO)
+    for step in range(3):
+        store.upsert(*texts(20 * step, 20 * step + 20))
+        disk.cut(tmp_path / f"cut{step}", kind=kind)
+        if step == 1:
+            store.tidy()
+            disk.cut(tmp_path / "tidied", kind=kind)
+    for name, count in (("cut0", 20), ("cut1", 40), ("tidied", 40), ("cut2", 60)):
+        assert_holds(tmp_path / name / "index", count)
+
+
+def test_an_add_syncs_what_is_new(tmp_path, monkeypatch):
+    calls = []
+    store = LanceStore.create(tmp_path / "index", INFO)
+    monkeypatch.setattr("lusifer.publishing._sync", calls.append)
+    counts = []
+    for step in range(6):
+        store.upsert(*texts(10 * step, 10 * step + 10))
+        counts.append(len(calls))
+        calls.clear()
+    assert len(list((tmp_path / "index").rglob("*"))) > 30
+    assert max(counts[1:]) <= 12, counts
+
+
+@pytest.mark.parametrize("kind", [False, True])
 def test_a_power_cut_within_an_add_leaves_the_texts_of_before(disk, tmp_path, monkeypatch, kind):
     path = tmp_path / "disk" / "index"
     LanceStore.create(path, INFO).upsert(*texts(0, 20))
     store = open_store(str(path))
-    monkeypatch.setattr("lusifer.search.lance.sync_tree", lambda folder: None)  # The power goes before it.
+    monkeypatch.setattr("lusifer.search.lance.sync_tree", lambda *_: None)  # The power goes before it.
     store.upsert(*texts(20, 40))
     disk.cut(tmp_path / "cut", kind=kind)
     monkeypatch.undo()

@@ -143,6 +143,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(recipe, whole
     assert (copy / "contrast" / "checkpoints" / "damaged-checkpoint-4").is_dir()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_noticed(copy, caplog, name):
+    caplog.set_level("INFO")
+    path = copy / "contrast" / "checkpoints" / "checkpoint-4" / name
+    content = bytearray(path.read_bytes())
+    # Inside of a number: a file that can still be read.
+    at = content.rindex(b"0") if name.endswith(".json") else len(content) // 2
+    content[at] ^= 1
+    path.write_bytes(content)
+    assert last_intact(path.parents[1]) == path.parents[1] / "checkpoint-3"
+    assert f"checkpoint-4/{name} is damaged" in caplog.text and "trying checkpoint-3" in caplog.text
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_flipped_bit(recipe, whole, copy, caplog):
+    path = copy / "contrast" / "checkpoints" / "checkpoint-4" / "learning.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 64  # The file can be read, and ends with other weights.
+    path.write_bytes(content)
+    load_file(path)
+    train(recipe(copy), progress=False)
+    assert_same(copy, whole)
+    assert "checkpoint-4/learning.safetensors is damaged (its checksum is not that of checksums.json)" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"xxh3_64": {"optimizer.pt": "0"}}'])
+def test_damaged_checksums_are_damage_too(copy, caplog, content):
+    path = copy / "contrast" / "checkpoints" / "checkpoint-4" / "checksums.json"
+    path.write_bytes(content)
+    assert last_intact(path.parents[1]) == path.parents[1] / "checkpoint-3"
+    assert len([record for record in caplog.records if "checkpoint-4/" in record.getMessage()]) == 1
+
+
+def test_a_checkpoint_without_checksums_goes_on(copy):
+    """As earlier versions wrote them."""
+    folder = copy / "contrast" / "checkpoints" / "checkpoint-4"
+    (folder / "checksums.json").unlink()
+    assert last_intact(folder.parent) == folder
+
+
 def test_with_every_checkpoint_damaged_the_stage_starts_again(recipe, whole, copy, caplog):
     for folder in (copy / "contrast" / "checkpoints").iterdir():
         (folder / "optimizer.pt").write_bytes(b"")
@@ -152,8 +191,9 @@ def test_with_every_checkpoint_damaged_the_stage_starts_again(recipe, whole, cop
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(recipe, whole, copy, caplog):
-    """Its weights do not say how many processes wrote it."""
+    """Its weights do not say how many processes wrote it, nor has it checksums."""
     path = copy / "contrast" / "checkpoints" / "checkpoint-4" / "learning.safetensors"
+    (path.parent / "checksums.json").unlink()
     save_file(load_file(path), path, metadata={"loss_sum": "1.0"})
     train(recipe(copy), progress=False)
     assert_same(copy, whole)
@@ -169,6 +209,7 @@ def test_every_process_of_a_checkpoint_left_its_random_state(recipe, copy, caplo
         folder / "learning.safetensors",
         metadata={"loss_sum": "1.0", "ranks": "2"},
     )
+    (folder / "checksums.json").unlink()  # They are of one process.
     shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
     (folder / "rng_state.pth").rename(folder / ("elsewhere" if missing else "rng_state_1.pth"))
     assert last_intact(folder.parent) == folder.with_name("checkpoint-3" if missing else "checkpoint-4")

@@ -248,6 +248,7 @@ def test_checkpoints_hold_what_learns_and_no_pickled_arguments(finished):
             names = {path.name for path in checkpoint.iterdir()}
             assert names == {
                 "learning.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+                "checksums.json",
             }  # fmt: skip
             learning = load_file(checkpoint / "learning.safetensors")
             part = "encoder" if stage == "align" else "llm"

@@ -76,8 +76,10 @@ def serve(
     if missing:
         raise LusiferError(f"serving needs {', '.join(missing)}: pip install 'lusifer[serving]'")
     quiet_libraries(quiet)
+    from lusifer.serving.memory import keep_few_plans
     from lusifer.serving.server import listen
 
+    keep_few_plans()
     keys = [key for given in api_key or [] for key in given.split()]
     if api_key and not keys:
         raise LusiferError("the API key is empty; give one, or leave --api-key and LUSIFER_API_KEY out")

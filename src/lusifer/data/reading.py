@@ -155,7 +155,7 @@ def _parquet_blocks(
         refuse_repeated(file.url, header)
         wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in header]
         total = max(table.metadata.num_rows, 1)
-        expansion = Expansion(file.url, raw, table, wanted or None)
+        expansion = Expansion(file.url, raw, table, wanted or None, remote=is_remote(file.url))
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if done + rows <= offset:

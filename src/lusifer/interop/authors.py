@@ -31,7 +31,7 @@ from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import save_around
 from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.fetch import cache_dir
-from lusifer.trust import check_kinds
+from lusifer.trust import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def find_authors(name: str) -> str:
         if config is None:
             return name
         folder = Path(config).parent
-    check_kinds(repr(name), str(folder))
+    check_folder(repr(name), str(folder))
     if not is_authors_checkpoint(folder):
         return name
     digest = hashlib.sha256()

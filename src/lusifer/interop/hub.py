@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lusifer.errors import LusiferError, first_line
 from lusifer.model.card import CARD, is_hub_id, read_config, write_card
 from lusifer.starter.fetch import PREFIX
+from lusifer.trust import check_folder
 
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".md", ".jinja")
 _MACHINE = re.compile(r'"(?:/(?:home|root|Users|tmp|mnt|data|work|workspace|scratch)/|[A-Za-z]:\\\\)[^"]*"')
@@ -28,12 +29,13 @@ def check_shareable(folder: Path) -> dict[str, Any]:
         The checkpoint's configuration.
 
     Raises:
-        LusiferError: If it is not complete, holds other files or paths of this machine, or names backbones that only
-            this machine has.
+        LusiferError: If it is not complete, holds other files, links out of it or paths of this machine, or names
+            backbones that only this machine has.
     """
     name = str(folder)
     if not (folder / "modules.json").is_file():
         raise LusiferError(f"no checkpoint at {name!r}: it has no modules.json")
+    check_folder(repr(name), name)  # A link would be pushed as the file that it leads to.
     config = read_config(folder)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = path.relative_to(folder)

@@ -20,7 +20,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.huggingface_hub import settle_hub, why_not_loaded
 from lusifer.locks import alone_at_new
 from lusifer.publishing import publish_folder
-from lusifer.trust import check_kinds
+from lusifer.trust import check_folder
 
 _WEIGHTS, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BESIDE = ("*.json", "*.model", "*.txt", "*/config.json")  # Configurations, tokenizers and the modules' settings.
@@ -59,7 +59,7 @@ def _convert(source: str, output: Path) -> dict[str, Any]:
 
 def _fetched(source: str) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
-        check_kinds(repr(source), str(folder))
+        check_folder(repr(source), str(folder))
         return folder
     settle_hub()
     try:

@@ -20,7 +20,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.peft import forget_adapter
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.model.adapters import merge_adapters
-from lusifer.trust import check_adapter, check_kinds
+from lusifer.trust import check_adapter, check_folder
 
 WEIGHTS = "adapter_model.safetensors"
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -37,7 +37,7 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
         LusiferError: If it cannot be read, has no safetensors, or holds more than LoRA matrices of inner layers.
     """
     where, _, revision = name.partition("@")
-    check_kinds(f"the adapter {name!r}", where)
+    check_folder(f"the adapter {name!r}", where)
     options = {"revision": revision or "main", **hub}
     try:
         config: Any = PeftConfig.from_pretrained(where, **options)

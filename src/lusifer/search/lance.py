@@ -44,6 +44,7 @@ class LanceStore(Store):
     def __init__(self, path: Path, info: IndexInfo, table: Any) -> None:
         self.path, self.info, self._table = path, info, table
         self.location = str(path)
+        self._synced: dict[str, object] = {}  # Most of an index never changes again.
 
     @classmethod
     def create(cls, path: Path, info: IndexInfo) -> LanceStore:
@@ -164,7 +165,7 @@ class LanceStore(Store):
     def _upsert(self, entries: Sequence[Entry], vectors: np.ndarray) -> None:
         new = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         new.execute(self._rows(entries, vectors))
-        sync_tree(self.path)
+        sync_tree(self.path, self._synced)
 
     def _rows(self, entries: Sequence[Entry], vectors: np.ndarray) -> Any:
         import pyarrow as pa
@@ -224,9 +225,9 @@ class LanceStore(Store):
 
     def _optimize(self) -> None:
         self._table.optimize(cleanup_older_than=_ALL_VERSIONS)
-        sync_tree(self.path)  # Before the versions go that a power cut would leave.
+        sync_tree(self.path, self._synced)  # Before the versions go that a power cut would leave.
         self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
-        sync_tree(self.path)
+        sync_tree(self.path, self._synced)
 
     def _heal(self) -> int:
         import pyarrow.compute as pc
@@ -256,7 +257,7 @@ class LanceStore(Store):
         chosen = condition if ids is None else OneOf("id", tuple(ids))
         assert chosen is not None
         self._table.delete(to_sql(chosen))
-        sync_tree(self.path)
+        sync_tree(self.path, self._synced)
 
     def _best(self, query: Any, k: int, condition: Filter | None, score: str) -> list[tuple[Entry, float]]:
         """The first k texts of a query, and the column that ranks them."""

@@ -28,6 +28,7 @@ import numpy as np
 
 from lusifer.serving.condition import Condition
 from lusifer.serving.limits import ApiError, try_again
+from lusifer.serving.memory import return_freed
 
 Ids = Sequence[int]
 Embed = Callable[[Sequence[Ids]], np.ndarray]
@@ -37,6 +38,7 @@ Observe = Callable[[int, int, float], None]
 _QUANTA = 8  # Callers that fit into one batch beside each other.
 _SMOOTHING = 0.3  # Weight of a full batch in the measured speed.
 _ASK_AGAIN = 5.0  # Seconds between two attempts of a model that fails.
+_IDLE = 2.0  # Seconds without work after which memory is returned.
 
 
 @dataclass(eq=False, repr=False)
@@ -196,7 +198,13 @@ class Batcher:
     async def _work(self) -> None:
         """Waits for work; where the model fails, no longer than until it should be asked again."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ASK_AGAIN if self._condition.suspicious else None):
+            async with asyncio.timeout(_IDLE):
+                await self._wake.wait()
+        if self._wake.is_set():
+            return
+        await asyncio.get_running_loop().run_in_executor(self._thread, return_freed)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ASK_AGAIN - _IDLE if self._condition.suspicious else None):
                 await self._wake.wait()
 
     async def _ask_if_suspicious(self) -> None:

@@ -1,30 +1,48 @@
-"""Which checkpoint a stage goes on from: the newest whose files can all be read.
+"""Which checkpoint a stage goes on from: the newest whose files can all be read and are as they were written.
 
 A damaged one is set aside under another name, where rotation and the checkpoints to come do not meet it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import read_random_state
+from lusifer.publishing import write_json
 
 logger = logging.getLogger(__name__)
 
 TRAINABLE, OPTIMIZER, SCHEDULER = "learning.safetensors", "optimizer.pt", "scheduler.pt"
 RANKS = "ranks"  # In the metadata of the weights: processes that wrote the checkpoint.
+_CHECKSUMS, _KIND = "checksums.json", "xxh3_64"
 _STATE, _RANDOM, _RANDOM_OF = "trainer_state.json", "rng_state.pth", "rng_state_{}.pth"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Writes down the checksum of every file of a checkpoint, in a file beside them.
+
+    Args:
+        checkpoint: The folder; nothing is written into it afterwards.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+    """
+    sums = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir())}
+    write_json(checkpoint / _CHECKSUMS, {_KIND: sums})
 
 
 def last_intact(folder: Path) -> Path | None:
@@ -75,7 +93,41 @@ def _damage(checkpoint: Path) -> tuple[str, str] | None:
     for name in _random_states(checkpoint):
         if (why := _problem(read_random_state, checkpoint / name)) is not None:
             return name, why
+    return _changed(checkpoint)
+
+
+def _changed(checkpoint: Path) -> tuple[str, str] | None:
+    """The first file whose content is no longer what was written, and why.
+
+    Checkpoints of earlier versions have no checksums.
+    """
+    path = checkpoint / _CHECKSUMS
+    if not path.exists():
+        return None
+    if (why := _problem(_sums, path)) is not None:
+        return _CHECKSUMS, why
+    for name, expected in _sums(path).items():
+        if (why := _problem(partial(_check_sum, expected), checkpoint / name)) is not None:
+            return name, why
     return None
+
+
+def _sums(path: Path) -> dict[str, str]:
+    sums = json.loads(path.read_text(encoding="utf-8"))[_KIND]
+    return {name: str(digest) for name, digest in sums.items()}
+
+
+def _check_sum(expected: str, path: Path) -> None:
+    if _checksum(path) != expected:
+        raise ValueError(f"its checksum is not that of {_CHECKSUMS}")
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _problem(read: Callable[[Path], Any], path: Path) -> str | None:

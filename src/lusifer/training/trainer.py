@@ -37,7 +37,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
 from lusifer.publishing import make_folder, put_in_place, sync_tree, write_json
 from lusifer.recipes.schema import GradientStage
-from lusifer.training.checkpoints import OPTIMIZER, RANKS, SCHEDULER, TRAINABLE
+from lusifer.training.checkpoints import OPTIMIZER, RANKS, SCHEDULER, TRAINABLE, write_checksums
 from lusifer.training.processes import any_process, wait_for_all
 from lusifer.training.sharding import copy_into, in_full, without_reduction
 
@@ -276,6 +276,7 @@ class AtomicTrainer(OpenTrainer):
             sync_tree(Path(staging))  # What this rank wrote; another machine could not.
             wait_for_all()
             if self.args.should_save:
+                write_checksums(Path(staging, folder))
                 put_in_place(Path(staging, folder), Path(output, folder))
                 os.rmdir(staging)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk.

@@ -1,0 +1,116 @@
+"""What requests and clients that leave take, a server gives back; benchmarks/serve_memory.py is the long form."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+
+import psutil
+import pytest
+
+from lusifer.search.page import make_router
+from lusifer.serving import batcher, memory
+from support.serving import metric, serving, wait_for
+from support.toy_model import Toy
+
+# Lists that count as objects, where a request is kept.
+BODY = json.dumps({"input": [[1] * 60] * 200}).encode()
+EMBED = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+SEARCH = b"GET /search?q=station HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BATCH, OBJECTS, MEGABYTES = 40, 100, 10
+
+
+class Quick(Toy):
+    token_budget = 10_000
+
+
+class Index:
+    location, folder = "an index", None
+
+    class info:
+        dimension, model = 4, "toy"
+
+    def search(self, vector, **options):
+        return []
+
+
+class Asked:
+    dimension, model, service = 4, Toy.model, None
+
+    async def embed(self, texts):
+        return await self.service.embed_ids(Toy().tokenize(texts))
+
+
+@pytest.fixture
+def server():
+    asked = Asked()
+    with serving(Quick, routers=[make_router(Index(), asked)]) as client:
+        asked.service = client.service
+        yield client
+
+
+async def stay(port, request):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+    assert (await reader.read()).split()[1] in (b"200", b"429")
+    writer.close()
+
+
+async def leave(port, request):
+    """Within the request, or before the answer."""
+    for part in (request[: len(request) // 2], request):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(part)
+        await writer.drain()
+        writer.transport.abort()
+
+
+def held(client, way, request):
+    """Objects and megabytes of this process, the server's, after `BATCH` more requests."""
+
+    async def many():
+        for _ in range(BATCH // 4):
+            await asyncio.gather(*[way(client.port, request) for _ in range(4)])
+
+    asyncio.run(many())
+    wait_for(lambda: metric(client, "lusifer_requests_in_flight") == 0)
+    gc.collect()
+    memory.return_freed()
+    return len(gc.get_objects()), psutil.Process().memory_info().rss / 1e6
+
+
+@pytest.mark.parametrize("request_", [EMBED, SEARCH], ids=["embeddings", "search"])
+@pytest.mark.parametrize("way", [stay, leave])
+def test_nothing_stays_of_requests(server, way, request_):
+    held(server, way, request_)
+    before, after = held(server, way, request_), held(server, way, request_)
+    assert after[0] - before[0] < OBJECTS, f"{after[0] - before[0]} objects of {BATCH} requests"
+    assert after[1] - before[1] < MEGABYTES, f"{after[1] - before[1]:.0f} MB of {BATCH} requests"
+
+
+def test_what_is_kept_is_noticed(server, monkeypatch):
+    """So that the test above can fail."""
+    kept, submit = [], batcher.Batcher.submit
+
+    async def keep(self, ids):
+        kept.append([list(row) for row in ids])
+        return await submit(self, ids)
+
+    monkeypatch.setattr(batcher.Batcher, "submit", keep)
+    with pytest.raises(AssertionError, match="objects of 40 requests"):
+        test_nothing_stays_of_requests(server, stay, EMBED)
+
+
+def test_an_idle_server_returns_memory_once(server, monkeypatch):
+    calls = []
+    monkeypatch.setattr(batcher, "_IDLE", 0.1)
+    monkeypatch.setattr(batcher, "return_freed", lambda: calls.append(1))
+    asyncio.run(stay(server.port, EMBED))
+    wait_for(lambda: calls)
+    time.sleep(0.4)
+    count = len(calls)
+    assert count <= 2, "once, or a second time where a wait had begun before"
+    asyncio.run(stay(server.port, EMBED))
+    wait_for(lambda: len(calls) == count + 1)
