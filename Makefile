@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test check docs bench clean
+.PHONY: help quickstart test crash check docs bench clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/'
@@ -21,6 +21,9 @@ quickstart: $(READY)  ## add languages to an English embedder, train a small LUS
 
 test: $(READY)   ## run the tests, a file to a process; PART=search runs those of one package
 	$(BIN)/python -m pytest tests/$(PART) --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+crash: $(READY)  ## kill every command 20 times at random moments, and let two meet 10 times; shows a table
+	CRASH=$${CRASH:-20} $(BIN)/python -m pytest tests/project/test_crash.py
 
 check: $(READY)  ## lint, format check and types
 	$(BIN)/ruff check .

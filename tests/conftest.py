@@ -96,6 +96,7 @@ def tiny_st(tiny_model, tiny_encoder):
 
 # Files that take longest, so that a process of several does not end with one of them alone.
 LONGEST = (
+    "crash",
     "distributed",
     "rehearsal",
     "bulk_remote",

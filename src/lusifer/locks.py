@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.publishing import make_folder
+from lusifer.publishing import make_folder, sweep
 
 INSIDE = ".lusifer.lock"  # Its name within a folder whose own parent cannot be written, such as a mounted disk.
 _WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -61,10 +61,29 @@ def alone_at_new(place: Path) -> Iterator[None]:
     Raises:
         LusiferError: As there, or if it exists.
     """
+    if place.exists():
+        tidy(place)
     _refuse_existing(place)  # Before anything is made beside it.
     with alone_at(place):
         _refuse_existing(place)
         yield
+
+
+def tidy(place: Path, also: Callable[[], None] | None = None) -> None:
+    """Removes what a process that was killed in its last moments left beside a place that is finished.
+
+    It is known by its lock; whoever goes on with a place takes that himself. Nothing is done while another process is
+    at work there, nor where nothing may be written.
+
+    Args:
+        place: The file or folder.
+        also: Removes what else it may have left.
+    """
+    if _beside(Path(os.path.realpath(place))).exists():
+        with suppress(LusiferError, OSError), alone_at(place):
+            sweep(place)
+            if also is not None:
+                also()
 
 
 def _refuse_existing(place: Path) -> None:
@@ -74,7 +93,7 @@ def _refuse_existing(place: Path) -> None:
 
 def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
     """The lock, taken; None where the file system knows no locks."""
-    beside = place.with_name(f".{place.name}.lock")
+    beside = _beside(place)
     try:
         make_folder(place.parent)
         try:
@@ -90,6 +109,10 @@ def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
             raise LusiferError(f"cannot write {shown!r}: {first_line(error)}") from error
     logger.warning("the file system of %s knows no locks: do not work on it with two commands at once", shown)
     return None
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
 
 
 def _take(path: Path, shown: str, wait: bool) -> FileLock:

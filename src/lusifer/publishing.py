@@ -139,6 +139,30 @@ def sync_tree(folder: Path, known: dict[str, object] | None = None) -> None:
         del known[path]
 
 
+def sweep(path: Path, scratch: Path | None = None) -> None:
+    """Removes what killed processes left of ``path``; a folder they had moved away, but not replaced, comes back.
+
+    Args:
+        path: The file or folder, which need not be there.
+        scratch: As for `publish_file`.
+
+    Raises:
+        OSError: If its folder cannot be read.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = scratch or path.parent
+    hidden = re.compile(rf"(\.{re.escape(path.name)}-[0-9a-f]{{8}})(\.old|\.lock)?")
+    found = {match[1] for name in os.listdir(folder) if (match := hidden.fullmatch(name))}
+    for staging in (folder / name for name in found):
+        # Timeout says that its process is alive.
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(_lock(staging)).acquire(timeout=0):
+            if _old(staging).exists() and not path.exists():
+                os.rename(_old(staging), path)
+            for left in (staging, _old(staging), _lock(staging)):
+                _remove(left)
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Writes a value as JSON, complete or not at all.
 
@@ -160,7 +184,7 @@ def _unfinished(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     from filelock import FileLock
 
     folder = scratch or path.parent
-    _sweep(path, folder)
+    sweep(path, folder)
     staging = folder / f".{path.name}-{secrets.token_hex(4)}"
     lock = FileLock(_lock(staging))
     with suppress(OSError, NotImplementedError):  # Where a disk knows no locks, nobody sweeps either.
@@ -171,21 +195,6 @@ def _unfinished(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         for left in (staging, _old(staging), _lock(staging)):
             _remove(left)
         lock.release()
-
-
-def _sweep(path: Path, folder: Path) -> None:
-    """Removes what killed processes left of ``path``; a folder they had moved away, but not replaced, comes back."""
-    from filelock import FileLock, Timeout
-
-    hidden = re.compile(rf"(\.{re.escape(path.name)}-[0-9a-f]{{8}})(\.old|\.lock)?")
-    found = {match[1] for name in os.listdir(folder) if (match := hidden.fullmatch(name))}
-    for staging in (folder / name for name in found):
-        # Timeout says that its process is alive.
-        with suppress(Timeout, OSError, NotImplementedError), FileLock(_lock(staging)).acquire(timeout=0):
-            if _old(staging).exists() and not path.exists():
-                os.rename(_old(staging), path)
-            for left in (staging, _old(staging), _lock(staging)):
-                _remove(left)
 
 
 def _old(staging: Path) -> Path:

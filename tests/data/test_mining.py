@@ -316,3 +316,22 @@ def test_two_at_one_output_are_refused(tmp_path):
     with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is at work in '.*out.jsonl'"):
         mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
     mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
+
+
+def test_a_call_killed_while_it_clears_up_leaves_nothing_for_the_next(tmp_path, monkeypatch):
+    source, output = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS)), tmp_path / "out.jsonl"
+    folder = tmp_path / "out.jsonl.embeddings"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lusifer.data.mining.shutil.rmtree", interrupted)
+        mine(source, output, angled(DEGREES), **TEACHER, settings=Settings())
+    assert [path.name for path in folder.iterdir()] == ["plan.json"], "what says whose they are goes last"
+    (folder / "plan.json").unlink()
+    (tmp_path / ".out.jsonl.lock").touch()
+    with pytest.raises(LusiferError, match="exists already"):
+        mine(source, output, angled(DEGREES), **TEACHER, settings=Settings())
+    left = {path.name for path in tmp_path.iterdir()} - {"cache"}
+    assert left == {"in.jsonl", "out.jsonl", "out.jsonl.mining.json"}
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 
 import pytest
 
 from lusifer import LusiferError, locks
-from lusifer.locks import BusyError, alone_at, alone_at_new
+from lusifer.locks import BusyError, alone_at, alone_at_new, tidy
 from support.holding import held
 
 
@@ -95,3 +96,28 @@ def test_a_new_place_must_be_new(tmp_path):
     with pytest.raises(LusiferError, match="exists already"), alone_at_new(tmp_path / "x"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_process_killed_in_its_last_moments_left_goes_though_the_place_is_finished(tmp_path):
+    def left():
+        (tmp_path / "x").mkdir(exist_ok=True)
+        for name in (".x.lock", ".x-0123abcd.lock", "mine"):
+            (tmp_path / name).touch()
+        (tmp_path / ".x-0123abcd").mkdir()
+
+    left()
+    with held(tmp_path / "x"):
+        tidy(tmp_path / "x")
+        assert (tmp_path / ".x-0123abcd").is_dir(), "that of a living process stays"
+    assert (tmp_path / ".x-0123abcd").is_dir(), "without a lock, whoever goes on sees to it"
+    for clear in (lambda: tidy(tmp_path / "x", (tmp_path / "mine").unlink), lambda: new(tmp_path / "x")):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        left()
+        clear()
+        assert {path.name for path in tmp_path.iterdir()} <= {"x", "mine"}
+
+
+def new(place):
+    with pytest.raises(LusiferError, match="exists already"), alone_at_new(place):
+        pass

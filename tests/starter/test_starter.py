@@ -164,6 +164,15 @@ def test_remains_of_a_killed_process_go(fake: Fake) -> None:
     assert fake.leftovers() == [] and fake.conversions == 1
 
 
+def test_remains_of_a_process_killed_when_all_was_there_go(fake: Fake) -> None:
+    starter.fetch()
+    (fake.root / ".downloads" / fake.wheel.name).touch()
+    (fake.root / ".fake-killed").mkdir()
+    (fake.root / ".fake.lock").touch()
+    starter.fetch()
+    assert fake.leftovers() == [] and not (fake.root / ".fake.lock").exists() and fake.conversions == 1
+
+
 def test_two_at_once_convert_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     good = starter.STARTERS["fake"].convert
 

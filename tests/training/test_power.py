@@ -16,6 +16,7 @@ from lusifer.recipes.schema import Recipe
 from lusifer.training.checkpoints import last_intact
 from lusifer.training.run import train
 from lusifer.training.trainer import AtomicTrainer
+from support.crash import difference
 from support.holding import held
 from support.kill import Killed, kill_in
 from support.power import Disk
@@ -281,3 +282,29 @@ def test_a_killed_run_lets_the_next_one_in(recipe, whole, monkeypatch, tmp_path)
             train(recipe(tmp_path / "run"), progress=False)
     train(recipe(tmp_path / "run"), progress=False)
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_stage_that_goes_on_from_a_folder_leaves_the_files_of_one_that_did_not(recipe, tmp_path):
+    stages = recipe(tmp_path / "run").model_dump(exclude_unset=True)
+    align = {**stages["contrast"], "data": [{**stages["contrast"]["data"][0], "task": "reconstruct"}], "steps": 1}
+    align["data"][0]["columns"] = {"text": "query"}
+    both = Recipe.model_validate({**stages, "align": align})
+    train(both, progress=False)
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    before = [json.loads((tmp_path / "run" / "model" / name).read_text()) for name in files]
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "contrast")
+    train(both, progress=False)
+    after = [json.loads((tmp_path / "run" / "model" / name).read_text()) for name in files]
+    card = (tmp_path / "run" / "model" / "README.md").read_text().splitlines()
+    shutil.rmtree(tmp_path / "run" / "model")
+    train(both, progress=False)  # From the last stage's folder.
+    again = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert difference(again, after[0]) == {}
+    new = (tmp_path / "run" / "model" / "README.md").read_text().splitlines()
+    assert new == card
+    for one in (before, after):
+        one[0]["provenance"]["stages"] = None  # With seconds.
+    changed = [difference(*pair) for pair in zip(after, before, strict=True)]
+    assert not any(changed), changed
+    assert after[1]["truncation"] is after[1]["padding"] is None

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from lusifer.data.pairs import Problem, Texts, read_problem
 from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError, first_line
-from lusifer.locks import alone_at
-from lusifer.publishing import publish_file, write_json
+from lusifer.locks import alone_at, tidy
+from lusifer.publishing import publish_file, sweep, write_json
 from lusifer.recipes.schema import DataRecipe
 from lusifer.terminal import without_secrets
 
@@ -154,6 +154,9 @@ def check_output(output: Path) -> None:
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
         raise LusiferError(f"cannot write {str(output)!r}: name it .jsonl or .jsonl.gz")
     if output.exists() and not (_folder(output) / _PLAN).is_file():
+        tidy(output)
+        with suppress(OSError):
+            _folder(output).rmdir()  # A call that was killed had emptied it.
         raise _exists(output)
 
 
@@ -241,7 +244,7 @@ def _mine(task: _Task, embed: Embed, embed_query: Embed, device: str, progress: 
     facts |= {"source": without_secrets(task.item.source), "corpus": corpus}
     facts |= {"rows": len(records), "passages": len(problem.passages.number), **asdict(settings), **figures}
     write_json(summary, facts)
-    shutil.rmtree(folder)
+    _remove(folder)
     return facts
 
 
@@ -260,12 +263,21 @@ def _begin(task: _Task, problem: Problem, folder: Path, summary: Path) -> dict[s
         if known != plan:
             raise _exists(task.output)
         if done := _read(summary):
-            shutil.rmtree(folder)
+            for path in (task.output, summary):
+                sweep(path)
+            _remove(folder)
             return done
     else:
         summary.unlink(missing_ok=True)  # Of an output that was removed.
     write_json(folder / _PLAN, plan)
     return None
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != _PLAN:
+            path.unlink()
+    shutil.rmtree(folder)  # The plan goes last: a call that is killed before is taken up by it.
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from lusifer.data.sources import files_of_recipe, unit_of
 from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.datasets import fingerprint
-from lusifer.locks import alone_at
+from lusifer.locks import alone_at, tidy
 from lusifer.publishing import make_folder, publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
@@ -145,7 +145,9 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
     files, version = look_up(item)
     key = [_LAYOUT, MAX_CHARACTERS, _holds_texts(item), sorted(item.columns.items()), *version]
     path = cache_dir() / "data" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.arrow"
-    if not path.is_file():  # Who may only read a cache can use what is there.
+    if path.is_file():  # Who may only read a cache can use what is there.
+        tidy(path)
+    else:
         try:
             make_folder(path.parent)
             with alone_at(path, wait=True):

@@ -34,7 +34,7 @@ from lusifer.evaluation.systems import Embedder, language_profile, load_embedder
 from lusifer.evaluation.tasks import cost, data_revision, mteb_task
 from lusifer.hooks.datasets import arrow_cache
 from lusifer.hooks.mteb import PREDICTIONS_TAKEN
-from lusifer.locks import BusyError, alone_at
+from lusifer.locks import BusyError, alone_at, tidy
 from lusifer.publishing import write_json
 from lusifer.quiet import quiet_libraries
 from lusifer.starter.fetch import cache_dir
@@ -83,6 +83,9 @@ def run(
     everywhere = {name: text for name, text in (("prompt", prompt), ("prompt_name", prompt_name)) if text is not None}
     results = _open(model, tasks, out, data, {**(prompts or {}), **everywhere}, batch_size)
     left = [task for task in tasks if not results.is_complete(mteb_task(task, data))]
+    for task in tasks:
+        if task not in left:
+            tidy(out / task.name)
     devices = [part.strip() for part in (device or "").split(",") if part.strip()]
     if left and len(devices) > 1:
         options = {"data": data, "prompts": prompts, "absent": absent, "batch_size": batch_size, **everywhere}

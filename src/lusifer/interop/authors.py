@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.transformers import cached_or_none
 from lusifer.interop.authors_format import PARTS, UNUSED, Source, backbone_of, fetch, is_authors_checkpoint, read_source
-from lusifer.locks import alone_at
+from lusifer.locks import alone_at, tidy
 from lusifer.model.backbones import load_config, load_tokenizer
 from lusifer.model.checkpoint import WEIGHTS, check_fit
 from lusifer.model.configuration import LusiferConfig
@@ -72,7 +72,9 @@ def find_authors(name: str) -> str:
         state = path.stat()
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
     out = cache_dir() / "models" / f"authors-{digest.hexdigest()[:12]}"
-    if not (out / "modules.json").is_file():
+    if (out / "modules.json").is_file():
+        tidy(out)
+    else:
         with alone_at(out, wait=True):
             if not (out / "modules.json").is_file():
                 logger.info("converting %s, once, into %s", name, out)

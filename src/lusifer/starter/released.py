@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lusifer.errors import LusiferError
-from lusifer.locks import alone_at
+from lusifer.locks import alone_at, tidy
 from lusifer.publishing import publish_folder
 from lusifer.starter.fetch import cache_dir, starter_path
 
@@ -48,6 +48,7 @@ def assemble(source: Path | None = None) -> Path:
         digest.update(str(name).encode() + (source / name).read_bytes())
     folder = cache_dir() / "models" / f"{NAME}-{digest.hexdigest()[:12]}"
     if folder.is_dir():
+        tidy(folder)
         return folder
     with alone_at(folder, wait=True):
         if not folder.is_dir():
