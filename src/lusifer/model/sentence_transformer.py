@@ -84,15 +84,8 @@ def _save(model: SentenceTransformer, config: Any, folder: Path) -> None:
     if (backend := getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)) is not None:
         backend.no_truncation()  # As the last batch left it; who loads the file would take it for the model's own.
         backend.no_padding()
-    if isinstance(
-        config, LusiferConfig
-    ):  # As in a model that Sentence Transformers has loaded, and for the same reason.
-        for part in (config.encoder_config, config.llm_config):
-            if hasattr(part, "use_cache"):
-                part.use_cache = False
-    model.save_pretrained(str(folder), create_model_card=False)
     if isinstance(config, LusiferConfig):  # As in a model that is loaded, whoever has trained or saved it before.
-        vars(config).pop("use_cache", None)
+        config.__dict__.pop("use_cache", None)
         for part in (config.encoder_config, config.llm_config):
             if hasattr(part, "use_cache"):
                 part.use_cache = False
