@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test crash check docs bench clean
+.PHONY: help quickstart test crash check docs dist bench clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/'
@@ -33,6 +33,11 @@ check: $(READY)  ## lint, format check and types
 docs: $(READY)   ## build the documentation site into site/; warnings are errors
 	$(BIN)/python tools/reference.py --check
 	$(BIN)/zensical build --strict --clean
+
+dist: $(READY)   ## build wheel and source distribution into dist/, and check what PyPI would show
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/train.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,6 +28,7 @@ from lusifer.model.sentence_transformer import save_atomically
 from lusifer.recipes.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 MADE = {"reference/cli.md", "reference/recipes.md", "reference/api.md", "changelog.md", "LOG.md"}
 PAGES = [ROOT / "README.md"] + sorted(
     path for path in (ROOT / "docs").rglob("*.md") if str(path.relative_to(ROOT / "docs")) not in MADE
@@ -62,6 +64,7 @@ def place(tiny_st, tmp_path, monkeypatch):
         save_atomically(tiny_st, tmp_path / model)
     (tmp_path / "sentences.txt").write_text("the sea\nthe river\n")
     (tmp_path / "notes.jsonl").write_text('{"text": "the sea"}\n{"text": "the river"}\n')
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("bread and milk\n")
     return tmp_path
@@ -156,6 +159,8 @@ def test_commands_exist_with_their_options(path):
             assert (ROOT / rest[0]).is_file(), words
         elif program == "pip":
             extras(rest)
+        elif words == ["git", "clone", "https://github.com/OWNER/lusifer", "&&", "cd", "lusifer"]:
+            assert words[2] == URLS["Repository"]
         elif words == ["python", "-m", "venv", "env", "&&", ".", "env/bin/activate"]:
             continue
         else:

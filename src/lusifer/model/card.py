@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -84,6 +85,7 @@ def make_card(
     )
     recipe_yaml = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True) if recipe else ""
     values = {
+        "source": _source(),
         "title": _line(name or "A LUSIFER model"),
         "load_name": json.dumps(name or "FOLDER", ensure_ascii=False),
         "dimensions": config.get("head_dim") or llm_config.get("hidden_size", "?"),
@@ -108,6 +110,15 @@ def make_card(
     }
     template = (files("lusifer") / "resources" / "card.md.jinja").read_text(encoding="utf-8")
     return ModelCard.from_template(data, template_str=template, **values).content + "\n"
+
+
+def _source() -> str:
+    """What pip installs lusifer from: its repository, or a clone where nobody has published one."""
+    for url in metadata("lusifer").get_all("Project-URL") or []:
+        label, _, address = url.partition(", ")
+        if label == "Repository" and "/OWNER/" not in address:
+            return f"git+{address}"
+    return "."
 
 
 def write_card(folder: Path, **options: Any) -> Path:
