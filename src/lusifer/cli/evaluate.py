@@ -59,8 +59,8 @@ def evaluate(
     """Scores a model; call it again after an interruption and it goes on.
 
     Without `--benchmark`, `--data` and `--task`: the bundled everyday set (64 sentences, 23 languages), a matter of
-    seconds. Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded, the
-    others go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
+    seconds. Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded,
+    the others go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
 
     Own data: name files and columns in a small YAML file, e.g. `type: classification`, `languages: {en: en.csv, de:
     de.csv}`, `columns: {text: message, label: topic}`. Types: classification, pair-classification, sts, retrieval,
@@ -80,7 +80,9 @@ def evaluate(
         values = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
         given = [name for name, value in values.items() if value is not None] + ["--prompts"] * (prompts != "none")
         if given:
-            raise LusiferError(f"{given[0]} needs --benchmark, --data or --task; without them the everyday set is scored")
+            raise LusiferError(
+                f"{given[0]} needs --benchmark, --data or --task; without them the everyday set is scored"
+            )
         _everyday(model, codes, prompt, prompt_name, as_json=as_json, quiet=quiet)
         return
     try:

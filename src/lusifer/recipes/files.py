@@ -126,7 +126,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         error: What pydantic says.
         root: The type that was read.
     """
-    first = error.errors()[0]
+    # A misspelt key explains why the right one is missing.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     *path, field = [str(part) for part in first["loc"]] or [""]
     where = ".".join([*path, field])
     if first["type"] == "extra_forbidden":

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lusifer.data.reading import Block, hub_blocks, read_blocks
 from lusifer.data.sources import files_of_recipe, format_of
@@ -24,6 +24,20 @@ _LISTS = ("positive", "negative")
 _OTHERS = {"id": "_id", "query-id": "query_id", "corpus-id": "corpus_id", "label": "labels"}
 
 
+class Place(NamedTuple):
+    """What a task's file says of all its parts.
+
+    Attributes:
+        folder: Where relative paths start.
+        names: Our column name -> theirs, where they differ; with a ``language`` among them, only rows of it are read.
+        language: Key of the language that is read.
+    """
+
+    folder: Path
+    names: Mapping[str, str]
+    language: str
+
+
 @dataclass
 class Table:
     """Columns of one part of a task.
@@ -36,7 +50,7 @@ class Table:
     name: str
     columns: dict[str, list[Any]]
     _starts: list[int] = field(default_factory=list)
-    _blocks: list[tuple[str, Block]] = field(default_factory=list)
+    _blocks: list[Block] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> list[Any]:
         return self.columns[name]
@@ -44,31 +58,36 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def add(self, block: Block) -> None:
-        """Keeps where the next rows come from, without their data."""
+    def add(self, block: Block, values: dict[str, list[Any]], kept: Sequence[int]) -> None:
+        """Adds rows of a block, and keeps where they come from.
+
+        Args:
+            block: The block.
+            values: Its values, by our column names.
+            kept: Indices of the rows to keep.
+        """
         self._starts.append(len(self) if self._blocks else 0)
-        self._blocks.append((block.file, Block(block.file, block.file_number, block.numbers, [])))
+        self._blocks.append(Block(block.file, block.file_number, [block.numbers[index] for index in kept], []))
+        for name, column in values.items():
+            self.columns[name] += [column[index] for index in kept]
 
     def where(self, row: int) -> str:
         """File and line (or row) of a row."""
         number = bisect_right(self._starts, row) - 1
-        return self._blocks[number][1].where(row - self._starts[number])
+        return self._blocks[number].where(row - self._starts[number])
 
     def error(self, row: int, problem: str) -> LusiferError:
         """The error for what is wrong with a row."""
         return LusiferError(f"{self.where(row)}: {problem}")
 
 
-def read_table(
-    source: Source, part: Part, folder: Path, names: Mapping[str, str], wanted: Sequence[str], optional: Sequence[str]
-) -> Table:
+def read_table(source: Source, part: Part, place: Place, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
     """Reads one part of a task, every value checked.
 
     Args:
         source: Where it lies.
         part: Which part it is.
-        folder: Where relative paths start.
-        names: Our column name -> theirs, where they differ.
+        place: What the task's file says of all its parts.
         wanted: Our names of the columns that it must have.
         optional: Our names of those it may have.
 
@@ -76,38 +95,48 @@ def read_table(
         LusiferError: If it cannot be read, lacks a column, or holds a value that is not usable.
     """
     table = Table(source.source, {name: [] for name in (*wanted, *optional)})
-    for block in _blocks(source, part, folder, names, (*wanted, *optional)):
+    spoken = "language" in place.names
+    every = (*wanted, *optional, *["language"] * spoken)
+    languages, sizes = set[str](), dict.fromkeys(optional, 0)
+    for block in _blocks(source, part, place, every):
         block.refuse_problems()
-        block.names_of = {**_named_otherwise(block, names, (*wanted, *optional)), **names}
-        table.add(block)
-        for name in wanted:
-            table.columns[name] += _values(block, name)
-        for name in optional:
-            if block.column(name) is not None:
-                table.columns[name] += _values(block, name)
-    for name in optional:
-        if not table.columns[name]:
-            del table.columns[name]
-        elif len(table.columns[name]) != len(table):
-            raise LusiferError(f"{source.source}: some of its files have a column {name!r}, others do not; give it to all")
+        block.names_of = {**_named_otherwise(block, place.names, every), **place.names}
+        there = [name for name in optional if block.column(name) is not None]
+        values = {name: _values(block, name) for name in (*wanted, *there)}
+        kept: Sequence[int] = range(len(block))
+        if spoken:
+            languages.update(codes := _values(block, "language"))
+            kept = [index for index, code in enumerate(codes) if code == place.language]
+        table.add(block, values, kept)
+        for name in there:
+            sizes[name] += len(kept)
     if not len(table):
+        if languages:
+            found = f"no row has the language {place.language!r}; there are {', '.join(sorted(languages)[:12])}"
+            raise LusiferError(f"{source.source}: {found}")
         raise LusiferError(f"{source.source!r} is empty; a task needs at least 2 rows")
+    for name, size in sizes.items():
+        if size == 0:
+            del table.columns[name]
+        elif size != len(table):
+            raise LusiferError(
+                f"{source.source}: only some of its files have a column {name!r}; give it to all of them"
+            )
     return table
 
 
-def _blocks(
-    source: Source, part: Part, folder: Path, names: Mapping[str, str], columns: Sequence[str]
-) -> Iterator[Block]:
+def _blocks(source: Source, part: Part, place: Place, columns: Sequence[str]) -> Iterator[Block]:
     """The rows of a file beside the task, of one that is named in full, or of a data set of the hub."""
-    place: dict[str, Any] = {"source": _from(folder, source.source), "subset": source.subset, "revision": source.revision}
     # A split that nobody asked for must not make a folder of files one in the hub's layout.
-    asked = DataRecipe(**place, **({"split": source.split} if source.split else {}))
+    split: dict[str, Any] = {"split": source.split} if source.split else {}
+    where = _from(place.folder, source.source)
+    asked = DataRecipe(source=where, subset=source.subset, revision=source.revision, **split)
     files = files_of_recipe(asked)
     if files is None:
-        split = source.split or ("train" if part == "train" else "test")
-        return hub_blocks(asked.model_copy(update={"split": split}))
-    theirs = [names.get(name, name) for name in columns]
-    return read_blocks(files, [*theirs, *_OTHERS.values()], text=names.get("text", "text"))
+        usual = "train" if part == "train" else "test"
+        return hub_blocks(asked.model_copy(update={"split": source.split or usual}))
+    theirs = [place.names.get(name, name) for name in columns]
+    return read_blocks(files, [*theirs, *_OTHERS.values()], text=place.names.get("text", "text"))
 
 
 def _from(folder: Path, source: str) -> str:
@@ -132,7 +161,8 @@ def _values(block: Block, name: str) -> list[Any]:
     theirs = block.names_of.get(name, name)
     if block.column(name) is None:
         raise LusiferError(
-            f"{block.where(0)}: no column {theirs!r}; it has {', '.join(block.names())} (map it: `columns: {{{name}: ...}}`)"
+            f"{block.where(0)}: no column {theirs!r}; it has {', '.join(block.names())} "
+            f"(map it: `columns: {{{name}: ...}}`)"
         )
     values = block.values(name)
     block.refuse_problems()  # Parquet says only now what is not valid UTF-8.
@@ -166,9 +196,7 @@ def _lists(values: list[Any], name: str, *, required: bool) -> tuple[list[list[s
     return rows, problems
 
 
-def _converted(
-    values: list[Any], name: str, convert: Callable[[Any, str], Any]
-) -> tuple[list[Any], dict[int, str]]:
+def _converted(values: list[Any], name: str, convert: Callable[[Any, str], Any]) -> tuple[list[Any], dict[int, str]]:
     converted, problems = [], {}
     for index, value in enumerate(values):
         try:
@@ -196,5 +224,5 @@ def _label(value: Any, name: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{name!r} must be a label (text or a whole number), not {value!r:.60}; give it one or remove the row")
+        raise ValueError(f"{name!r} must be text or a whole number, not {value!r:.60}; give it one or remove the row")
     return str(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lusifer.data.validation import repeated_id
 from lusifer.errors import LusiferError
-from lusifer.evaluation.own.columns import Table, read_table
+from lusifer.evaluation.own.columns import Place, Table, read_table
 from lusifer.evaluation.own.schema import KINDS, Files, TaskFile, Type, codes_of, load_task_file
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def read_task(path: Path) -> OwnTask:
     read = _READERS[file.type]
     subsets: dict[str, Subset] = {}
     for key, files in file.languages.items():
-        tables = _tables(file, files, path.parent)
+        tables = _tables(file, files, Place(path.parent, file.columns, key))
         subsets[key] = read(tables, f"task {str(path)!r}, {key}")
     if file.type == "classification" or file.type == "clustering":
         _number_labels(subsets)
@@ -120,13 +120,13 @@ def read_task(path: Path) -> OwnTask:
     )  # fmt: skip
 
 
-def _tables(file: TaskFile, files: Files, folder: Path) -> dict[str, Table]:
-    kind, tables = file.kind, {}
+def _tables(file: TaskFile, files: Files, place: Place) -> dict[str, Table]:
+    kind, tables = file.kind, dict[str, Table]()
+    extra = {"data": {"negative"}, "corpus": {"title"}, "qrels": {"score"}}
     for part, source in files.given().items():
         wanted = kind.data if part == "data" else kind.parts[part]
-        optional = {"data": ("negative",), "corpus": ("title",), "qrels": ("score",)}.get(part, ())
-        optional = tuple(name for name in optional if name in kind.optional)
-        tables[part] = read_table(source, part, folder, file.columns, wanted, optional)
+        optional = sorted(extra.get(part, set()).intersection(kind.optional))
+        tables[part] = read_table(source, part, place, wanted, optional)
     return tables
 
 
@@ -140,7 +140,9 @@ def _classified(tables: Mapping[str, Table], where: str) -> Subset:
         _at_least_two(tables["data"])
         train, test = _halves(tables["data"])
     else:
-        train, test = (_columns(tables[part], range(len(tables[part])), ("text", "label")) for part in ("train", "test"))
+        train, test = (
+            _columns(tables[part], range(len(tables[part])), ("text", "label")) for part in ("train", "test")
+        )
         for part in ("train", "test"):
             _at_least_two(tables[part])
         known = set(train["label"])
@@ -155,7 +157,9 @@ def _classified(tables: Mapping[str, Table], where: str) -> Subset:
         if len(set(columns["label"])) < 2:
             found = next(iter(columns["label"]), "none")
             name = tables["data" if "data" in tables else "train" if what == "training" else "test"].name
-            raise LusiferError(f"{name}: the {what} texts have one class only ({found!r}); classification needs two or more")
+            raise LusiferError(
+                f"{name}: the {what} texts have one class only ({found!r}); classification needs two or more"
+            )
     return {"train": train, "test": test}
 
 
@@ -181,7 +185,9 @@ def _halves(table: Table) -> tuple[Columns, Columns]:
 def _number_labels(subsets: Mapping[str, Subset]) -> None:
     """Labels as numbers, the same in all languages; mteb's metrics want them so."""
     parts = [columns for subset in subsets.values() if isinstance(subset, dict) for columns in subset.values()]
-    numbers = {label: number for number, label in enumerate(sorted({l for part in parts for l in part["label"]}))}
+    numbers = {
+        label: number for number, label in enumerate(sorted({label for part in parts for label in part["label"]}))
+    }
     for part in parts:
         part["label"] = [numbers[label] for label in part["label"]]
 
@@ -214,7 +220,9 @@ def _paired(tables: Mapping[str, Table], where: str) -> Subset:
             raise table.error(row, f"'label' must be 1 (a pair) or 0 (none), not {label!r}")
     labels = [_TRUTH[label.lower()] for label in table["label"]]
     if len(set(labels)) < 2:
-        raise LusiferError(f"{table.name}: all pairs have the label {labels[0]}; pair classification needs both 0 and 1")
+        raise LusiferError(
+            f"{table.name}: all pairs have the label {labels[0]}; pair classification needs both 0 and 1"
+        )
     return {"test": {**table.columns, "label": labels}}
 
 
@@ -258,7 +266,9 @@ def _from_pairs(table: Table) -> Search:
             for text in texts:
                 document = documents.setdefault(text, f"d{len(documents)}")
                 if known.setdefault(document, grade) != grade:
-                    raise table.error(row, f"{text[:60]!r} is both positive and negative of its query; remove one of them")
+                    raise table.error(
+                        row, f"{text[:60]!r} is both positive and negative of its query; remove one of them"
+                    )
     return Search(
         {"id": list(queries.values()), "text": list(queries)},
         {"id": list(documents.values()), "text": list(documents)},

@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
     def columns(self) -> set[str]:
         """All of our column names."""
-        return {name for names in (self.data, self.optional, *self.parts.values()) for name in names}
+        return {"language", *(name for names in (self.data, self.optional, *self.parts.values()) for name in names)}
 
 
 _LABELLED, _PAIR = ("text", "label"), ("sentence1", "sentence2")
@@ -126,10 +126,12 @@ class TaskFile(Strict):
     description: str | None = None  # What it is about, for readers of the results.
     # Language code to its files, e.g. `en` or `zh-Hant`; two of them joined, `de-en`, where texts are in two languages.
     languages: dict[str, Files] = Field(min_length=1)
-    columns: dict[str, str] = {}  # Our column name -> theirs, e.g. `{text: message, label: topic}`.
+    # Our column name -> theirs, e.g. `{text: message, label: topic}`. `language` names one that tells rows of the
+    # languages apart, where they share a file.
+    columns: dict[str, str] = {}
     metric: str | None = None  # Main score, of those that mteb gives for the type.
-    # In front of queries, and of every text where there are none, with `--prompts default`; `{query: ..., document: ...}`
-    # to the letter.
+    # With `--prompts default`: stands in front of queries, and of every text where there are none. To the letter as
+    # `{query: ..., document: ...}`.
     instruction: str | dict[Literal["query", "document"], str] | None = None
 
     @property
@@ -156,6 +158,10 @@ class TaskFile(Strict):
         for key, files in self.languages.items():
             _check_key(key, self.type)
             _check_parts(f"languages.{key}", set(files.given()), self.type)
+            if "language" in self.columns and not set(files.given()) <= {"data", "train", "test"}:
+                raise ValueError(
+                    f"languages.{key}: columns.language is for data, train and test; name files of {key} alone"
+                )
         return self
 
 

@@ -91,7 +91,7 @@ def build(own: OwnTask, subsets: Iterable[str] | None = None) -> AbsTask:
     names = list(own.subsets if subsets is None else subsets)
     languages = {key: [language_script(code)[1] for code in codes] for key, codes in own.keys.items()}
     metadata = TaskMetadata(
-        name=own.name, type=kind.mteb, description=own.description or f"Own data: {own.source}",  # type: ignore[arg-type]
+        name=own.name, type=kind.mteb, description=own.description or f"Own data: {own.source}",
         dataset={"path": own.source, "revision": own.revision}, main_score=own.metric,
         category="t2c" if own.type in ("classification", "clustering") else "t2t",
         eval_splits=["test"], eval_langs=languages, prompt=own.instruction,
