@@ -29,8 +29,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "tasks"
 
 
 @pytest.fixture(autouse=True)
-def small_draws(monkeypatch):
+def few_draws(monkeypatch):
     monkeypatch.setattr(own_tasks._Clustering, "max_documents_per_cluster", 256)
+    monkeypatch.setattr(own_tasks._Classification, "n_experiments", 3)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,11 @@ def test_own_data_stand_beside_public_tasks_in_the_report(folder, tasks_folder, 
     errors = json.loads(next((tmp_path / "one").rglob("answers.json")).read_text())
     assert errors["own_data"]["file"].endswith("answers.yaml") and errors["type"] == "Retrieval"
     assert {line.split(" | ")[0] for line in text.splitlines() if "±" in line} >= {"| ko", "| en"}
-    assert "| answers |" in text and "| language | Retrieval | STS |" in text
+    assert "| language | Retrieval | STS |" in text
+    assert "## Your own data\n" in text and "| task | language | metric | one | two |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| answers | de > en |")).split(" | ")
+    assert row[2] == "ndcg_at_10" and row[3] == row[4].removesuffix(" |") and "±" in row[3]
+    assert "- similar: How similar are two lines?" in text
 
 
 def test_the_everyday_set_scores_as_without_mteb(tmp_path, seen):

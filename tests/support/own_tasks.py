@@ -60,7 +60,8 @@ def write_own_tasks(folder):
     both = {"en": "labelled-en.csv", "de": {"train": "labelled-en.csv", "test": "labelled-de.csv"}}
     write_task(folder, "topics", type="classification", languages=both)
     write_task(folder, "clusters", type="clustering", languages={"en": "labelled-en.csv", "de": "labelled-de.csv"})
-    write_task(folder, "similar", type="sts", languages={"en": "scored.jsonl"})
+    about = {"description": "How similar are two lines?"}
+    write_task(folder, "similar", type="sts", languages={"en": "scored.jsonl"}, **about)
     write_task(folder, "same", type="pair-classification", languages={"en": "pairs.tsv"})
     write_task(folder, "bitext", type="bitext", languages={"de-en": {"sentence1": "de.txt", "sentence2": "en.txt"}})
     files = {"queries": "queries.jsonl", "corpus": "corpus.jsonl", "qrels": "qrels.tsv"}

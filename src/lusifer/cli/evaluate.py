@@ -224,7 +224,9 @@ def show(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
-    baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Folder name of a system to compare with; several times for several.")
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Add the paper's Tables 1 and 2, not measured here.")
     ] = False,

@@ -178,7 +178,8 @@ def _score(model: CachedModel, task: Task, data: Path | None, results: Results) 
     languages = {key: list(codes) for key, codes in task.subsets.items()}
     details = {"type": task.type, "group": task.group, "languages": languages}
     if task.own is not None:
-        details["own_data"] = {"file": task.own.source, "description": task.own.description}
+        own = task.own
+        details["own_data"] = {"file": own.source, "description": own.description, "metric": own.metric}
     results.recorder = Recorder(prepared)
     results.details = {**details, "prefixes": prefixes, "seed": prepared.seed}
     with arrow_cache(None if data is None else cache_dir() / "datasets" / results.revisions[task.name]):
