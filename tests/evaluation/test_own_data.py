@@ -14,7 +14,7 @@ from lusifer.data.everyday_set import load_everyday
 from lusifer.evaluation.everyday import score
 from lusifer.evaluation.report import read, render
 from lusifer.evaluation.systems import Embedder
-from support.mteb_folder import Bag
+from support.mteb_folder import Bag, save
 from support.own_tasks import labelled, scored, write_csv, write_jsonl, write_own_tasks, write_task
 
 mteb = pytest.importorskip("mteb")
@@ -190,3 +190,22 @@ def test_the_example_of_every_type_is_whole():
         "classification", "pair-classification", "sts", "retrieval", "reranking", "clustering", "bitext"
     }  # fmt: skip
     assert all({"en", "es"} <= {code for codes in task.subsets.values() for code in codes} for task in tasks)
+
+
+def test_a_data_set_in_the_layout_of_the_hub_is_read_by_subset_and_split(tmp_path):
+    save(tmp_path, "set", {"de": {"test": labelled("de"), "train": labelled("en")}, "en": {"dev": labelled("en")}})
+    languages = {
+        "de": {"source": "set", "subset": "de", "split": "test"},
+        "en": {"data": {"source": "set", "subset": "en", "split": "dev"}},
+    }
+    (task,) = open_tasks([str(write_task(tmp_path, "mine", type="clustering", languages=languages))])
+    assert (
+        task.own.subsets["de"]["test"]["text"][0].endswith(" de") and len(task.own.subsets["en"]["test"]["text"]) == 48
+    )
+    both = {"train": {"source": "set", "subset": "de"}, "test": {"source": "set", "subset": "de"}}
+    (task,) = open_tasks([str(write_task(tmp_path, "two", type="classification", languages={"de": both}))])
+    sides = task.own.subsets["de"]
+    assert sides["train"]["text"][0].endswith(" en") and sides["test"]["text"][0].endswith(" de"), "by the part's name"
+    languages["de"]["split"] = "tset"
+    with pytest.raises(LusiferError, match="cannot read the data set '.*set': .*tset"):
+        open_tasks([str(write_task(tmp_path, "mine", type="clustering", languages=languages))])

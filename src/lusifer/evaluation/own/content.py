@@ -17,6 +17,7 @@ from lusifer.evaluation.own.schema import KINDS, Files, TaskFile, Type, codes_of
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 10_000  # Hashed at once.
 _LAYOUT = 1  # Part of a task's identity: another way to read the same files gives another task.
 Columns = dict[str, list[Any]]
 Instruction = str | dict[Any, str] | None
@@ -90,9 +91,11 @@ def _revision(task: OwnTask) -> str:
     for name, subset in sorted(task.subsets.items()):
         parts = vars(subset) if isinstance(subset, Search) else subset
         for part, values in sorted(parts.items()):
-            digest.update(f"\0{name}\0{part}\0".encode())
-            for piece in json.JSONEncoder(sort_keys=True).iterencode(values):
-                digest.update(piece.encode())
+            for column, rows in sorted(values.items()) if values is not None else ():
+                digest.update(f"\0{name}\0{part}\0{column}\0".encode())
+                rows = sorted(rows.items()) if isinstance(rows, dict) else rows
+                for begin in range(0, len(rows), _ROWS):
+                    digest.update(json.dumps(rows[begin : begin + _ROWS]).encode())
     return digest.hexdigest()[:16]
 
 
