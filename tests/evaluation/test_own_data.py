@@ -125,7 +125,7 @@ def test_own_data_stand_beside_public_tasks_in_the_report(folder, tasks_folder, 
     assert errors["own_data"]["file"].endswith("answers.yaml") and errors["type"] == "Retrieval"
     assert {line.split(" | ")[0] for line in text.splitlines() if "±" in line} >= {"| ko", "| en"}
     assert "| language | Retrieval | STS |" in text
-    assert "## Your own data\n" in text and "| task | language | metric | one | two |" in text
+    assert "## Your tasks\n" in text and "| task | language | metric | one | two |" in text
     row = next(line for line in text.splitlines() if line.startswith("| answers | de > en |")).split(" | ")
     assert row[2] == "ndcg_at_10" and row[3] == row[4].removesuffix(" |") and "±" in row[3]
     assert "- similar: How similar are two lines?" in text

@@ -81,6 +81,7 @@ ASKED = [{"query": "q", "positive": "p", "negative": ["n"]}, {"query": "r", "pos
         ("clustering", [], "is empty; a task needs at least 2 rows"),
         ("clustering", ROWS[:1], "line 1: the only row; a task needs at least 2 rows"),
         ("clustering", [{"text": "a", "topic": 1}] * 2, "no column 'label'; it has text, topic (map it: `col"),
+        ("clustering", [{"text": "", "topic": 1}] * 2, "line 1: no column 'label'; it has text, topic"),
         ("clustering", changed(ROWS, 2, text="  "), "line 3: 'text' is empty; remove the row or give it a text"),
         ("clustering", changed(ROWS, 2, text=7), "line 3: 'text' must be text, not a number"),
         ("clustering", changed(ROWS, 4, label=None), "line 5: 'label' must be text or a whole number, not None"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -64,6 +65,7 @@ def place(tiny_st, tmp_path, monkeypatch):
     (tmp_path / "sentences.txt").write_text("the sea\nthe river\n")
     (tmp_path / "notes.jsonl").write_text('{"text": "the sea"}\n{"text": "the river"}\n')
     (tmp_path / "corpus").mkdir()
+    shutil.copytree(ROOT / "examples" / "tasks", tmp_path / "examples" / "tasks")
     (tmp_path / "corpus" / "a.txt").write_text("bread and milk\n")
     return tmp_path
 

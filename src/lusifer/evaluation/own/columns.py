@@ -101,6 +101,7 @@ def read_table(source: Source, part: Part, place: Place, wanted: Sequence[str], 
     for block in _blocks(source, part, place, every):
         block.refuse_problems()
         block.names_of = {**_named_otherwise(block, place.names, every), **place.names}
+        _refuse_missing(block, [*wanted, *["language"] * spoken])
         there = [name for name in optional if block.column(name) is not None]
         values = {name: _values(block, name) for name in (*wanted, *there)}
         kept: Sequence[int] = range(len(block))
@@ -157,13 +158,16 @@ def _named_otherwise(block: Block, names: Mapping[str, str], columns: Sequence[s
     }
 
 
+def _refuse_missing(block: Block, names: Sequence[str]) -> None:
+    """Refuses a file without a column before it looks at values: they may be those of another column."""
+    for name in names:
+        if block.column(name) is None:
+            found = f"no column {block.names_of.get(name, name)!r}; it has {', '.join(block.names())}"
+            raise LusiferError(f"{block.where(0)}: {found} (map it: `columns: {{{name}: ...}}`)")
+
+
 def _values(block: Block, name: str) -> list[Any]:
     theirs = block.names_of.get(name, name)
-    if block.column(name) is None:
-        raise LusiferError(
-            f"{block.where(0)}: no column {theirs!r}; it has {', '.join(block.names())} "
-            f"(map it: `columns: {{{name}: ...}}`)"
-        )
     values = block.values(name)
     block.refuse_problems()  # Parquet says only now what is not valid UTF-8.
     if name == "title":
