@@ -175,9 +175,7 @@ def _own_data(systems: Sequence[System]) -> Iterator[Section]:
     if rows:
         header = ["task", "language", "metric", *[system.name for system in systems]]
         about = [f"{task}: {description}" for task, (description, _) in own.items() if description]
-        yield Section(
-            "Your own data", _INTERVALS[0].upper() + _INTERVALS[1:] + ".", [_Table(header, rows)], lines=about
-        )
+        yield Section("Your tasks", _INTERVALS[0].upper() + _INTERVALS[1:] + ".", [_Table(header, rows)], lines=about)
 
 
 def _pair_tasks(systems: Sequence[System], shared: Shared) -> dict[str, dict[str, float]]:
