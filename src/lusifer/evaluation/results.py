@@ -144,7 +144,9 @@ class Results(ResultCache):
                 planned = {"splits": [], "subsets": {}}  # What an earlier content asked for is no gap.
             subsets = {**planned["subsets"], **{key: list(codes) for key, codes in task.subsets.items()}}
             splits = list(dict.fromkeys([*planned["splits"], *task.splits]))
-            plan[task.name] = {"splits": splits, "subsets": subsets, "revision": task.revision}
+            plan[task.name] = {"splits": splits, "subsets": subsets}
+            if task.own is not None:
+                plan[task.name]["revision"] = task.revision
         folder = self.get_task_result_path("any", self.model).parent
         try:
             for path in (folder, out / "failures"):
