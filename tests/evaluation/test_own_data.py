@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import datasets
@@ -189,6 +190,8 @@ def test_the_example_of_every_type_is_whole():
     assert {task.own.type for task in tasks} == {
         "classification", "pair-classification", "sts", "retrieval", "reranking", "clustering", "bitext"
     }  # fmt: skip
+    # Processes of several devices get them so.
+    assert [one.own.revision for one in pickle.loads(pickle.dumps(tasks))] == [task.revision for task in tasks]
     assert all({"en", "es"} <= {code for codes in task.subsets.values() for code in codes} for task in tasks)
 
 
