@@ -1,6 +1,6 @@
-"""Writes docs/reference/recipes.md and cli.md from the types of a recipe and from the commands themselves.
+"""Writes docs/reference/recipes.md, tasks.md and cli.md from the types of both files and from the commands themselves.
 
-python tools/reference.py            writes both
+python tools/reference.py            writes all
 python tools/reference.py --check    fails where a page is not what it would write
 """
 
@@ -91,7 +91,13 @@ def recipes() -> str:
         "use them.\n",
     ]
     names = "Recipe ModelRecipe Lora WarmStartRecipe AlignRecipe ContrastRecipe DataRecipe ScaleRecipe"
-    for name in names.split():
+    return "\n".join([*parts, *_types(module, names.split())])
+
+
+def _types(module: Any, names: list[str]) -> list[str]:
+    """A table of every type's fields."""
+    parts = []
+    for name in names:
         model = getattr(module, name)
         said = meanings(model)
         first = _UNWRAPPED.sub(" ", model.__doc__ or "").strip()
@@ -101,7 +107,27 @@ def recipes() -> str:
                 raise ValueError(f"{name}.{field} has no comment that says what it is")
             rows.append(f"| `{field}` | {kind(info.annotation)}{bounds(info)} | {default(info)} | {said[field]} |")
         parts.append("\n".join(rows) + "\n")
-    return "\n".join(parts)
+    return parts
+
+
+def tasks() -> str:
+    """The page on tasks of own data."""
+    from lusifer.evaluation.own import schema as module
+
+    rows = ["| type | columns of `data` | or these files, with their columns | main score |", "|---|---|---|---|"]
+    for name, facts in module.KINDS.items():
+        columns = [f"`{column}`" for column in facts.data]
+        columns += [f"`{column}` if there is one" for column in facts.optional if column == "negative"]
+        files = "; ".join(
+            f"`{part}`: " + ", ".join(f"`{column}`" for column in names) for part, names in facts.parts.items()
+        )
+        rows.append(f"| `{name}` | {', '.join(columns)} | {files} | `{facts.metric}` |")
+    head = (
+        "# Task files\n\nA task of your own data is one YAML file, for `lusifer evaluate --task`. Unknown keys are "
+        "refused with the nearest name, and everything is checked before the model loads. [Your own "
+        "data](../own-data.md) says how to use them.\n"
+    )
+    return "\n".join([_HEAD, head, "\n".join(rows) + "\n", *_types(module, ["TaskFile", "Files", "Source"])])
 
 
 def commands() -> str:
@@ -158,7 +184,7 @@ def _default(parameter: Any) -> str:
 
 def main() -> None:
     """Writes or checks."""
-    pages = {FOLDER / "recipes.md": recipes(), FOLDER / "cli.md": commands()}
+    pages = {FOLDER / "recipes.md": recipes(), FOLDER / "tasks.md": tasks(), FOLDER / "cli.md": commands()}
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         sys.exit(f"run python tools/reference.py: {', '.join(p.name for p in stale)} would change" if stale else 0)

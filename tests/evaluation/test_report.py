@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from lusifer import LusiferError
 from lusifer.evaluation.report import read, render, write
+from support.command import mistake
 
 
 def page(systems, baseline=None, **options):
@@ -48,6 +50,23 @@ def folders(tmp_path):
     (theirs / "T5.json").write_text('{"task": "T5", "sta')
     (theirs / "T6.json").write_text(json.dumps({"task": "T6", "status": "done", "results": []}))
     return ours, theirs
+
+
+def test_every_baseline_has_a_section(folders, tmp_path, call):
+    third = tmp_path / "third"
+    shutil.copytree(folders[0], third)
+    text = markdown(read([*folders, third]), ["theirs", "ours", "theirs"])
+    assert text.count("## Gain against") == 2 and text.index("against theirs") < text.index("against ours")
+    assert "## Gain against theirs\n\n| language | ours | third | resource level |" in text
+    assert "## Gain against ours\n\n| language | theirs | third | resource level |" in text
+    assert "| te | -20.0 | +0.0 | 1 |" in text
+    given = ("--baseline", "ours", "--baseline", "theirs", "--out", tmp_path / "page")
+    code, out, err = call("report", *folders, third, *given)
+    assert code == 0, err
+    assert (tmp_path / "page" / "report.md").read_text().count("## Gain against") == 2
+    code, out, err = call("report", *folders, "--baseline", "ours", "--baseline", "nobody", "--out", tmp_path / "no")
+    mistake(code, out, err)
+    assert "no system 'nobody' to compare with; there are ours, theirs" in err
 
 
 def test_only_what_all_have_is_compared(folders):

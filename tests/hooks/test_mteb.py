@@ -11,7 +11,8 @@ mteb = pytest.importorskip("mteb")
 from mteb.abstasks import AbsTask  # noqa: E402
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
 
-from lusifer.hooks.mteb import add_benchmark, listen, restrict  # noqa: E402
+from lusifer import LusiferError  # noqa: E402
+from lusifer.hooks.mteb import add_benchmark, language_script, listen, restrict  # noqa: E402
 
 
 def test_tasks_save_predictions_by_the_method_we_replace():
@@ -40,3 +41,13 @@ def test_a_benchmark_is_found_by_its_name_after_the_registry_was_read():
     name = "LUSIFER-canary"
     add_benchmark(name, mteb.Benchmark(name=name, tasks=[mteb.get_task("KLUE-STS")]))
     assert mteb.get_benchmark(name).name == name, "mteb.benchmarks no longer reads its registry from a module"
+
+
+def test_languages_have_a_short_code_and_a_script():
+    assert language_script("de") == language_script("deu") == ("de", "deu-Latn")
+    assert language_script("zh-Hant") == ("zh", "zho-Hant") and language_script("swa")[0] == "sw"
+    known = {language for key in ("en", "ru", "ar", "hi", "te") for language in [language_script(key)[1]]}
+    assert {code.partition("-")[2] for code in known} == {"Latn", "Cyrl", "Arab", "Deva", "Telu"}
+    for wrong in ("xx", "qqq", "de-Abcd"):
+        with pytest.raises(LusiferError, match="there is no language|is not known"):
+            language_script(wrong)

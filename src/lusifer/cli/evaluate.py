@@ -30,6 +30,13 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Folder with tasks.json: no network. Alone, all of its tasks.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Own data: a YAML file (examples/tasks has one of every type) or a folder of them, several times; "
+            "`everyday` is the bundled set."
+        ),
+    ] = None,
     langs: Annotated[str | None, typer.Option(help="Comma-separated codes.")] = None,
     types: Annotated[str | None, typer.Option(help="Comma-separated types: STS,Retrieval,...")] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
@@ -51,35 +58,45 @@ def evaluate(
 ) -> None:
     """Scores a model; call it again after an interruption and it goes on.
 
-    Without `--benchmark` and `--data`: the bundled everyday set (64 sentences, 23 languages), a matter of seconds.
-    Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded, the others
-    go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
+    Without `--benchmark`, `--data` and `--task`: the bundled everyday set (64 sentences, 23 languages), a matter of
+    seconds. Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded,
+    the others go on, the exit code is 1, and the same command tries it again. Several commands may share one `--out`.
+
+    Own data: name files and columns in a small YAML file, e.g. `type: classification`, `languages: {en: en.csv, de:
+    de.csv}`, `columns: {text: message, label: topic}`. Types: classification, pair-classification, sts, retrieval,
+    reranking, clustering, bitext. Everything is checked before the model loads; a task whose content changes is scored
+    again.
 
     Examples:
     - `lusifer evaluate runs/quickstart/model --langs fr,ru,te`
+    - `lusifer evaluate starter --task examples/tasks --task everyday`
     - `lusifer evaluate starter --data eval-data`
     - `lusifer evaluate encoder:starter:multilingual-e5-small --data eval-data --types STS`
     - `lusifer evaluate intfloat/multilingual-e5-small --benchmark LUSIFER --out runs/eval/e5`
     """
     quiet_libraries(quiet)
     codes = _listed(langs)
-    if benchmark is None and data is None:
+    if benchmark is None and data is None and not task:
         values = {"--types": types, "--tasks": tasks, "--out": out, "--device": device}
         given = [name for name, value in values.items() if value is not None] + ["--prompts"] * (prompts != "none")
         if given:
-            raise LusiferError(f"{given[0]} needs --benchmark or --data; without them the everyday set is scored")
+            raise LusiferError(
+                f"{given[0]} needs --benchmark, --data or --task; without them the everyday set is scored"
+            )
         _everyday(model, codes, prompt, prompt_name, as_json=as_json, quiet=quiet)
         return
     try:
         from lusifer.evaluation.mteb_model import load_prompts
+        from lusifer.evaluation.own import open_tasks
         from lusifer.evaluation.run import run
         from lusifer.evaluation.tasks import choose
     except ModuleNotFoundError as error:
         raise LusiferError(f"needs {error.name}: pip install 'lusifer[evaluation]'") from error
 
-    instructions = {} if prompts == "none" else load_prompts(None if prompts == "default" else Path(prompts))
-    names = _listed(tasks)
-    chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names)
+    own, names = open_tasks(task or []), _listed(tasks)
+    file = None if prompts == "default" else Path(prompts)
+    instructions = {} if prompts == "none" else load_prompts(file, [one.name for one in own])
+    chosen, lost = choose(benchmark, data, languages=codes, types=_listed(types), names=names, own=own)
     where = out or Path("runs/eval") / model.strip("./").replace("/", "-").replace(":", "-")
     records = run(
         model, chosen, where, data=data, prompts=instructions, prompt=prompt, prompt_name=prompt_name, absent=lost,
@@ -207,7 +224,9 @@ def show(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
-    baseline: Annotated[str | None, typer.Option(help="Folder name of the system to compare with.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Folder name of a system to compare with; several times for several.")
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Add the paper's Tables 1 and 2, not measured here.")
     ] = False,

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lusifer.evaluation.own.content import OwnTask
 
 MAIN, CROSS_LINGUAL, BITEXT, QUICK = "LUSIFER", "LUSIFER-xling", "LUSIFER-100", "LUSIFER-quick"
 BENCHMARKS = (MAIN, CROSS_LINGUAL, QUICK, BITEXT)
@@ -34,6 +37,7 @@ class Task:
         revision: Revision of the data set when the suite was written.
         subsets: Subset to the languages of its score: one code, or those of queries and documents, or of both sides.
         pivot_free: Those of the subsets without English that make up the sample of `BITEXT`.
+        own: The content of a task of the user's own data; None of one that mteb knows.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Task:
     splits: tuple[str, ...]
     subsets: dict[str, tuple[str, ...]]
     pivot_free: frozenset[str] = frozenset()
+    own: OwnTask | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -24,12 +25,13 @@ from lusifer.recipes.files import load_yaml
 Prompts = dict[str, str | dict[str, str]]
 
 
-def load_prompts(path: Path | None = None) -> Prompts:
+def load_prompts(path: Path | None = None, own: Sequence[str] = ()) -> Prompts:
     """Reads what stands in front of texts, by task name or mteb type.
 
     Args:
         path: YAML file, the bundled one when None. A text is an instruction, put before queries and before both sides
             of symmetric tasks; a mapping gives what stands before a ``query`` and a ``document``, to the letter.
+        own: Names of tasks of the user's own data, which mteb does not know.
 
     Raises:
         LusiferError: If it cannot be read, is no such mapping, or names a task or type that does not exist.
@@ -44,7 +46,7 @@ def load_prompts(path: Path | None = None) -> Prompts:
             f"{where} must map task names or types to instructions, each a line of text or 'query' and 'document'"
         )
     tasks = mteb.get_tasks(exclude_superseded=False, exclude_private=False, exclude_beta=False)
-    known = {kind for task in tasks for kind in (task.metadata.name, task.metadata.type)}
+    known = {*own, *(kind for task in tasks for kind in (task.metadata.name, task.metadata.type))}
     if unknown := [key for key in prompts if str(key) not in known]:
         close = "".join(f"; {name}?" for name in get_close_matches(str(unknown[0]), known, 1))
         raise LusiferError(f"{where}: mteb has no task or type {unknown[0]!r}{close}")
@@ -66,6 +68,9 @@ class CachedModel(AbsEncoder):
         description: What results call it, see `lusifer.evaluation.results.Results.model`.
         model: The model.
         prompt: Put before every text, whatever the task.
+
+    Attributes:
+        own: Instructions that tasks of the user's own data bring, by their names; they hold where ``prompts`` do.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class CachedModel(AbsEncoder):
         self.cache = cache
         self.prompts = prompts
         self.prompt = prompt
+        self.own: Prompts = {}
         self.loaded = model
         self.mteb_model_meta = description
 
@@ -107,7 +113,7 @@ class CachedModel(AbsEncoder):
             return self.prompt
         side = getattr(role, "value", role)
         if self.prompts:
-            chosen = self.prompts.get(task.name) or self.prompts.get(task.type) or ""
+            chosen = self.prompts.get(task.name) or self.own.get(task.name) or self.prompts.get(task.type) or ""
             if isinstance(chosen, dict):
                 return chosen.get(side or "query", "")
             return "" if side == "document" else with_instruction(chosen, "")

@@ -140,8 +140,13 @@ class Results(ResultCache):
         plan: dict[str, Any] = dict(before.get("plan") or {})
         for task in tasks:
             planned = plan.get(task.name) or {"splits": [], "subsets": {}}
+            if task.own is not None and planned.get("revision") != task.revision:
+                planned = {"splits": [], "subsets": {}}  # What an earlier content asked for is no gap.
             subsets = {**planned["subsets"], **{key: list(codes) for key, codes in task.subsets.items()}}
-            plan[task.name] = {"splits": list(dict.fromkeys([*planned["splits"], *task.splits])), "subsets": subsets}
+            splits = list(dict.fromkeys([*planned["splits"], *task.splits]))
+            plan[task.name] = {"splits": splits, "subsets": subsets}
+            if task.own is not None:
+                plan[task.name]["revision"] = task.revision
         folder = self.get_task_result_path("any", self.model).parent
         try:
             for path in (folder, out / "failures"):

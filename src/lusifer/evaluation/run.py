@@ -145,6 +145,7 @@ def _run_here(
             profile = {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
         write_json(out / PROFILE, {**settings, **profile})
     model = CachedModel(cache, prompts, results.model, loaded, prompt=prompt)
+    model.own = {task.name: task.own.instruction for task in left if task.own and task.own.instruction}
     total = sum(map(cost, left))
     with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
         cache.progress = lambda: bar.set_postfix_str(f"{cache.computed:,} embedded")
@@ -176,6 +177,9 @@ def _score(model: CachedModel, task: Task, data: Path | None, results: Results) 
         prefixes = {role: model.prefix(prepared.metadata, kind) for role, kind in roles.items()}
     languages = {key: list(codes) for key, codes in task.subsets.items()}
     details = {"type": task.type, "group": task.group, "languages": languages}
+    if task.own is not None:
+        own = task.own
+        details["own_data"] = {"file": own.source, "description": own.description, "metric": own.metric}
     results.recorder = Recorder(prepared)
     results.details = {**details, "prefixes": prefixes, "seed": prepared.seed}
     with arrow_cache(None if data is None else cache_dir() / "datasets" / results.revisions[task.name]):

@@ -18,6 +18,7 @@ from mteb.abstasks import AbsTask
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation import benchmarks as suite
 from lusifer.evaluation.benchmarks import Task
+from lusifer.evaluation.own.tasks import build
 from lusifer.hooks.mteb import add_benchmark, restrict
 
 _DESCRIPTIONS = {
@@ -44,6 +45,8 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
     Raises:
         LusiferError: If the folder does not hold the task.
     """
+    if task.own is not None:
+        return build(task.own, task.subsets)
     if data is None:
         prepared = mteb.get_task(task.name, eval_splits=list(task.splits), hf_subsets=list(task.subsets))
         # What was pinned, also where a later mteb names another.
@@ -63,7 +66,7 @@ def mteb_task(task: Task, data: Path | None = None) -> AbsTask:
 
 
 def data_revision(task: Task, data: Path | None) -> str:
-    """What a result's data are told by: the hub's commit, or a hash of the local files' paths, sizes and times.
+    """What a result's data are known by: the hub's commit, a hash of own data, or of files' paths, sizes and times.
 
     Args:
         task: The task.
@@ -72,7 +75,7 @@ def data_revision(task: Task, data: Path | None) -> str:
     Raises:
         LusiferError: If the folder does not hold the task, or its files are not there.
     """
-    if data is None:
+    if data is None or task.own is not None:
         return task.revision
     entry = _entry(data, task.name)
     folder = data / entry["dir"]
@@ -149,25 +152,27 @@ def choose(
     languages: Sequence[str] | None = None,
     types: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    own: Sequence[Task] = (),
 ) -> tuple[list[Task], list[Task]]:
     """The tasks of a run, those that tell most in little time first, and what a folder lacks of what was asked for.
 
     Args:
-        name: Benchmark; None for everything the folder holds.
+        name: Benchmark; None for everything the folder holds, and nothing without one.
         data: Folder of an offline run, or None.
         languages: Only subsets in these languages.
         types: Only these types or groups.
         names: Only these tasks.
+        own: Tasks of the user's own data, beside those of benchmark or folder.
 
     Raises:
         LusiferError: If the benchmark, a language, a type or a task does not exist, or nothing is left.
     """
     if name is not None and name not in suite.BENCHMARKS:
         raise LusiferError(f"there is no benchmark {name!r}; there are {', '.join(suite.BENCHMARKS)}")
-    if name is None and data is None:
-        raise LusiferError("say which --benchmark, or which --data folder")
+    if name is None and data is None and not own:
+        raise LusiferError("say which --benchmark, which --data folder or which --task")
     held = {task.name: task for task in _tasks_in(data)} if data is not None else {}
-    wanted = list(held.values()) if name is None else suite.tasks(name)
+    wanted = [*(held.values() if name is None else suite.tasks(name)), *own]
     for asked, present, word in (
         (languages, {code for task in wanted for codes in task.subsets.values() for code in codes}, "language"),
         (types, {kind for task in wanted for kind in (task.type, task.group)}, "type"),
@@ -187,7 +192,7 @@ def choose(
         # The folder may hold fewer tasks, subsets and splits than the benchmark asks for.
         chosen = []
         for task in wanted:
-            got = held.get(task.name)
+            got = task if task.own else held.get(task.name)
             inside = {key: codes for key, codes in task.subsets.items() if got and key in got.subsets}
             outside = {key: codes for key, codes in task.subsets.items() if key not in inside}
             if got and inside:
@@ -209,7 +214,9 @@ def _spoken(task: Task, languages: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def cost(task: Task) -> int:
-    """Samples to embed by mteb's own statistics, 10,000 where it has none."""
+    """Samples to embed: of own data counted, else by mteb's own statistics, 10,000 where it has none."""
+    if task.own is not None:
+        return task.own.size(task.subsets)
     try:
         statistics: Any = mteb.get_task(task.name).metadata.descriptive_stats or {}
     except KeyError:

@@ -9,6 +9,9 @@ from typing import Any
 
 import mteb.benchmarks.benchmarks as known_benchmarks
 from mteb.benchmarks import get_benchmark
+from mteb.languages import ISO_TO_LANGUAGE, ISO_TO_SCRIPT, iso_mappings
+
+from lusifer.errors import LusiferError
 
 # mteb computes predictions only if it is told where to write them; `listen` takes them, so nothing is written.
 PREDICTIONS_TAKEN = Path(os.devnull)
@@ -60,3 +63,25 @@ def add_benchmark(name: str, benchmark: Any) -> None:
     registry: Any = getattr(__import__(get_benchmark.__module__, fromlist=["_build_registry"]), "_build_registry", None)
     if registry is not None:
         registry.cache_clear()
+
+
+def language_script(code: str) -> tuple[str, str]:
+    """A language's shortest code and mteb's own, e.g. ``de`` and ``deu-Latn``; touches mteb's tables of languages.
+
+    Args:
+        code: Two or three letters, perhaps with a script: ``de``, ``deu``, ``zh-Hant``.
+
+    Raises:
+        LusiferError: If there is no such language or script, or mteb knows no script of it.
+    """
+    language, _, script = code.partition("-")
+    longer = iso_mappings._get_iso1_to_iso3()
+    three = longer.get(language, language) if len(language) == 2 else language
+    if three not in ISO_TO_LANGUAGE:
+        raise LusiferError(f"there is no language {language!r}; write its ISO 639 code, e.g. en or swa")
+    script = script or iso_mappings._get_iso3_to_default_script().get(three, "")
+    if script not in ISO_TO_SCRIPT:
+        remedy = f"write it, e.g. {language}-Latn" if not script else "write its ISO 15924 code, e.g. Latn or Cyrl"
+        raise LusiferError(f"the script of {code!r} is not known; {remedy}")
+    short = {value: key for key, value in longer.items()}.get(three, three)
+    return short, f"{three}-{script}"

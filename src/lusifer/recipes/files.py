@@ -77,7 +77,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise LusiferError(f"recipe {str(path)!r}: {_explain(error)}") from None
+        raise LusiferError(f"recipe {str(path)!r}: {explain(error, Recipe)}") from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -119,13 +119,19 @@ def _index(items: list[Any], text: str, name: str) -> int:
     return int(text)
 
 
-def _explain(error: ValidationError) -> str:
-    """One line that says what is wrong with the first bad field, where, and how to mend it."""
-    first = error.errors()[0]
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line that says what is wrong with the first bad field, where, and how to mend it.
+
+    Args:
+        error: What pydantic says.
+        root: The type that was read.
+    """
+    # A misspelt key explains why the right one is missing.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     *path, field = [str(part) for part in first["loc"]] or [""]
     where = ".".join([*path, field])
     if first["type"] == "extra_forbidden":
-        known = sorted(_section(path).model_fields)
+        known = sorted(_section(root, path).model_fields)
         near = difflib.get_close_matches(field, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
@@ -136,11 +142,11 @@ def _explain(error: ValidationError) -> str:
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
 
-def _section(path: list[str]) -> type[BaseModel]:
-    """The type of a section; an item of a list has the one of the list."""
-    owner: type[BaseModel] = Recipe
+def _section(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The type of a section; an item of a list or of a mapping has the one of its values."""
+    owner = root
     for part in path:
-        if not part.isdecimal():
+        if part in owner.model_fields:
             annotation = owner.model_fields[part].annotation
             options = [annotation, *getattr(annotation, "__args__", ())]
             owner = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

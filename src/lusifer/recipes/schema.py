@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses unknown keys; a key of an earlier version is refused with its new name."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
         return values
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's."""
 
     r: PositiveInt = 16  # Rank.
@@ -41,7 +41,7 @@ class Lora(_Strict):
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **targets}
 
 
-class DataRecipe(_Strict):
+class DataRecipe(Strict):
     """One data set of a mixture; `lusifer.data.mixture` says how sets are drawn."""
 
     # A file, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also packed, or .parquet), a starter name or a hub id.
@@ -81,7 +81,7 @@ class DataRecipe(_Strict):
         return self
 
 
-class ModelRecipe(_Strict):
+class ModelRecipe(Strict):
     """The two backbones and what joins them."""
 
     renamed: ClassVar[dict[str, str]] = {"connector_shortcut": "connector_residual"}
@@ -116,7 +116,7 @@ class ModelRecipe(_Strict):
         return self.model_dump(exclude={"encoder_lora", "llm_lora", "prompts", *left_out})
 
 
-class WarmStartRecipe(_Strict):
+class WarmStartRecipe(Strict):
     """Stage 0: the closed-form start of the connector."""
 
     enabled: bool = True  # Off starts the connector at random.
@@ -128,7 +128,7 @@ class WarmStartRecipe(_Strict):
     scale: PositiveFloat = 1.0  # Loudness of the soft tokens over the LLM's own embeddings.
 
 
-class GradientStage(_Strict):
+class GradientStage(Strict):
     """What stages 1 and 2, which train by gradient, share."""
 
     number: ClassVar[int]
@@ -288,7 +288,7 @@ def _check_teacher(stage: AlignRecipe | ContrastRecipe) -> None:
         raise ValueError("teacher_weight needs teacher: the model whose vectors are learnt")
 
 
-class ScaleRecipe(_Strict):
+class ScaleRecipe(Strict):
     """How several processes share the work (`torchrun`)."""
 
     # `ddp` copies the model to every rank; `fsdp2` shards it, backbones included.
@@ -296,7 +296,7 @@ class ScaleRecipe(_Strict):
     cpu_offload: bool = False  # Keeps the shards in the host's memory while they are not used (fsdp2).
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One training run: model, stages 0 to 2, where it writes."""
 
     output: str  # Folder of the run; stages and the final model go below it.

@@ -59,6 +59,7 @@ class System:
         plan: Task to ``splits`` and ``subsets`` that were asked for; empty where that was not recorded.
         settings: What was recorded of how the model ran, to all values of it.
         revisions: Task to the revision of its data.
+        own: Task of the user's own data to what it is about and its metric.
         failed: Task to what went wrong; subsets that were scored before are in ``rows``.
     """
 
@@ -70,6 +71,7 @@ class System:
     plan: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     settings: dict[str, set[str]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
+    own: dict[str, tuple[str, str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -209,6 +211,8 @@ def _read_record(system: System, record: dict[str, Any]) -> None:
             system.rows.append(Score(task, subset, kind, languages[subset], value, errors.get(subset)))
     if values:
         _read_settings(system, task, record)
+    if own := record.get("own_data"):
+        system.own[task] = (str(own["description"]), str(own["metric"]))
 
 
 def _by_split(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

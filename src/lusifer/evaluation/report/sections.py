@@ -57,12 +57,12 @@ class Section:
     wordy: bool = False
 
 
-def sections(systems: Sequence[System], baseline: str | None = None, *, published: bool = False) -> list[Section]:
+def sections(systems: Sequence[System], baselines: Sequence[str] = (), *, published: bool = False) -> list[Section]:
     """Everything the report shows, in order.
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
-        baseline: Name of the system to compare with.
+        baselines: Names of the systems to compare with, each in a section of its own.
         published: Whether to add the paper's tables.
     """
     shared = _shared_cells(systems)
@@ -73,9 +73,9 @@ def sections(systems: Sequence[System], baseline: str | None = None, *, publishe
         table = _columns_table("language", columns, "mean", widths)
         bars = _bars(columns, widths)
         parts.append(Section("By language", tables=[table], bars=bars, columns=list(columns), wordy=True))
-    if baseline is not None and columns.get(baseline):
-        parts.append(_gains(columns, baseline))
-    elif baseline is None and len(columns) > 1:
+    parts += _own_data(systems)
+    parts += [_gains(columns, baseline) for baseline in baselines if columns.get(baseline)]
+    if not baselines and len(columns) > 1:
         parts.append(Section("", "For gains by language, name one of the systems with --baseline."))
     parts += [*_across(systems, shared), *_details(systems, shared), *_bias(systems), *_tokens(systems)]
     if published:
@@ -157,6 +157,25 @@ def _gains(columns: Columns, baseline: str) -> Section:
         gains = [f"{column[code] - base[code]:+.1f}" if code in column else "" for column in others.values()]
         rows.append([code, *gains, str(RESOURCES.get(code, ""))])
     return Section(f"Gain against {baseline}", tables=[_Table(["language", *others, "resource level"], rows)])
+
+
+def _own_data(systems: Sequence[System]) -> Iterator[Section]:
+    """Every score on tasks of the user's own, whether all systems have it or not."""
+    own = {task: facts for system in systems for task, facts in sorted(system.own.items())}
+    scores = [{(row.task, row.subset): row for row in system.rows if row.task in own} for system in systems]
+    cells = sorted({cell: row for part in scores for cell, row in part.items()}.items())
+    rows = []
+    for cell, row in cells:
+        found = [part.get(cell) for part in scores]
+        halves = [None if one is None or one.error is None else 196 * one.error for one in found]
+        values = [
+            _text(None if one is None else 100 * one.value, half) for one, half in zip(found, halves, strict=True)
+        ]
+        rows.append([row.task, " > ".join(row.languages), own[row.task][1], *values])
+    if rows:
+        header = ["task", "language", "metric", *[system.name for system in systems]]
+        about = [f"{task}: {description}" for task, (description, _) in own.items() if description]
+        yield Section("Your tasks", _INTERVALS[0].upper() + _INTERVALS[1:] + ".", [_Table(header, rows)], lines=about)
 
 
 def _pair_tasks(systems: Sequence[System], shared: Shared) -> dict[str, dict[str, float]]:
