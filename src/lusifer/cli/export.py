@@ -40,17 +40,15 @@ def onnx(model: Model, output: Output, as_json: Json = False, quiet: Quiet = Fal
 def static(
     model: Model,
     output: Output,
-    dimensions: Annotated[
-        int | None, typer.Option(help="Reduce to so many, by PCA; the vectors then lie in a space of their own.")
-    ] = None,
+    dimensions: Annotated[int, typer.Option(min=1, help="Of the new vectors, those of the model at most.")] = 256,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Writes a table of one vector per token: a text's embedding is their weighted mean, without any transformer.
 
-    Hundreds of times as fast, and far less accurate than the model: score both before you choose. The folder is a
-    Sentence Transformers model of built-in modules.
+    Far faster and far less accurate than the model: score both before you choose. Its vectors are a space of their own,
+    so an index is built anew. The folder is a Sentence Transformers model of built-in modules.
 
     Example: `lusifer export static starter starter-static`
     """

@@ -142,13 +142,16 @@ def _write_graph(name: str, model: SentenceTransformer, folder: Path) -> None:
 
 @contextmanager
 def _silent_exporter() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keeps the exporter's account of every node it rewrites out of the log."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class OnnxEmbedder:
@@ -193,9 +196,12 @@ def largest_difference(model: SentenceTransformer, folder: Path) -> float:
     tokenizer: Any = model.tokenizer
     window = int(model.max_seq_length or 512)
     exported, embedder = OnnxEmbedder(folder), Embedder(model).eval()
+    shared = {"padding": True, "truncation": True, "max_length": window, "return_tensors": "pt", "verbose": False}
     difference = 0.0
     for batch in (texts[:1], texts[:3], ["", *texts], [" ".join(texts * window)[: 20 * window], texts[0]]):
-        features = tokenizer(batch, padding=True, truncation=True, max_length=window, return_tensors="pt", verbose=False)
+        features = tokenizer(
+            batch, padding=True, truncation=True, max_length=window, return_tensors="pt", verbose=False
+        )
         with torch.inference_mode():
             expected = embedder(*(features[name] for name in INPUTS)).numpy()
         difference = max(difference, float(np.abs(exported.encode(batch) - expected).max()))

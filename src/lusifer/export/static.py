@@ -1,7 +1,7 @@
 """A table of one vector per token: a text's embedding is the weighted mean of its tokens' vectors.
 
 1. The model embeds every token of its tokenizer alone, between the special tokens that any text has.
-2. PCA reduces the vectors where fewer dimensions are asked for.
+2. The vectors are whitened: centred, on their first principal components, each scaled to unit variance.
 3. Frequent tokens count less: weight a / (a + p) with the token's probability p (SIF; Arora et al., ICLR 2017), by
    Zipf's law from its rank in the vocabulary, which tokenizers sort by frequency.
 """
@@ -23,19 +23,20 @@ from lusifer.locks import alone_at_new
 from lusifer.model.text_encoder import TextEncoder
 from lusifer.publishing import publish_folder
 
-_SMOOTH = 1e-3
+DIMENSIONS = 256
+_SMOOTH = 1e-4
 _BLOCK = 8192
 
 
 def export_static(
-    name: str, output: Path, *, dimensions: int | None = None, device: str | None = None, progress: bool = False
+    name: str, output: Path, *, dimensions: int = DIMENSIONS, device: str | None = None, progress: bool = False
 ) -> dict[str, Any]:
     """Writes a model of one vector per token, complete or not at all.
 
     Args:
         name: A checkpoint or any Sentence Transformers model, as `lusifer.loading.resolve` takes it.
         output: The folder to make: a Sentence Transformers model of `StaticEmbedding` and `Normalize`.
-        dimensions: Reduce the vectors to so many, by PCA; as they are when None.
+        dimensions: Of the new vectors, those of the model at most.
         device: Torch device to embed the tokens on; the best there is when None.
         progress: Whether to show a bar.
 
@@ -43,19 +44,15 @@ def export_static(
         ``model``, the folder; ``tokens``; ``dimension``; ``megabytes``.
 
     Raises:
-        LusiferError: If the folder exists, the model has no tokenizer.json, or not so many dimensions.
+        LusiferError: If the folder exists, or the model has no tokenizer.json.
     """
     with alone_at_new(output):
         model = load_for_inference(name, device=device)
         encoder = TextEncoder(model)
-        if dimensions is not None and not 0 < dimensions <= encoder.dimension:
-            raise LusiferError(f"--dimensions {dimensions}: the model has {encoder.dimension}")
         backend = getattr(model.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise LusiferError(f"cannot export {name!r}: its tokenizer has no tokenizer.json")
-        table = token_vectors(encoder, progress=progress)
-        if dimensions is not None:
-            table = reduced(table, dimensions)
+        table = whitened(token_vectors(encoder, progress=progress), min(dimensions, encoder.dimension))
         table *= frequency_weights(len(table))[:, None]
         table[model.tokenizer.all_special_ids] = 0
         tokenizer = Tokenizer.from_str(backend.to_str())
@@ -92,11 +89,12 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return row["input_ids"][: inside[0]], row["input_ids"][inside[-1] + 1 :]
 
 
-def reduced(table: np.ndarray, dimensions: int) -> np.ndarray:
-    """Vectors (n, dim) on their first principal components, (n, dimensions) float32."""
+def whitened(table: np.ndarray, dimensions: int) -> np.ndarray:
+    """Vectors (n, dim) on their first principal components, of unit variance each: (n, dimensions) float32."""
     centred = table - table.mean(axis=0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    return np.ascontiguousarray(centred @ axes[:, ::-1][:, :dimensions])
+    variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    scales = np.sqrt(np.maximum(variances, 1e-9))
+    return np.ascontiguousarray(centred @ (axes / scales)[:, ::-1][:, :dimensions], dtype=np.float32)
 
 
 def frequency_weights(count: int) -> np.ndarray:
