@@ -199,9 +199,7 @@ def largest_difference(model: SentenceTransformer, folder: Path) -> float:
     shared = {"padding": True, "truncation": True, "max_length": window, "return_tensors": "pt", "verbose": False}
     difference = 0.0
     for batch in (texts[:1], texts[:3], ["", *texts], [" ".join(texts * window)[: 20 * window], texts[0]]):
-        features = tokenizer(
-            batch, padding=True, truncation=True, max_length=window, return_tensors="pt", verbose=False
-        )
+        features = tokenizer(batch, **shared)
         with torch.inference_mode():
             expected = embedder(*(features[name] for name in INPUTS)).numpy()
         difference = max(difference, float(np.abs(exported.encode(batch) - expected).max()))
