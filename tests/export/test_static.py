@@ -53,6 +53,12 @@ def test_whitened_vectors_have_unit_variance():
     assert np.abs(np.corrcoef(white[:, 0], centred @ np.linalg.svd(centred)[2][0])[0, 1]) > 0.999
 
 
+def test_axes_without_variance_stay_small():
+    vectors = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
+    white = whitened(np.concatenate([vectors, vectors[:, :1]], axis=1), 7)
+    assert np.abs(white[:, -1]).max() < 1e-2 < np.abs(white[:, -2]).max()
+
+
 def test_mistakes_take_one_line(name, tmp_path, call):
     assert "exists already" in mistake(*call("export", "static", name, tmp_path))
     assert "no checkpoint at" in mistake(*call("export", "static", tmp_path, tmp_path / "new"))

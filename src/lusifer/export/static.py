@@ -93,7 +93,7 @@ def whitened(table: np.ndarray, dimensions: int) -> np.ndarray:
     """Vectors (n, dim) on their first principal components, of unit variance each: (n, dimensions) float32."""
     centred = table - table.mean(axis=0)
     variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
-    scales = np.sqrt(np.maximum(variances, 1e-9))
+    scales = np.sqrt(np.maximum(variances, variances[-1] / 1e4))  # What hardly varies is rounding, not to be blown up.
     return np.ascontiguousarray(centred @ (axes / scales)[:, ::-1][:, :dimensions], dtype=np.float32)
 
 
