@@ -50,7 +50,8 @@ def load_checkpoint(path: str, **kwargs: Any) -> SentenceTransformer:
         LusiferError: If there is no readable LUSIFER checkpoint at ``path``.
     """
     if kwargs.get("backend", "torch") != "torch":
-        raise LusiferError(f"no backend {kwargs['backend']!r}: two backbones and a connector run on torch alone")
+        backend = kwargs["backend"]
+        raise LusiferError(f"no backend {backend!r}, only torch; `lusifer export onnx` writes a model for ONNX Runtime")
     path = resolve(path)
     folder = Path(path)
     looks_local = folder.is_dir() or path.startswith((".", "/")) or path.count("/") > 1

@@ -22,6 +22,7 @@ NEEDS = {
     "langchain_search": ["langchain_huggingface"],
     "llama_index_search": ["llama_index.embeddings.huggingface"],
     "mteb_evaluate": ["mteb"],
+    "onnx_embed": ["onnxruntime"],
     "openai_client": ["openai"],
     "qdrant_search": ["qdrant_client"],
     "sentence_transformers_search": [],

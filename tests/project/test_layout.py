@@ -34,6 +34,7 @@ ORDER = [
     "data",
     "interop",
     "loading",
+    "export",
     "teacher",
     "adapt",
     "training",
@@ -57,6 +58,8 @@ STRANGERS = [
     ("bulk", "training"),
     ("bulk", "evaluation"),
     ("serving", "search"),
+    ("training", "export"),
+    ("adapt", "export"),
 ]
 
 

@@ -20,6 +20,7 @@ from lusifer.cli.console import PASS_ON, say
 from lusifer.cli.data import data_app
 from lusifer.cli.encode import encode
 from lusifer.cli.evaluate import benchmark_app, diagnose, evaluate, report
+from lusifer.cli.export import export_app
 from lusifer.cli.hub import card, push
 from lusifer.cli.init import init
 from lusifer.cli.model import convert_app, info, merge
@@ -60,6 +61,7 @@ def _options(
 
 
 app.add_typer(convert_app, name="convert", rich_help_panel="Using a model")
+app.add_typer(export_app, name="export", rich_help_panel="Using a model")
 app.add_typer(data_app, name="data", rich_help_panel="Data and backbones")
 app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Using a model")
 app.add_typer(index_app, name="index", rich_help_panel="Search")

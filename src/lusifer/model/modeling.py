@@ -308,12 +308,12 @@ class LusiferModel(InitializesParts, PreTrainedModel):
 
     def _soft_tokens(self, output: Any, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         soft = self.connector(output.last_hidden_state.to(self.connector.up.weight.dtype)).float()
-        added = self.connector.added_tokens.float().expand(len(soft), -1, -1)
+        added = self.connector.added_tokens.float().expand(soft.shape[0], -1, -1)
         parts, masks = [soft, added], [real, real.new_ones(added.shape[:2])]
         pooled = masks
         if (bos := self.bos_embedding()) is not None:
-            one = real.new_ones(len(soft), 1)
-            parts, masks = [bos.expand(len(soft), 1, -1), *parts], [one, *masks]
+            one = real.new_ones(soft.shape[0], 1)
+            parts, masks = [bos.expand(soft.shape[0], 1, -1), *parts], [one, *masks]
             pooled = [~one, *pooled]
         mask = torch.cat(masks, dim=1)
         packed, packed_mask = pack_left(torch.cat(parts, dim=1), mask)
@@ -353,8 +353,8 @@ class LusiferModel(InitializesParts, PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         # While gradients flow a batch stays whole; distributed wrappers must see one forward pass per batch.
-        trains = torch.is_grad_enabled() or self.training or dist.is_initialized()
-        if target_ids is None and not trains and (groups := padding_groups(attention_mask)):
+        whole = torch.is_grad_enabled() or self.training or dist.is_initialized() or torch.compiler.is_exporting()
+        if target_ids is None and not whole and (groups := padding_groups(attention_mask)):
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
             return run_groups(self, batch, groups)
         output, real = self._read(input_ids, attention_mask)
@@ -371,7 +371,7 @@ class LusiferModel(InitializesParts, PreTrainedModel):
             return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=own)
         hidden = run_llm(self.llm, embeds, mask, is_causal=False)
         # A row without tokens has nothing to pool if there are no added tokens either.
-        pooled = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
+        pooled = pooled | (mask & ~pooled.any(dim=1, keepdim=True))
         vector = pool(hidden, pooled, self.config.pooling)
         if self.head is not None:
             vector = self.head(vector)

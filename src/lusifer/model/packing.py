@@ -30,10 +30,13 @@ def pack_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The packed states, zero behind each row's end, and their mask; both truncated to the longest row.
     """
-    if bool(mask.all()):
+    exporting = torch.compiler.is_exporting()  # To a graph, whose shapes and paths follow no value.
+    if not exporting and bool(mask.all()):
         return states, mask
-    length = max(int(mask.sum(dim=1).max()), 1)
-    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)[:, :length]
+    length = mask.shape[1] if exporting else max(int(mask.sum(dim=1).max()), 1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    # No two keys are equal, as ONNX has no stable sort.
+    order = torch.argsort(torch.where(mask, places, places + mask.shape[1]), dim=1)[:, :length]
     packed = mask.gather(1, order)
     moved = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
     return moved * packed.unsqueeze(-1).to(moved.dtype), packed
@@ -70,7 +73,7 @@ def run_llm(llm: Any, embeds: Tensor, mask: Tensor, *, is_causal: bool) -> Tenso
         return llm(inputs_embeds=embeds, attention_mask=seen, position_ids=positions, **shared).last_hidden_state
     if not is_flash_attention_requested(llm.config):
         # Attention without a mask takes the faster kernel, and grouped heads as they are.
-        real = None if bool(mask.all()) else mask.long()
+        real = mask.long() if torch.compiler.is_exporting() or not bool(mask.all()) else None
         return llm(inputs_embeds=embeds, attention_mask=real, position_ids=positions, **shared).last_hidden_state
     row, places = embeds[mask].unsqueeze(0), positions[mask].unsqueeze(0)
     shared |= _text_bounds(mask.sum(dim=1))
