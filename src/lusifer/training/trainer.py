@@ -204,6 +204,8 @@ class AtomicTrainer(OpenTrainer):
             logs["padding"] = round(self._padding / steps, 4)
             logs["memory_mb"] = round(_memory_mb(self.args.device), 1)
             self._since, self._tokens, self._padding, self._logged_at = now, 0.0, 0.0, self.state.global_step
+        if "train_loss" in logs:  # transformers sums the losses since an interruption, over the steps of the whole run.
+            logs["train_loss"] = self.loss_sum / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
