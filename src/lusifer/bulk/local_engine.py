@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -13,6 +14,8 @@ from lusifer.bulk.job import Job, Prepared, ShardFacts
 from lusifer.bulk.shard import ShardEncoder, Tick
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
+
+_PATIENCE = 20.0  # Seconds for a batch: as long as a journal waits at most, so that more would not keep more.
 
 
 class InProcess(ShardEncoder):
@@ -47,11 +50,13 @@ class Processes:
         self._running: dict[Connection, Any] = {}
 
     def close(self) -> None:
-        """Ends the processes."""
-        for pipe, process in self._running.items():
+        """Ends the processes; each notices it after its batch and keeps what it has done of its shard."""
+        for pipe in self._running:
             pipe.close()
-            process.terminate()
+        deadline = time.monotonic() + _PATIENCE
         for process in self._running.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.terminate()
             process.join()
         self._running.clear()
 

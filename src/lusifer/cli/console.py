@@ -19,6 +19,11 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")]
 
 
+def comma_separated(names: str) -> list[str]:
+    """The names in an option that takes several."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def emit(value: dict[str, Any]) -> None:
     """Prints one JSON object."""
     typer.echo(visible_json(json.dumps(value, ensure_ascii=False)))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -166,6 +166,16 @@ def _private(tokenizer: Any, **options: Any) -> Any:
         return known[1]
 
 
+class Keeper(Protocol):
+    """Keeps the vectors of batches, in the order in which they come, and may know them from before."""
+
+    def take(self, rows: int) -> np.ndarray | None:
+        """The (rows, dim) vectors of the next batch, if they are known."""
+
+    def put(self, vectors: np.ndarray) -> None:
+        """Keeps the vectors of the next batch."""
+
+
 class TextEncoder:
     """A loaded model as a function from texts to unit vectors.
 
@@ -202,34 +212,48 @@ class TextEncoder:
         return ids
 
     @torch.inference_mode()
-    def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        tick: Callable[[int], object] | None = None,
+        keeper: Keeper | None = None,
+    ) -> np.ndarray:
         """Embeds tokenised texts in token-sorted batches: (n, dim) float32 unit vectors, in the order of the texts.
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
             tick: Called after each batch with the number of its texts.
+            keeper: Gets the vectors of each batch, or gives them; ``tick`` does not hear of those.
         """
         embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
         for rows in exact_batches(lengths, self.token_budget):
             batch = rows.tolist()
-            embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu().numpy()
+            if keeper is not None and (kept := keeper.take(len(batch))) is not None:
+                embeddings[batch] = kept
+                continue
+            embeddings[batch] = vectors = self._forward([ids[row] for row in batch]).float().cpu().numpy()
+            if keeper is not None:
+                keeper.put(vectors)
             if tick is not None:
                 tick(len(batch))
         return embeddings
 
-    def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
+    def stream(
+        self, texts: Iterable[str], tick: Callable[[int], object] | None = None, keeper: Keeper | None = None
+    ) -> Iterator[np.ndarray]:
         """Embeds texts as they come, in memory for two windows of them.
 
         Args:
             texts: The texts; read one window ahead of what is yielded.
             tick: Called after each batch with the number of its texts.
+            keeper: As in `encode_ids`. The same texts in the same settings come in the same batches.
 
         Yields:
             (n, dim) float32 unit vectors, in the order of the texts; n is at most ``window``.
         """
         for ids in self._tokenized(texts):
-            yield self.encode_ids(ids, tick)
+            yield self.encode_ids(ids, tick, keeper)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
         """Embeds texts: (n, dim) float32 unit vectors.
