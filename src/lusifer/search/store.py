@@ -22,6 +22,11 @@ RESERVED = ("id", "text", "lang", "vector", "words")
 _NAME = re.compile(r"[^\W\d]\w*\Z")
 
 
+def is_column_name(name: str) -> bool:
+    """Whether a metadata column of an index may be called so."""
+    return name not in RESERVED and _NAME.match(name) is not None
+
+
 @dataclass(frozen=True)
 class IndexInfo:
     """What an index records about itself.
@@ -43,7 +48,7 @@ class IndexInfo:
         for name, kind in self.columns.items():
             if kind not in COLUMN_TYPES:
                 raise LusiferError(f"metadata column {name!r} has type {kind!r}; known are {', '.join(COLUMN_TYPES)}")
-            if name in RESERVED or not _NAME.match(name):
+            if not is_column_name(name):
                 raise LusiferError(
                     f"metadata column {name!r} cannot be kept: names are letters, digits and _, "
                     f"and none of {', '.join(RESERVED)}; rename it in the input"
