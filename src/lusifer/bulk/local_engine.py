@@ -48,15 +48,18 @@ class Processes:
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
         self.job, self.devices = job, devices
         self._running: dict[Connection, Any] = {}
+        self._at_work: dict[Connection, int] = {}
 
     def close(self) -> None:
-        """Ends the processes; each notices it after its batch and keeps what it has done of its shard."""
+        """Ends the processes; one at work notices it after its batch, and keeps what it has done of its shard."""
         for pipe in self._running:
             pipe.close()
         deadline = time.monotonic() + _PATIENCE
-        for process in self._running.values():
-            process.join(max(0.0, deadline - time.monotonic()))
+        for pipe, process in self._running.items():
+            if pipe in self._at_work:
+                process.join(max(0.0, deadline - time.monotonic()))
             process.terminate()
+        for process in self._running.values():
             process.join()
         self._running.clear()
 
@@ -85,8 +88,7 @@ class Processes:
         waiting = iter(numbers)
         for device in self.devices[len(self._running) : len(numbers)]:
             self._start(device)
-        at_work: dict[Connection, int] = {}
-        idle = list(self._running)
+        at_work, idle = self._at_work, list(self._running)
         while True:
             while idle and (number := next(waiting, None)) is not None:
                 pipe = idle.pop()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
-from lusifer.hooks.sentence_transformers import InferenceHook
+from lusifer.hooks.sentence_transformers import InferenceHook, static_features, static_tokenizer
 from lusifer.hooks.transformers import no_panics
 from lusifer.model.adapters import inference_copy
 from lusifer.model.modeling import LusiferModel
@@ -35,6 +35,7 @@ from lusifer.model.token_batches import PASS_TOKENS, exact_batches
 
 WINDOW = 4096
 _CHARACTERS = 1 << 22  # Of a window: a token takes some 100 bytes while it is with the tokenizer.
+_UNBOUNDED = 1 << 20  # Tokens of a text where a model reads any number.
 _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are needed to be busy.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _WORTH_IT = 1.3  # How much faster a shorter data type must be to be chosen: it costs some precision.
@@ -193,12 +194,13 @@ class TextEncoder:
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
         self.inner: Any = None
-        self.max_seq_length = int(model.max_seq_length or 512)
+        self.max_seq_length = int(min(model.max_seq_length or 512, _UNBOUNDED))
         if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
             self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
             self.inner = inference_copy(inner)
         self.packs = self.inner is not None and can_pack(self.inner)
-        self.tokenizer: Any = model.tokenizer
+        self.static = static_tokenizer(model)
+        self.tokenizer: Any = self.static or model.tokenizer
         self.dimension = _dimension(model)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
         self.window = window
@@ -296,6 +298,9 @@ class TextEncoder:
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
         device = self.model.device
+        if self.static is not None:
+            features = {name: tensor.to(device) for name, tensor in static_features(ids).items()}
+            return self.model(features)["sentence_embedding"]
         if self.packs:
             flat = torch.tensor([token for row in ids for token in row], device=device)
             vectors = embed_packed(self.inner, flat, torch.tensor([len(row) for row in ids], device=device))

@@ -97,8 +97,8 @@ def make_router(store: Store, encoder: "Encoder | Embedder", *, prompt: str | No
 
     ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&where=...&hybrid=false`` finds texts; ``lang`` may be given
     several times, ``where`` is a filter as in `lusifer.search.filters`. ``GET /map`` has ``status``, ``count``,
-    ``languages``, ``columns``, ``model`` and, once computed, the points. Where more ask than can be answered within some
-    seconds, the rest gets 429; a search whose caller leaves is dropped.
+    ``languages``, ``columns``, ``model`` and, once computed, the points. Where more ask than can be answered within
+    some seconds, the rest gets 429; a search whose caller leaves is dropped.
 
     Args:
         store: The index; `lusifer.search.agreement.admit` has been called.
