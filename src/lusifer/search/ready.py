@@ -18,6 +18,7 @@ from pyarrow import parquet
 from lusifer.data.prompts import prompt_for
 from lusifer.data.rows import as_type
 from lusifer.data.sources import format_of
+from lusifer.data.validation import repeated_id
 from lusifer.data.vector_tables import open_vectors
 from lusifer.data.vectors.encoded import MANIFEST, MadeBy, made_by
 from lusifer.data.vectors.files import ArrayTable, ParquetTable, parquet_files
@@ -123,6 +124,7 @@ def add_vectors(index: str, source: str, asked: Asked, *, progress: bool = False
         store = open_store(index) if store_exists(index) else None
         table = _Source(source, asked, store)
         facts = _known(table, asked, store) if table.made_by is not None else _measured(table, asked, store)
+        table.check_ids()
         if store is None:
             store = create_store(index, facts)
         else:
@@ -172,6 +174,15 @@ class _Source:
             raise LusiferError(f"{self.location!r} has no column {name!r}; it has {', '.join(known) or 'none'}")
         return theirs
 
+    def check_ids(self) -> None:
+        """Refuses ids that are missing or stand twice, before anything is written."""
+        first: dict[str, int] = {}
+        for row, value in enumerate(self.table.column(self.id) if self.id is not None else (), start=1):
+            if value is None or value == "":
+                raise LusiferError(f"{self.location!r}, row {row}: no id in {self.id!r}; give every text one")
+            if (before := first.setdefault(str(value), row)) != row:
+                raise repeated_id(value, f"{self.location}, row {row}", f"row {before}")
+
     @property
     def left_out(self) -> int:
         """Rows without text or vector, once all are read."""
@@ -183,19 +194,15 @@ class _Source:
         for rows in self.table.blocks(_ROWS):
             entries, kept = [], []
             for row, entry in enumerate(self._entries(rows)):
-                if entry.id not in seen:
+                if entry.id not in seen:  # A text that stands there twice, named by its hash.
                     seen.add(entry.id)
                     entries.append(entry)
                     kept.append(row)
-                elif self.id is not None:
-                    raise LusiferError(f"{self.location!r}: the id {entry.id!r} stands there twice; ids must differ")
             yield Part(entries, _Picked(rows.vectors[kept]))
 
     def _entries(self, rows: Rows) -> Iterator[Entry]:
         for row, text in enumerate(rows.texts):
             name = rows.more[self.id][row] if self.id is not None else text_id(text)
-            if name is None:
-                raise LusiferError(f"{self.location!r}: the text {text[:40]!r} has no id in {self.id!r}")
             tag = rows.more[self.lang][row] if self.lang is not None else None
             kept = {ours: as_type(rows.more[theirs][row], self.types[ours]) for ours, theirs in self.columns.items()}
             yield Entry(str(name), text, str(tag) if tag else script(text), kept)

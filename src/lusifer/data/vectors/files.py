@@ -44,8 +44,8 @@ class ParquetTable(VectorTable):
         what = f"the Parquet of {location!r}"
         schema, self.rows = self._facts(what)
         if self.made_by is not None:
-            self._refuse_quantised()
-            text, vector = text or ("text" if "text" in schema.names else None), vector or "embedding"
+            self._refuse_unfit(schema)
+            text, vector = "text" if text in (None, self.made_by.text_column) else text, vector or "embedding"
             self.origin = Origin(self.made_by.model, self.made_by.model_hash, self.made_by.prompt)
         self._text, self._vector, self._id = choose_columns(what, schema, text, vector)
         kind = schema.field(self._vector).type
@@ -74,13 +74,21 @@ class ParquetTable(VectorTable):
         self.made_by = given if isinstance(given, MadeBy) else None
         return schema, rows
 
-    def _refuse_quantised(self) -> None:
+    def _refuse_unfit(self, schema: pa.Schema) -> None:
+        """Refuses what ``lusifer encode`` wrote without texts, or with vectors that are none any more."""
         assert self.made_by is not None
+        if "text" not in schema.names:
+            raise LusiferError(f"{self.location!r} has vectors but no texts; encode without --no-text")
         if (kind := self.made_by.output_dtype) not in FLOATS:
             raise LusiferError(
                 f"{self.location!r} holds vectors as {kind}, which cannot be compared as they are; "
                 f"encode with --output-dtype {' or '.join(FLOATS)}"
             )
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one of `column_types`, read alone."""
+        for block in read_blocks(self._files, [name]):
+            yield from block.values(name)
 
     def column_types(self) -> dict[str, str]:
         """The columns beside text and vector that can be asked for, and their types as in `ColumnTypes`."""
@@ -164,6 +172,11 @@ class ArrayTable(VectorTable):
         for block in read_blocks(self._files, [self._text, *self.more], text=self._text):
             block.refuse_problems()
             yield block
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one of `column_types`, read alone."""
+        for block in read_blocks(self._files, text=self._text):
+            yield from block.values(name)
 
     def column_types(self) -> dict[str, str]:
         """The columns beside the text that can be asked for, and their types as in `ColumnTypes`."""
