@@ -16,6 +16,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, wa
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
 ]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Any Sentence Transformers model: folder, hub id, or `starter`: the released model.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")]
 
 

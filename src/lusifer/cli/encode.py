@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Model, Quiet, comma_separated, emit, say
+from lusifer.cli.console import AnyModel, Json, Quiet, comma_separated, emit, say
 from lusifer.quiet import quiet_libraries
 from lusifer.terminal import without_secrets
 
 
 def encode(
-    model: Model,
+    model: AnyModel,
     source: Annotated[
         str,
         typer.Argument(

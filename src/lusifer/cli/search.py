@@ -240,7 +240,9 @@ def build(index: Index, quiet: Quiet = False) -> None:
 @index_app.command("verify")
 def verify(
     index: Found,
-    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id or `starter`.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Any Sentence Transformers model: folder, hub id or `starter`.", show_default=False)
+    ],
     sample: Annotated[int, typer.Option(min=1, max=100_000, help="Most texts to compare.")] = 256,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
@@ -293,7 +295,9 @@ def search(
     ] = None,
     prompt_name: PromptName = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
-    model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Any Sentence Transformers model; that of the index when left out.")
+    ] = None,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
     device: Device = None,
