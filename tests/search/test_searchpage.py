@@ -390,6 +390,13 @@ def test_errors_and_no_results_are_told(page):
     page.press("#q", "Enter")
     page.wait_for_selector("#state.bad")
     assert "does not answer" in page.inner_text("#state")
+    page.unroute("**/search?*")
+    loading = {"status": 503, "json": {"error": {"message": "the model is still being loaded"}}}
+    page.route("**/search?*", lambda route: route.fulfill(**loading), times=1)
+    page.fill("#q", "grandmother")
+    page.press("#q", "Enter")
+    expect(page, "#state.bad").to_contain_text("still being loaded")
+    expect(page, "#hits li").to_have_count(7)  # Asked again by itself.
     # The browser itself reports the answers made up here.
     page.problems.clear()
 

@@ -97,6 +97,7 @@ def add(
     """
     quiet_libraries(quiet)
     from lusifer.search.ready import Asked, add_vectors, has_vectors
+    from lusifer.search.store import COLUMN_NAMES
 
     names = None if metadata is None else comma_separated(metadata)
     if not has_vectors(source, vector_column):
@@ -112,7 +113,7 @@ def add(
             say(f"warning: {done.left_out} rows without text or vector were left out", err=True)
         if done.columns:
             left = ", ".join(map(repr, done.columns))
-            say(f"warning: left out: {left}; the names of columns are letters, digits and _", err=True)
+            say(f"warning: {left} cannot be kept and is left out: {COLUMN_NAMES}", err=True)
     if cut:
         say(f"warning: {cut} texts were longer than the model reads, and were cut", err=True)
     total = store.count()
