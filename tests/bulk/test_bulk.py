@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused_before_the_work(model, source, tmp_path, monk
 
 
 def test_a_model_that_overflows_says_so(model, source, tmp_path, monkeypatch):
-    def broken(self, texts, tick=None):
+    def broken(self, texts, tick=None, keeper=None):
         for _ in texts:
             yield np.full((1, 48), np.nan, dtype=np.float32)
 

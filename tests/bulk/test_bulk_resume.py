@@ -21,7 +21,7 @@ from lusifer.bulk import local_engine
 from lusifer.bulk.job import Settings
 from lusifer.bulk.run import encode
 from lusifer.model.sentence_transformer import save_atomically
-from support.texts import content, refused, some_texts
+from support.texts import content, kept_rows, refused, some_texts
 
 KILLS = int(os.environ.get("LUSIFER_KILLS", "5"))
 
@@ -166,7 +166,7 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(finished, tmp_path):
+def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(finished, tmp_path):
     common, settings, expected, _ = finished
     command = [sys.executable, "-m", "lusifer", "encode", *common, str(tmp_path / "out"), "-q", "--processes", "2"]
     command += ["--precision", "float32", "--shard-rows", "300", "--id-column", "key", "--output-dtype", "int8"]
@@ -179,7 +179,9 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(finished, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "lusifer: interrupted; the same command goes on from here"
+    # Both processes finish their batch and keep it before they end: the count is true to the row.
+    rows = kept_rows(tmp_path / "out")
+    assert err.strip() == f"lusifer: interrupted; {rows:,} of 10,000 rows are kept; the same command resumes there"
     assert 0 < len(list(tmp_path.glob("out/part-*"))) < len(expected) - 1
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"10000 texts, 48 dimensions -> {tmp_path / 'out'}\n"

@@ -6,9 +6,11 @@ import inspect
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding, Transformer
+from tokenizers import Tokenizer
 
-from lusifer.hooks.sentence_transformers import InferenceHook, transformer_module
+from lusifer.hooks.sentence_transformers import InferenceHook, static_features, static_tokenizer, transformer_module
+from support.tiny import CORPUS, save_encoder_tokenizer
 
 
 def test_transformer_still_loads_through_load_model(tiny_model, tiny_encoder, tmp_path):
@@ -52,3 +54,14 @@ def test_the_configuration_is_still_the_first_file_saved(tiny_st, tmp_path):
     )
     tiny_st.save(str(tmp_path))
     assert seen == [True]
+
+
+def test_a_static_embedding_is_still_a_bag_of_tokens_without_special_ones(tmp_path):
+    save_encoder_tokenizer(tmp_path)
+    tokens = StaticEmbedding(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), embedding_dim=4)
+    model = SentenceTransformer(modules=[tokens], device="cpu")
+    ids = static_tokenizer(model)(CORPUS[:3])["input_ids"]
+    expected = tokens.preprocess(CORPUS[:3])
+    found = static_features(ids)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

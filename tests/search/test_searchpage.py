@@ -130,6 +130,23 @@ def test_search_filters_by_language(address):
     assert json.loads(get(address, "/search", q="station", lang="x' OR 1=1 --")[1])["hits"] == []
 
 
+def test_search_filters_as_where_does(address):
+    def asked(**more):
+        status, body, _ = get(address, "/search", q="station", **more)
+        return status, [hit["id"] for hit in json.loads(body)["hits"]] if status == 200 else json.loads(body)["detail"]
+
+    assert asked(where="topic = 'travel' AND NOT id IN ('t0', 't1', 't3')", k=1) == (200, ["t4"])
+    assert sorted(asked(where="topic = 'travel'", lang=["de", "ar"])[1]) == ["t3", "t4"]
+    assert asked(where="topic = 'food' OR lang = 'de'", lang="de") == (200, ["t3"]), (
+        "the language binds the whole filter"
+    )
+    assert len(asked(where="  ")[1]) == len(TEXTS)
+    for where, message in (("year > 3", "there is no column 'year'"), ("topic = ", "it ends where a value")):
+        status, detail = asked(where=where)
+        assert status == 400 and message in detail and "\n" not in detail
+    assert json.loads(get(address, "/map")[1])["columns"] == {"topic": "string"}
+
+
 def test_hybrid_tells_ranks(address):
     hits = json.loads(get(address, "/search", q="grandmother", hybrid="true")[1])["hits"]
     assert hits[0]["id"] == "t2" and hits[0]["ranks"] == {"vector": 1, "bm25": 1}
@@ -282,6 +299,30 @@ def test_typing_shows_ranked_texts(page):
     expect(page, "#hits li").to_have_count(0)
 
 
+def test_a_filter_can_be_typed(page):
+    expect(page, "#columns").to_contain_text("topic (text)")
+    search(page, "station")
+    page.click("#columns button")
+    assert page.input_value("#where") == "topic "
+    page.type("#where", "= 'travel' AND lang = 'de'")
+    page.press("#where", "Enter")
+    expect(page, "#hits li").to_have_count(1)
+    assert "where=topic" in page.url
+    page.reload()
+    expect(page, "#hits li").to_have_count(1)
+    assert page.input_value("#where") == "topic = 'travel' AND lang = 'de'"
+    page.fill("#where", "topic = 'food'")
+    page.press("#where", "Enter")
+    expect(page, "#state").to_contain_text("no filter")
+    page.fill("#where", "subject = 'food'")
+    page.press("#where", "Enter")
+    expect(page, "#state.bad").to_contain_text("there is no column 'subject'")
+    page.problems.clear()  # The browser itself reports the refusal.
+    page.fill("#where", "")
+    page.press("#where", "Enter")
+    expect(page, "#hits li").to_have_count(7)
+
+
 def test_nothing_runs_out_of_the_page(page):
     page.wait_for_selector("#wait", state="hidden")
     search(page, "attacker railway " + "x" * 400)
@@ -349,6 +390,13 @@ def test_errors_and_no_results_are_told(page):
     page.press("#q", "Enter")
     page.wait_for_selector("#state.bad")
     assert "does not answer" in page.inner_text("#state")
+    page.unroute("**/search?*")
+    loading = {"status": 503, "json": {"error": {"message": "the model is still being loaded"}}}
+    page.route("**/search?*", lambda route: route.fulfill(**loading), times=1)
+    page.fill("#q", "grandmother")
+    page.press("#q", "Enter")
+    expect(page, "#state.bad").to_contain_text("still being loaded")
+    expect(page, "#hits li").to_have_count(7)  # Asked again by itself.
     # The browser itself reports the answers made up here.
     page.problems.clear()
 

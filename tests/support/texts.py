@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from pyarrow import parquet
 
 from lusifer import LusiferError
 from lusifer.bulk.run import encode
@@ -26,6 +28,12 @@ def refused(*args, **kwargs):
 def content(folder):
     """Every file below a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kept_rows(folder):
+    """Rows of an encoding that lie in a folder, in shards and in what is kept of unfinished ones."""
+    whole = sum(parquet.ParquetFile(path).metadata.num_rows for path in folder.glob("part-*"))
+    return whole + sum(len(np.load(path)) for path in folder.glob("_partial-*"))
 
 
 TEXTS = [

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from lusifer.data.rows import Position, Slice
 from lusifer.data.sources import InputFile
+from lusifer.data.vectors.encoded import FACTS
 from lusifer.errors import LusiferError
 from lusifer.storage import Folder
 
 ARROW = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "ubinary": pa.uint8()}
 OUTPUT_DTYPES = tuple(ARROW)
-FACTS = b"lusifer"
+_COLUMNS = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An input's rows (``bad`` ones included), the Arrow type of its ids, and where each shard of them begins."""
+    """An input's rows (``bad`` ones included), the Arrow type of its ids, and where each shard of them begins.
+
+    ``columns`` are those kept beside text and id, and their types as in `lusifer.data.rows.ColumnTypes`.
+    """
 
     rows: int
     bad: int
     id_type: str
     starts: Sequence[Sequence[int]]
     shard_rows: int
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def slices(self) -> list[Slice]:
@@ -56,6 +61,7 @@ class Settings:
         skip_bad: Whether bad rows are left out and counted instead of refused.
         prompt: What stands in front of every text; the model's document prompt when None.
         prompt_name: Name of the model's prompt to use instead.
+        metadata: Other columns of the input to keep in the output; all when None.
     """
 
     column: str = "text"
@@ -70,13 +76,15 @@ class Settings:
     skip_bad: bool = False
     prompt: str | None = None
     prompt_name: str | None = None
+    metadata: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
     """All a process needs to make shards of ``output``, a folder or a file; can be pickled.
 
-    ``threads`` are Torch's in a process: sums of other thread counts differ in the last digits.
+    ``threads`` are Torch's in a process: sums of other thread counts differ in the last digits. ``name`` is the model
+    as it was asked for, ``model`` where it is.
     """
 
     model: str
@@ -86,6 +94,7 @@ class Job:
     threads: int
     output: str
     single: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Prepared:
         dimension: Of the embeddings in the output.
         ranges: int8 only: smallest and largest value of each dimension, (2, dimension).
         prompt: What stands in front of every text; None in runs that an older version began, which go on as they were.
+        made_by: What the shards say of the model; None in such runs.
     """
 
     precision: str
@@ -105,6 +115,7 @@ class Prepared:
     dimension: int
     ranges: list[list[float]] | None = None
     prompt: str | None = None
+    made_by: dict[str, Any] | None = None
 
 
 class ShardFacts(NamedTuple):
@@ -125,12 +136,26 @@ def stored_width(dimension: int, output_dtype: str) -> int:
     return -(-dimension // 8) if output_dtype == "ubinary" else dimension
 
 
-def schema(settings: Settings, id_type: str, dimension: int) -> pa.Schema:
-    """Columns of a shard: ``id`` of type ``id_type``, ``text`` where wanted, ``embedding``, a list of fixed size."""
+def output_names(columns: Iterable[str]) -> dict[str, str]:
+    """What the kept columns of an input are called in the output, where ``id``, ``text`` and ``embedding`` are ours."""
+    names: dict[str, str] = {}
+    taken = {"id", "text", "embedding", *(columns := list(columns))}
+    for column in columns:
+        names[column] = column
+        while column in ("id", "text", "embedding") and names[column] in taken:
+            names[column] = f"input_{names[column]}"
+        taken.add(names[column])
+    return names
+
+
+def schema(settings: Settings, plan: Plan, dimension: int) -> pa.Schema:
+    """Columns of a shard: ``id``, ``text`` where wanted, those of the input, ``embedding``, a list of fixed size."""
     width = stored_width(dimension, settings.output_dtype)
     embedding = ("embedding", pa.list_(ARROW[settings.output_dtype], width))
     text = [("text", pa.string())] if settings.text else []
-    return pa.schema([("id", pa.type_for_alias(id_type)), *text, embedding])
+    names = output_names(plan.columns)
+    kept = [(names[column], _COLUMNS[kind]) for column, kind in plan.columns.items()]
+    return pa.schema([("id", pa.type_for_alias(plan.id_type)), *text, *kept, embedding])
 
 
 def read_facts(folder: Folder, number: int) -> ShardFacts:

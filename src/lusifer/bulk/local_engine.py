@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -13,6 +14,8 @@ from lusifer.bulk.job import Job, Prepared, ShardFacts
 from lusifer.bulk.shard import ShardEncoder, Tick
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
+
+_PATIENCE = 20.0  # Seconds for a batch: as long as a journal waits at most, so that more would not keep more.
 
 
 class InProcess(ShardEncoder):
@@ -45,11 +48,16 @@ class Processes:
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
         self.job, self.devices = job, devices
         self._running: dict[Connection, Any] = {}
+        self._at_work: dict[Connection, int] = {}
 
     def close(self) -> None:
-        """Ends the processes."""
-        for pipe, process in self._running.items():
+        """Ends the processes; one at work notices it after its batch, and keeps what it has done of its shard."""
+        for pipe in self._running:
             pipe.close()
+        deadline = time.monotonic() + _PATIENCE
+        for pipe, process in self._running.items():
+            if pipe in self._at_work:
+                process.join(max(0.0, deadline - time.monotonic()))
             process.terminate()
         for process in self._running.values():
             process.join()
@@ -80,8 +88,7 @@ class Processes:
         waiting = iter(numbers)
         for device in self.devices[len(self._running) : len(numbers)]:
             self._start(device)
-        at_work: dict[Connection, int] = {}
-        idle = list(self._running)
+        at_work, idle = self._at_work, list(self._running)
         while True:
             while idle and (number := next(waiting, None)) is not None:
                 pipe = idle.pop()

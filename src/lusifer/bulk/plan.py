@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lusifer.bulk.job import Plan
-from lusifer.data.rows import Columns, Position, Rows, read_rows
+from lusifer.data.reading import Block
+from lusifer.data.rows import Columns, ColumnTypes, Position, Rows, read_rows
 from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
 
@@ -18,6 +19,7 @@ def make_plan(
     columns: Columns,
     *,
     shard_rows: int | None,
+    metadata: Sequence[str] | None = (),
     skip_bad: bool = False,
     tick: Callable[[int], object] | None = None,
 ) -> Plan:
@@ -27,15 +29,16 @@ def make_plan(
         files: The input.
         columns: What is read of it.
         shard_rows: Rows of a shard; all of them when None.
+        metadata: Other columns to keep; all when None, but for bytes and vectors.
         skip_bad: Whether bad rows are counted instead of refused.
         tick: Is told now and then how many bytes were read since.
 
     Raises:
         LusiferError: If a file cannot be read or lacks a column, a row is bad, ids are of two kinds, or there is no
-            row to encode.
+            row to encode; or if a column to keep is not there or holds bytes or vectors.
     """
     starts: list[Position] = []
-    ids = _Ids()
+    ids, kept = _Ids(), _Kept(columns, metadata)
     step = shard_rows or sys.maxsize
     count = bad = reported = row = number = 0
     for rows in read_rows(files, columns):
@@ -48,6 +51,7 @@ def make_plan(
             starts.append(Position(number, block.ends[index - 1] if index else block.begin, row + index))
         count, row, bad = count + len(block), row + len(block), bad + len(block.problems)
         ids.add(rows)
+        kept.add(block)
         if tick is not None:
             done = sum(file.size for file in files[:number]) + min(files[number].size, block.bytes_read)
             tick(done - reported)
@@ -57,7 +61,37 @@ def make_plan(
     if count == bad:
         name = files[0].url if len(files) == 1 else f"{files[0].url} and {len(files) - 1} more"
         raise LusiferError(f"{name!r} holds no texts" + (f" ({bad} bad rows)" if bad else ""))
-    return Plan(count, bad, ids.type(), starts, shard_rows or count)
+    return Plan(count, bad, ids.type(), starts, shard_rows or count, kept.types())
+
+
+class _Kept:
+    """The columns of an input that go into the output beside text and id."""
+
+    def __init__(self, columns: Columns, metadata: Sequence[str] | None) -> None:
+        self._own, self._wanted = set(columns), metadata
+        self._types, self._names = ColumnTypes(), dict[str, None]()
+
+    def add(self, block: Block) -> None:
+        """Takes in a block."""
+        if self._wanted is not None and not self._wanted:
+            return
+        names = [name for name in block.names() if name not in self._own]
+        self._names |= dict.fromkeys(names)
+        self._types.add(block, [name for name in names if self._wanted is None or name in self._wanted])
+
+    def types(self) -> dict[str, str]:
+        """The columns and their types.
+
+        Raises:
+            LusiferError: If one that was asked for is not there, or cannot be kept.
+        """
+        types = self._types.types()
+        for name in self._wanted or ():
+            if name not in self._own and name not in types:
+                has = f"there are {', '.join(self._names) or 'none'}"
+                unfit = "holds bytes or vectors and cannot be kept; leave it out of --metadata"
+                raise LusiferError(f"the column {name!r} " + (unfit if name in self._names else f"is not there; {has}"))
+        return types
 
 
 class _Ids:

@@ -3,6 +3,7 @@
 The input is read once to check it and lay out shards; what a run shares is measured once. The manifest holds both
 before the first shard is made, and refuses to go on with anything else. Shards are then made in any order, by any
 number of processes, each whole: the same call does what is missing, and the bytes do not depend on how often that took.
+What was done of unfinished shards is in their journals.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
+from lusifer.bulk.journal import kept_rows, pieces, remove
 from lusifer.bulk.plan import make_plan
 from lusifer.data.prompts import explicit_prompt
 from lusifer.data.rows import Columns
 from lusifer.data.sources import InputFile, find_files
+from lusifer.data.vectors.encoded import MANIFEST
 from lusifer.errors import LusiferError
 from lusifer.loading import resolve
 from lusifer.locks import alone_at
@@ -28,8 +31,6 @@ from lusifer.model.fingerprint import model_hash
 from lusifer.storage import Folder, is_remote
 from lusifer.terminal import without_secrets
 
-# Readers of a folder of Parquet pass over names with an underscore.
-MANIFEST = "_manifest.json"
 ENGINES = ("local", "ray")
 _FORMAT = 1
 
@@ -79,7 +80,8 @@ def encode(
 
     Raises:
         LusiferError: If input, model, settings or output are not as they must be. A folder holds complete shards
-            whatever happens, and the same call goes on.
+            whatever happens, and the same call resumes.
+        KeyboardInterrupt: As it came, with what is kept, in words.
     """
     settings = settings or Settings()
     _check(settings, engine)
@@ -88,12 +90,17 @@ def encode(
         raise LusiferError("several processes need a folder as output, not a file")
     files = find_files(source, output=output)
     folder = resolve(model)
-    run = {"model": folder, "files": files, "settings": settings, "output": output.rstrip("/"), "single": single}
+    run = {"model": folder, "name": model, "files": files, "settings": settings, "single": single}
+    run["output"] = output.rstrip("/")
     options = {"engine": engine, "processes": processes, "device": device, "threads": threads, "progress": progress}
     if not single:
         return _encode_folder(model, run, **options)
     with nullcontext() if is_remote(output) else alone_at(output):
-        return _encode_file(run, **options)
+        try:
+            return _encode_file(run, **options)
+        except KeyboardInterrupt as stop:
+            lost = "nothing is kept, because the output is one file; a folder as output can be resumed"
+            raise KeyboardInterrupt(lost) from stop
 
 
 def _check(settings: Settings, engine: str) -> None:
@@ -109,6 +116,8 @@ def _check(settings: Settings, engine: str) -> None:
 def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
     from lusifer.bulk.shard import ShardEncoder
 
+    if run["output"].endswith(".npy"):  # Which holds vectors and nothing else.
+        run["settings"] = replace(run["settings"], metadata=[])
     plan = _plan(run["files"], run["settings"], None, options["progress"])
     job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
     encoder = ShardEncoder(job, options["device"])
@@ -136,13 +145,25 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
             target.write_json(MANIFEST, manifest)
             plan = _plan(run["files"], run["settings"], run["settings"].shard_rows, options["progress"])
             manifest["threads"] = options["threads"] or _threads(options["processes"])
-            manifest["plan"] = {"rows": plan.rows, "bad": plan.bad, "id_type": plan.id_type, "starts": plan.starts}
+            manifest["plan"] = {name: value for name, value in asdict(plan).items() if name != "shard_rows"}
             target.write_json(MANIFEST, manifest)
         plan = Plan(**manifest["plan"], shard_rows=run["settings"].shard_rows)
         job = Job(**run, plan=plan, threads=manifest["threads"])
         facts = [read_facts(target, number) for number in sorted(done)]
-        facts += _make_missing(target, job, manifest, done, **options)
+        try:
+            facts += _make_missing(target, job, manifest, done, **options)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_kept(target, plan)) from stop
         return _finish(target, job, manifest, facts)
+
+
+def _kept(target: Folder, plan: Plan) -> str:
+    """What an interrupted run leaves to go on with, in words."""
+    names = target.names()
+    done = {part.number for part in plan.slices if shard_name(part.number) in names}
+    rows = sum(read_facts(target, number).rows for number in done) + kept_rows(names, done)
+    kept = f"{rows:,} of {plan.rows - plan.bad:,} rows are kept" if rows else "no row is encoded yet"
+    return f"{kept}; the same command resumes there"
 
 
 def _make_missing(
@@ -158,7 +179,8 @@ def _make_missing(
             manifest["prepared"] = asdict(engine.prepare())
             target.write_json(MANIFEST, manifest)
         prepared = Prepared(**manifest["prepared"])
-        with _bar(job.plan.rows, sum(slices[number].rows for number in done), progress) as bar:
+        before = sum(slices[number].rows for number in done) + kept_rows(target.names(), done)
+        with _bar(job.plan.rows, before, progress) as bar:
             return list(engine.make(missing, prepared, bar.update))
 
 
@@ -203,12 +225,13 @@ def _resume(target: Folder, identity: dict[str, Any], threads: int | None) -> tu
     names = target.names()
     known = target.read_json(MANIFEST) if MANIFEST in names else None
     shards = {name for name in names if name.startswith("part-")}
+    begun = bool(shards or pieces(names))
     if known is None:
-        if shards:
+        if begun:
             raise LusiferError(f"{target.url!r} holds shards without a {MANIFEST}; choose another folder, or empty it")
         return fresh, set()
     changed = _difference(known, {**identity, "threads": threads})
-    if changed and (shards or known.get("complete")):
+    if changed and (begun or known.get("complete")):
         raise LusiferError(f"{target.url!r} holds another run: {changed}; choose another folder, or remove it")
     if changed or known.get("plan") is None:
         return fresh, set()
@@ -236,7 +259,8 @@ def _difference(known: dict[str, Any], asked: dict[str, Any]) -> str:
 
 def _finish(target: Folder, job: Job, manifest: dict[str, Any], facts: Sequence[ShardFacts]) -> dict[str, Any]:
     """Writes the final manifest: the same whoever made the shards, and when."""
-    form = schema(job.settings, job.plan.id_type, manifest["prepared"]["dimension"])
+    form = schema(job.settings, job.plan, manifest["prepared"]["dimension"])
+    remove(target, target.names())
     manifest["columns"] = {field.name: str(field.type) for field in form}
     manifest["shards"] = [{"file": shard_name(number), "rows": rows, "cut": cut} for number, rows, cut in sorted(facts)]
     manifest["complete"] = True
@@ -263,7 +287,8 @@ def _plan(files: Sequence[InputFile], settings: Settings, shard_rows: int | None
     total, columns = sum(file.size for file in files), Columns(settings.column, settings.id_column)
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
     with tqdm(total=total, desc="checking", **options) as bar:
-        return make_plan(files, columns, shard_rows=shard_rows, skip_bad=settings.skip_bad, tick=bar.update)
+        kept: dict[str, Any] = {"metadata": settings.metadata, "skip_bad": settings.skip_bad}
+        return make_plan(files, columns, shard_rows=shard_rows, **kept, tick=bar.update)
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:

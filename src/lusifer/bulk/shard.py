@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -20,17 +21,29 @@ import torch
 from pyarrow import parquet
 from sentence_transformers.util import quantize_embeddings
 
-from lusifer.bulk.job import ARROW, FACTS, Job, Prepared, ShardFacts, schema, shard_name, stored_width
+from lusifer.bulk.job import (
+    ARROW,
+    Job,
+    Prepared,
+    ShardFacts,
+    output_names,
+    schema,
+    shard_name,
+    stored_width,
+)
+from lusifer.bulk.journal import Journal
 from lusifer.data.prompts import explicit_prompt, prompt_for
 from lusifer.data.rows import Columns, RowReader, Slice
 from lusifer.data.sources import is_unchanged
+from lusifer.data.vectors.encoded import FACTS, MadeBy
 from lusifer.errors import LusiferError
 from lusifer.loading import load_for_inference
+from lusifer.model.fingerprint import weights_hash
 from lusifer.model.text_encoder import WINDOW, TextEncoder, set_precision
 from lusifer.storage import Folder
 
 Tick = Callable[[int], object]
-_Row = tuple[int | str, str]
+_Row = tuple[Any, ...]  # Id, text, and the other columns.
 
 
 class ShardEncoder:
@@ -50,10 +63,12 @@ class ShardEncoder:
             torch.set_num_threads(job.threads)
         model = load_for_inference(job.model, device=device)
         self.encoder = TextEncoder(model, token_budget=job.settings.batch_tokens)
-        self.reader = RowReader(job.files, Columns(job.settings.column, job.settings.id_column))
+        columns = Columns(job.settings.column, job.settings.id_column)
+        self.reader = RowReader(job.files, columns, job.plan.columns)
         parent = job.output.rpartition("/")[0] or "."
         self.folder = Folder(parent, scratch=None) if job.single else Folder(job.output)
         self._precision: str | None = None
+        self._journal: Journal | None = None
 
     def prepare(self) -> Prepared:
         """Measures what a whole run shares.
@@ -65,6 +80,7 @@ class ShardEncoder:
             LusiferError: If the model has fewer dimensions than asked for.
         """
         settings = self.job.settings
+        model_hash = weights_hash(self.encoder.model)  # Before it is rounded.
         precision = self._compute_in(settings.precision)
         size = self.encoder.dimension
         if settings.dim is not None and not 1 <= settings.dim <= size:
@@ -72,7 +88,11 @@ class ShardEncoder:
         device = self.encoder.model.device.type
         asked = explicit_prompt(settings.prompt, settings.instruction)
         prompt = prompt_for(self.encoder.model, "document", prompt=asked, prompt_name=settings.prompt_name)
-        prepared = Prepared(precision, device, settings.dim or size, prompt=prompt)
+        made_by = MadeBy(
+            self.job.name, model_hash, size, prompt, prompt_for(self.encoder.model, "document"), settings.output_dtype,
+            settings.column, settings.id_column, output_names(self.job.plan.columns),
+        )  # fmt: skip
+        prepared = Prepared(precision, device, settings.dim or size, prompt=prompt, made_by=made_by.to_dict())
         if settings.output_dtype != "int8":
             return prepared
         rows = islice(chain.from_iterable(map(self.reader.read, self.job.plan.slices)), WINDOW)
@@ -96,11 +116,32 @@ class ShardEncoder:
         self._compute_in(prepared.precision)
         self.encoder.cut = 0
         name = self.job.output.rpartition("/")[2] if self.job.single else shard_name(part.number)
-        with self.folder.put(name) as path:
+        # One file has no manifest that would say what a journal is of.
+        self._journal = None if self.job.single else Journal(self.folder, part.number)
+        with self._journal_saved(), self.folder.put(name) as path:
             write = self._write_npy if name.endswith(".npy") else self._write_parquet
             rows = write(path, self._finished(part, prepared, tick), prepared)
             self._refuse_changed(part)
+        if self._journal is not None:
+            self._journal.remove()
         return ShardFacts(part.number, rows, self.encoder.cut)
+
+    @contextmanager
+    def _journal_saved(self) -> Iterator[None]:
+        """Keeps what is done of a shard, whatever ends it."""
+        try:
+            yield
+        except BaseException:
+            if self._journal is not None:
+                with suppress(LusiferError):  # What ended the work says more, be it the same disk.
+                    self._journal.save()
+            raise
+
+    def _refuse(self, problem: str) -> NoReturn:
+        """Ends a shard that these settings cannot finish: nothing of it is kept."""
+        if self._journal is not None:
+            self._journal.remove()
+        raise LusiferError(problem)
 
     def _refuse_changed(self, part: Slice) -> None:
         """Refuses a shard whose files were rewritten since the plan was made: its rows may be of either content."""
@@ -109,7 +150,7 @@ class ShardEncoder:
         for file in self.job.files[part.start.file : last + 1]:
             if not is_unchanged(file):
                 changed = f"{file.url!r} has changed while it was encoded"
-                raise LusiferError(f"{changed}; choose another output, or remove what is there, and encode it again")
+                self._refuse(f"{changed}; choose another output, or remove what is there, and encode it again")
 
     def _compute_in(self, precision: str) -> str:
         if self._precision is None:
@@ -117,7 +158,7 @@ class ShardEncoder:
         return self._precision
 
     def _vectors(
-        self, rows: Iterable[_Row], prepared: Prepared, tick: Tick | None
+        self, rows: Iterable[_Row], prepared: Prepared, tick: Tick | None, keeper: Journal | None = None
     ) -> Iterator[tuple[list[_Row], np.ndarray]]:
         """Windows of rows and their (rows, dimension) float32 embeddings."""
         kept: deque[_Row] = deque()
@@ -130,12 +171,12 @@ class ShardEncoder:
                 kept.append(row)
                 yield prompt + row[1]
 
-        for vectors in self.encoder.stream(texts(), tick):
+        for vectors in self.encoder.stream(texts(), tick, keeper):
             window = [kept.popleft() for _ in vectors]
             wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
             if len(wrong):
                 problem = f"the embedding of {window[wrong[0]][0]!r} is not finite in {prepared.precision}"
-                raise LusiferError(f"{problem}; try --precision float32")
+                self._refuse(f"{problem}; try --precision float32")
             if settings.dim is not None:
                 vectors = vectors[:, : settings.dim]
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -145,7 +186,7 @@ class ShardEncoder:
         """Windows of rows and their embeddings as they are stored."""
         kind = self.job.settings.output_dtype
         ranges = None if prepared.ranges is None else np.array(prepared.ranges, dtype=np.float32)
-        for window, vectors in self._vectors(self.reader.read(part), prepared, tick):
+        for window, vectors in self._vectors(self.reader.read(part), prepared, tick, self._journal):
             half = kind == "float16"
             yield window, vectors.astype(np.float16) if half else quantize_embeddings(vectors, kind, ranges=ranges)
 
@@ -166,19 +207,26 @@ class ShardEncoder:
 
     def _write_parquet(self, path: Path, pieces: Iterable[tuple[list[_Row], np.ndarray]], prepared: Prepared) -> int:
         rows, settings = 0, self.job.settings
-        form = schema(settings, self.job.plan.id_type, prepared.dimension)
-        # Parquet stores a byte as four; a dictionary of the 256 there are brings it back to one.
-        dictionary = ["embedding.list.element"] if settings.output_dtype in ("int8", "ubinary") else False
+        form = schema(settings, self.job.plan, prepared.dimension)
+        names = output_names(self.job.plan.columns)
+        # Parquet stores a byte as four; a dictionary of the 256 there are brings it back to one. Values of other
+        # columns recur, too.
+        dictionary: Any = ["embedding.list.element"] if settings.output_dtype in ("int8", "ubinary") else []
+        dictionary = [*dictionary, *names.values()] or False
         options: dict[str, Any] = {"compression": "zstd", "write_statistics": ["id"], "use_dictionary": dictionary}
         with parquet.ParquetWriter(path, form, **options) as writer:
             for window, vectors in pieces:
                 flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=ARROW[settings.output_dtype])
+                given, texts, *rest = zip(*window, strict=True)
                 columns = {
-                    "id": pa.array([given for given, _ in window], type=form.field("id").type),
-                    "text": [text for _, text in window] if settings.text else None,
+                    "id": pa.array(given, type=form.field("id").type),
+                    "text": texts if settings.text else None,
                     "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+                    **dict(zip(names.values(), rest, strict=True)),
                 }
                 writer.write_table(pa.table({name: columns[name] for name in form.names}, schema=form))
                 rows += len(window)
-            writer.add_key_value_metadata({FACTS: json.dumps({"rows": rows, "cut": self.encoder.cut})})
+            facts: dict[str, Any] = {"rows": rows, "cut": self.encoder.cut}
+            facts |= {"made_by": prepared.made_by} if prepared.made_by else {}
+            writer.add_key_value_metadata({FACTS: json.dumps(facts)})
         return rows

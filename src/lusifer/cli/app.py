@@ -75,6 +75,15 @@ app.command(rich_help_panel="Training", context_settings=PASS_ON)(train)
 app.command(rich_help_panel="Data and backbones")(fetch)
 
 
+def _kept(stop: BaseException | None) -> str:
+    """What a command says of its work when it is interrupted."""
+    while stop is not None:
+        if isinstance(stop, KeyboardInterrupt) and stop.args:
+            return str(stop)
+        stop = stop.__context__
+    return ""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
     try:
@@ -84,7 +93,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C.
-            say("lusifer: interrupted; the same command goes on from here", err=True)
+            say(f"lusifer: interrupted; {_kept(stop) or 'the same command resumes where it stopped'}", err=True)
         raise
     except OSError as error:
         say(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)

@@ -16,7 +16,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, wa
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
 ]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Any Sentence Transformers model: folder, hub id, or `starter`: the released model.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")]
+
+
+def comma_separated(names: str) -> list[str]:
+    """The names in an option that takes several."""
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def emit(value: dict[str, Any]) -> None:

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Model, Quiet, emit, say
+from lusifer.cli.console import AnyModel, Json, Quiet, comma_separated, emit, say
 from lusifer.quiet import quiet_libraries
 from lusifer.terminal import without_secrets
 
 
 def encode(
-    model: Model,
+    model: AnyModel,
     source: Annotated[
         str,
         typer.Argument(
@@ -23,7 +23,10 @@ def encode(
         ),
     ],
     output: Annotated[
-        str, typer.Argument(help="A folder for Parquet shards, or one file: .parquet (id, text, embedding) or .npy.")
+        str,
+        typer.Argument(
+            help="A folder for Parquet shards, or one file: .parquet (id, text, other columns, embedding) or .npy."
+        ),
     ],
     column: Annotated[str, typer.Option(help="Column of the text; a .txt file has no other.")] = "text",
     id_column: Annotated[
@@ -35,6 +38,10 @@ def encode(
     prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt to use: query.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Texts beside their embeddings.")] = True,
+    metadata: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated columns to keep beside the text; all when left out, '' for none."),
+    ] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions (Matryoshka).")] = None,
     output_dtype: Annotated[
         str, typer.Option(help="Of the embeddings: float32, float16, int8, or ubinary (a bit a dimension).")
@@ -42,9 +49,7 @@ def encode(
     precision: Annotated[
         str, typer.Option(help="Of the computation: float32, bfloat16, float16; auto takes the fastest here.")
     ] = "auto",
-    shard_rows: Annotated[
-        int, typer.Option(min=1, help="Rows of a shard: what an interruption costs at most.")
-    ] = 50_000,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, one Parquet file.")] = 50_000,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by the device when left out.")
     ] = None,
@@ -62,11 +67,12 @@ def encode(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Embeds the texts of files, in any language and any number. They are documents unless `--prompt-name query`
-    or another prompt says otherwise.
+    """Embeds the texts of files, in any language and any number, with any Sentence Transformers model. They are
+    documents unless `--prompt-name query` or another prompt says otherwise.
 
-    A folder receives shards one by one. Interrupt it whenever you like: the same command resumes where it stopped,
-    and the files end up the same, byte for byte. On a finished folder it does nothing.
+    A folder receives shards one by one, with all columns of the input; `lusifer index add` takes it as it is. Interrupt
+    it whenever you like: the same command resumes where it stopped, and the files end up the same, byte for byte. On a
+    finished folder it does nothing.
 
     Examples:
     - `lusifer encode runs/quickstart/model sentences.txt vectors.npy`
@@ -82,6 +88,7 @@ def encode(
         column=column, id_column=id_column, instruction=instruction, prompt=prompt, prompt_name=prompt_name, text=text,
         dim=dim, output_dtype=output_dtype, precision=precision, shard_rows=shard_rows, batch_tokens=batch_tokens,
         skip_bad=skip_bad,
+        metadata=None if metadata is None else comma_separated(metadata),
     )  # fmt: skip
     hardware: dict[str, Any] = {"engine": engine, "processes": processes, "device": device, "threads": threads}
     facts = run(model, source, output, settings, **hardware, progress=not quiet)

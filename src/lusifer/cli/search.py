@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Device, Json, Quiet, emit, say
+from lusifer.cli.console import Device, Json, Quiet, comma_separated, emit, say
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 from lusifer.terminal import visible, without_secrets
@@ -49,15 +49,29 @@ def add(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A file, a folder or a glob of .txt (a text a line), .jsonl, .json, .csv, .tsv, .parquet.",
+            help="A file, a folder or a glob of .txt (a text a line), .jsonl, .json, .csv, .tsv, .parquet; or with its "
+            "vectors: what `lusifer encode` wrote, or vectors.npy+texts.jsonl.",
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder, hub id or `starter`; the index's own when left out.")
+        str | None,
+        typer.Option(
+            help="Any Sentence Transformers model: folder, hub id or `starter`. When left out, that of the index or of "
+            "the vectors."
+        ),
     ] = None,
     column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    id_column: Annotated[str | None, typer.Option(help="Column of the id; a hash of the text when left out.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="Comma-separated columns to keep and filter by.")] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the id; when left out, that given to `encode`, else a hash of the text."),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated columns to keep and filter by; when left out, all that `encode` kept."),
+    ] = None,
+    vector_column: Annotated[
+        str | None, typer.Option(help="Column of Parquet that something else wrote, with the vectors.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
     ] = None,
@@ -66,17 +80,55 @@ def add(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Adds the texts of a file, or updates those of the same id. Interrupted, the same command goes on.
+    """Adds the texts of a file, or updates those of the same id. Interrupted, the same command resumes.
 
     What is there with the same text is not embedded again. A column `lang` gives the language; without one the script
     stands for it, as in `Latin script`. The first call makes the index (with `starter` if no model is given).
 
+    Vectors of `lusifer encode` are taken as they are, without a model, if they are of the model of the index. Vectors
+    that something else made are compared with those of `--model` on a sample.
+
     Examples:
     - `lusifer index add news news.jsonl --model starter --id-column url --metadata title,year`
+    - `lusifer encode starter news.jsonl vectors/ --id-column url` and then `lusifer index add news vectors/`
     - `lusifer index add notes notes.txt`
+    - `lusifer index add notes vectors.npy+notes.txt --model sentence-transformers/all-MiniLM-L6-v2`
     - `lusifer index add qdrant+http://localhost:6333/news news.parquet`
     """
     quiet_libraries(quiet)
+    from lusifer.search.ready import Asked, add_vectors, has_vectors
+    from lusifer.search.store import COLUMN_NAMES
+
+    names = None if metadata is None else comma_separated(metadata)
+    if not has_vectors(source, vector_column):
+        store, counts, cut = _embed(
+            index, source, column, id_column, names or [], model, prompt, prompt_name, device, quiet
+        )
+    else:
+        text = None if column == "text" else column
+        asked = Asked(text, id_column, names, vector_column, model, prompt, prompt_name, device)
+        done = add_vectors(index, source, asked, progress=not quiet)
+        store, counts, cut = done.store, done.counts, 0
+        if done.left_out:
+            say(f"warning: {done.left_out} rows without text or vector were left out", err=True)
+        if done.columns:
+            left = ", ".join(map(repr, done.columns))
+            say(f"warning: {left} cannot be kept and is left out: {COLUMN_NAMES}", err=True)
+    if cut:
+        say(f"warning: {cut} texts were longer than the model reads, and were cut", err=True)
+    total = store.count()
+    if as_json:
+        emit({"index": without_secrets(index), "texts": total, **counts, "cut": cut})
+    else:
+        changes = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+        say(f"{changes} -> {without_secrets(index)}: {total:,} texts")
+
+
+def _embed(
+    index: str, source: str, column: str, id_column: str | None, names: list[str], model: str | None,
+    prompt: str | None, prompt_name: str | None, device: str | None, quiet: bool,
+) -> tuple[Store, dict[str, int], int]:  # fmt: skip
+    """Embeds the texts of a file into an index; gives it, what changed, and how many texts were truncated."""
     from lusifer.data.prompts import prompt_for
     from lusifer.model.fingerprint import weights_hash
     from lusifer.search.indexing import add as run
@@ -84,7 +136,6 @@ def add(
     from lusifer.search.locations import create_store, open_store, store_exists, writing
     from lusifer.search.store import IndexInfo
 
-    names = [name.strip() for name in metadata.split(",") if name.strip()] if metadata else []
     folder = None if "://" in index else index
     entries, types = read_entries(source, text=column, id=id_column, metadata=names, index=folder)
     with writing(index):
@@ -101,14 +152,7 @@ def add(
             store.check_model(*made_by)
             store.check_prompt(before, explicit=prompt is not None or prompt_name is not None)
         counts = run(store, encoder, entries, progress=not quiet)
-    if encoder.cut:
-        say(f"warning: {encoder.cut} texts were longer than the model reads, and were cut", err=True)
-    total = store.count()
-    if as_json:
-        emit({"index": without_secrets(index), "texts": total, **counts, "cut": encoder.cut})
-    else:
-        changes = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-        say(f"{changes} -> {without_secrets(index)}: {total:,} texts")
+    return store, counts, encoder.cut
 
 
 @index_app.command("delete")
@@ -197,7 +241,9 @@ def build(index: Index, quiet: Quiet = False) -> None:
 @index_app.command("verify")
 def verify(
     index: Found,
-    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id or `starter`.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Any Sentence Transformers model: folder, hub id or `starter`.", show_default=False)
+    ],
     sample: Annotated[int, typer.Option(min=1, max=100_000, help="Most texts to compare.")] = 256,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
@@ -250,7 +296,9 @@ def search(
     ] = None,
     prompt_name: PromptName = None,
     instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
-    model: Annotated[str | None, typer.Option(help="The index's own when left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Any Sentence Transformers model; that of the index when left out.")
+    ] = None,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
     device: Device = None,

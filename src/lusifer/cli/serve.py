@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lusifer.cli.console import Quiet, say
+from lusifer.cli.console import AnyModel, Quiet, say
 from lusifer.errors import LusiferError
 from lusifer.quiet import quiet_libraries
 
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
-    ],
+    model: AnyModel,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name in requests; MODEL when left out.")] = None,
@@ -62,13 +60,14 @@ def serve(
     ui: Annotated[str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serves embeddings over HTTP as OpenAI's API does; any OpenAI client works.
+    """Serves embeddings of any Sentence Transformers model over HTTP as OpenAI's API does; any OpenAI client works.
 
     Ctrl-C or SIGTERM: new requests get 503, those in hand are finished.
 
     Examples:
     - `lusifer serve starter`
     - `lusifer serve runs/quickstart/model --name ours --port 9000`
+    - `lusifer serve sentence-transformers/all-MiniLM-L6-v2`
     - `LUSIFER_API_KEY=secret lusifer serve starter --host 0.0.0.0`
     - `lusifer serve starter --ui news`
     """

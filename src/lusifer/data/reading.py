@@ -40,6 +40,7 @@ class Block:
         ends: Position behind every record.
         bytes_read: Bytes of the file read so far, as it is stored.
         names_of: Our column name -> theirs, where they differ.
+        schema: Types of all columns of a Parquet file, those that are not read included.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Block:
     ends: Sequence[int] = ()
     bytes_read: int = 0
     names_of: Mapping[Any, str] = field(default_factory=dict)
+    schema: pa.Schema | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -169,7 +171,8 @@ def _parquet_blocks(
                 if begin < done:
                     ends = range(begin + 1, done + 1)
                     read = file.size * done // total
-                    yield Block(file.url, number, ends, batch.slice(skipped), header, {}, begin, ends, read)
+                    data = batch.slice(skipped)
+                    yield Block(file.url, number, ends, data, header, {}, begin, ends, read, schema=table.schema_arrow)
     except pa.ArrowException as error:
         problem = f"broken Parquet after row {done} ({first_line(error)})"
         raise LusiferError(f"{file.url}: {problem}; fetch or write it again") from error

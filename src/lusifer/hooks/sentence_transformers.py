@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
-from sentence_transformers.sentence_transformer.modules import Transformer
-from torch import nn
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
+from tokenizers import Tokenizer, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from lusifer.errors import LusiferError
 
@@ -116,3 +118,29 @@ class InferenceHook(SentenceTransformer):
         if options["normalize_embeddings"]:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         return vectors if options["save_to_cpu"] else vectors.to(self.device)
+
+
+def static_tokenizer(model: SentenceTransformer) -> PreTrainedTokenizerFast | None:
+    """A tokenizer as of transformers for a model of token vectors without a transformer, as model2vec makes; else None.
+
+    Touches that ``StaticEmbedding`` tokenises without special tokens, by a tokenizer of the library beneath.
+    """
+    if not isinstance(module := model[0], StaticEmbedding):
+        return None
+    plain = Tokenizer.from_str(module.tokenizer.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    fast = PreTrainedTokenizerFast(tokenizer_object=plain)
+    fast.backend_tokenizer.post_processor = processors.Sequence([])
+    return fast
+
+
+def static_features(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What ``StaticEmbedding.forward`` takes: all ids in a row, and where each text begins.
+
+    Args:
+        ids: Token ids by text.
+    """
+    flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
+    lengths = torch.tensor([0, *(len(row) for row in ids[:-1])], dtype=torch.long)
+    return {"input_ids": flat, "offsets": lengths.cumsum(0)}

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
-from lusifer.hooks.sentence_transformers import InferenceHook
+from lusifer.hooks.sentence_transformers import InferenceHook, static_features, static_tokenizer
 from lusifer.hooks.transformers import no_panics
 from lusifer.model.adapters import inference_copy
 from lusifer.model.modeling import LusiferModel
@@ -35,6 +35,7 @@ from lusifer.model.token_batches import PASS_TOKENS, exact_batches
 
 WINDOW = 4096
 _CHARACTERS = 1 << 22  # Of a window: a token takes some 100 bytes while it is with the tokenizer.
+_UNBOUNDED = 1 << 20  # Tokens of a text where a model reads any number.
 _ELSEWHERE = 32_768  # Tokens of a pass on anything but a CPU, where many are needed to be busy.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _WORTH_IT = 1.3  # How much faster a shorter data type must be to be chosen: it costs some precision.
@@ -166,6 +167,16 @@ def _private(tokenizer: Any, **options: Any) -> Any:
         return known[1]
 
 
+class Keeper(Protocol):
+    """Keeps the vectors of batches, in the order in which they come, and may know them from before."""
+
+    def take(self, rows: int) -> np.ndarray | None:
+        """The (rows, dim) vectors of the next batch, if they are known."""
+
+    def put(self, vectors: np.ndarray) -> None:
+        """Keeps the vectors of the next batch."""
+
+
 class TextEncoder:
     """A loaded model as a function from texts to unit vectors.
 
@@ -183,12 +194,13 @@ class TextEncoder:
     def __init__(self, model: SentenceTransformer, *, token_budget: int | None = None, window: int = WINDOW) -> None:
         self.model = model.eval()
         self.inner: Any = None
-        self.max_seq_length = int(model.max_seq_length or 512)
+        self.max_seq_length = int(min(model.max_seq_length or 512, _UNBOUNDED))
         if isinstance(inner := getattr(model[0], "auto_model", None), LusiferModel):
             self.max_seq_length = min(self.max_seq_length, inner.window or self.max_seq_length)
             self.inner = inference_copy(inner)
         self.packs = self.inner is not None and can_pack(self.inner)
-        self.tokenizer: Any = model.tokenizer
+        self.static = static_tokenizer(model)
+        self.tokenizer: Any = self.static or model.tokenizer
         self.dimension = _dimension(model)
         self.token_budget = token_budget or (PASS_TOKENS if model.device.type == "cpu" else _ELSEWHERE)
         self.window = window
@@ -202,34 +214,48 @@ class TextEncoder:
         return ids
 
     @torch.inference_mode()
-    def encode_ids(self, ids: Sequence[Sequence[int]], tick: Callable[[int], object] | None = None) -> np.ndarray:
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        tick: Callable[[int], object] | None = None,
+        keeper: Keeper | None = None,
+    ) -> np.ndarray:
         """Embeds tokenised texts in token-sorted batches: (n, dim) float32 unit vectors, in the order of the texts.
 
         Args:
             ids: Token ids by text, as `tokenize` gives them.
             tick: Called after each batch with the number of its texts.
+            keeper: Gets the vectors of each batch, or gives them; ``tick`` does not hear of those.
         """
         embeddings = np.empty((len(ids), self.dimension), dtype=np.float32)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
         for rows in exact_batches(lengths, self.token_budget):
             batch = rows.tolist()
-            embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu().numpy()
+            if keeper is not None and (kept := keeper.take(len(batch))) is not None:
+                embeddings[batch] = kept
+                continue
+            embeddings[batch] = vectors = self._forward([ids[row] for row in batch]).float().cpu().numpy()
+            if keeper is not None:
+                keeper.put(vectors)
             if tick is not None:
                 tick(len(batch))
         return embeddings
 
-    def stream(self, texts: Iterable[str], tick: Callable[[int], object] | None = None) -> Iterator[np.ndarray]:
+    def stream(
+        self, texts: Iterable[str], tick: Callable[[int], object] | None = None, keeper: Keeper | None = None
+    ) -> Iterator[np.ndarray]:
         """Embeds texts as they come, in memory for two windows of them.
 
         Args:
             texts: The texts; read one window ahead of what is yielded.
             tick: Called after each batch with the number of its texts.
+            keeper: As in `encode_ids`. The same texts in the same settings come in the same batches.
 
         Yields:
             (n, dim) float32 unit vectors, in the order of the texts; n is at most ``window``.
         """
         for ids in self._tokenized(texts):
-            yield self.encode_ids(ids, tick)
+            yield self.encode_ids(ids, tick, keeper)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
         """Embeds texts: (n, dim) float32 unit vectors.
@@ -272,6 +298,9 @@ class TextEncoder:
     def _forward(self, ids: list[Sequence[int]]) -> Tensor:
         """(n, dim) unit vectors of one batch."""
         device = self.model.device
+        if self.static is not None:
+            features = {name: tensor.to(device) for name, tensor in static_features(ids).items()}
+            return self.model(features)["sentence_embedding"]
         if self.packs:
             flat = torch.tensor([token for row in ids for token in row], device=device)
             vectors = embed_packed(self.inner, flat, torch.tensor([len(row) for row in ids], device=device))

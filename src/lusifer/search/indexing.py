@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from lusifer.data.prompts import Prompted
 from lusifer.data.reading import Block
-from lusifer.data.rows import Columns, read_rows
+from lusifer.data.rows import Columns, ColumnTypes, as_type, read_rows
 from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
-from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
 
@@ -79,13 +77,15 @@ def read_entries(
     entries: dict[str, Entry] = {}
     places: dict[str, str] = {}
     known: dict[str, None] = {}
+    column_types = ColumnTypes()
     files = find_files(str(source), output=index)
     for rows in read_rows(files, Columns(text, id), more=(*wanted, "lang")):
         block = rows.block
         block.refuse_problems()
         known |= dict.fromkeys(block.names())
+        column_types.add(block, wanted)
         cells = {name: _metadata(block, name) for name in wanted}
-        names = map(_text_id, rows.texts) if rows.ids is None else map(str, rows.ids)
+        names = map(text_id, rows.texts) if rows.ids is None else map(str, rows.ids)
         for row, (name, one, tag) in enumerate(zip(names, rows.texts, block.values("lang"), strict=True)):
             if name not in entries:
                 kept = {column: values[row] for column, values in cells.items()}
@@ -97,14 +97,10 @@ def read_entries(
         raise LusiferError(f"{str(source)!r} has no column {missing[0]!r}; it has {', '.join(known)}")
     if not entries:
         raise LusiferError(f"{str(source)!r} holds no texts")
-    in_cells = all(file.format.kind in (".csv", ".tsv") for file in files)
-    types = {}
-    for name in wanted:
-        column: list[Any] = [entry.metadata[name] for entry in entries.values()]
-        column = _from_cells(column) if in_cells else column
-        types[name] = _column_type(column)
-        for entry, value in zip(entries.values(), column, strict=True):
-            entry.metadata[name] = _as_type(value, types[name])
+    types = {name: column_types.types().get(name, "string") for name in wanted}
+    for entry in entries.values():
+        for name, kind in types.items():
+            entry.metadata[name] = as_type(entry.metadata[name], kind)
     return list(entries.values()), types
 
 
@@ -125,40 +121,65 @@ def add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], *, progres
     Raises:
         LusiferError: If the index cannot be written, or another process writes to it.
     """
+    prompt = store.info.prompt or ""
+    chunk = _CHUNK.get(encoder.model.device.type, _CHUNK_ELSEWHERE)
+
+    def part(begin: int) -> Part:
+        some = entries[begin : begin + chunk]
+        return Part(some, lambda places: encoder.encode([prompt + some[place].text for place in places]))
+
+    return bring(store, map(part, range(0, len(entries), chunk)), len(entries), progress=progress)
+
+
+class Part(NamedTuple):
+    """Some texts, every id once, and what gives the (n, dim) vectors of those at some places."""
+
+    entries: Sequence[Entry]
+    vectors_at: Callable[[list[int]], np.ndarray]
+
+
+def bring(store: Store, parts: Iterable[Part], total: int, *, progress: bool = False) -> dict[str, int]:
+    """As `add`, of texts whose vectors come from anywhere; they are asked for where a text is new or has changed.
+
+    Args:
+        store: The index.
+        parts: The texts, to be written a part at a time.
+        total: How many there are.
+        progress: Whether to show a bar.
+
+    Raises:
+        LusiferError: If the index cannot be written, or another process writes to it.
+    """
     with store.writing():
         if doubled := store.heal():
             logger.warning("%s: %d rows of ids that stood there twice are removed", store.location, doubled)
-        counts = _add(store, encoder, entries, progress)
-        if counts["unchanged"] < len(entries) or doubled:
+        counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
+        with tqdm(total=total, desc="indexing", unit="text", disable=not progress) as bar:
+            for number, part in enumerate(parts, start=1):
+                _bring(store, part, counts)
+                bar.update(len(part.entries))
+                if number % _TIDY_EVERY == 0:
+                    store.tidy()
+        if counts["unchanged"] < sum(counts.values()) or doubled:
             store.tidy()
     return counts
 
 
-def _add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], progress: bool) -> dict[str, int]:
-    prompt = store.info.prompt or ""
-    counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
-    chunk = _CHUNK.get(encoder.model.device.type, _CHUNK_ELSEWHERE)
-    with tqdm(total=len(entries), desc="indexing", unit="text", disable=not progress) as bar:
-        for number, begin in enumerate(range(0, len(entries), chunk), start=1):
-            part = [_complete(entry, store) for entry in entries[begin : begin + chunk]]
-            known = store.fetch([entry.id for entry in part])
-            same = [entry for entry in part if entry.id in known and known[entry.id][0].text == entry.text]
-            changed = [entry for entry in same if known[entry.id][0] != entry]
-            new = [entry for entry in part if entry.id not in known or known[entry.id][0].text != entry.text]
-            if new or changed:
-                # A model may end without a layer that makes its vectors unit vectors.
-                vectors = unit(encoder.encode([prompt + entry.text for entry in new]))
-                store.upsert(
-                    [*new, *changed], np.concatenate([vectors, *(known[entry.id][1][None] for entry in changed)])
-                )
-            counts["added"] += sum(entry.id not in known for entry in new)
-            counts["updated"] += sum(entry.id in known for entry in new)
-            counts["changed"] += len(changed)
-            counts["unchanged"] += len(same) - len(changed)
-            bar.update(len(part))
-            if number % _TIDY_EVERY == 0:
-                store.tidy()
-    return counts
+def _bring(store: Store, part: Part, counts: dict[str, int]) -> None:
+    entries = [_complete(entry, store) for entry in part.entries]
+    known = store.fetch([entry.id for entry in entries])
+    new = [at for at, entry in enumerate(entries) if entry.id not in known or known[entry.id][0].text != entry.text]
+    changed = [entry for entry in entries if entry.id in known and known[entry.id][0] != entry]
+    changed = [entry for entry in changed if known[entry.id][0].text == entry.text]
+    if new or changed:
+        # A model may end without a layer that makes its vectors unit vectors.
+        vectors = unit(part.vectors_at(new))
+        kept = (known[entry.id][1][None] for entry in changed)
+        store.upsert([*(entries[at] for at in new), *changed], np.concatenate([vectors, *kept]))
+    counts["added"] += sum(entries[at].id not in known for at in new)
+    counts["updated"] += sum(entries[at].id in known for at in new)
+    counts["changed"] += len(changed)
+    counts["unchanged"] += len(entries) - len(new) - len(changed)
 
 
 def check_columns(store: Store, types: dict[str, str]) -> None:
@@ -184,19 +205,11 @@ def check_columns(store: Store, types: dict[str, str]) -> None:
 
 def _complete(entry: Entry, store: Store) -> Entry:
     """The entry with every column of the index, as the store gives it back."""
-    values = {name: _as_type(entry.metadata.get(name), kind) for name, kind in store.info.columns.items()}
+    values = {name: as_type(entry.metadata.get(name), kind) for name, kind in store.info.columns.items()}
     return Entry(entry.id, entry.text, entry.lang, values)
 
 
 _INT64 = range(-(2**63), 2**63)
-# A column of true/false holds no numbers, though Python would let it; one of "int" no fractions.
-_HOLDS = {"bool": COLUMN_TYPES["bool"], "int": (int,), "float": COLUMN_TYPES["float"]}
-# What a cell of CSV looks like; 007 is a name, not a number.
-_CELLS: tuple[tuple[Callable[[str], Value], re.Pattern[str]], ...] = (
-    (int, re.compile(r"-?(0|[1-9]\d{0,17})")),
-    (float, re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")),
-    (lambda cell: cell.lower() == "true", re.compile(r"true|false", re.IGNORECASE)),
-)
 
 
 def _metadata(block: Block, name: str) -> list[Any]:
@@ -209,23 +222,6 @@ def _metadata(block: Block, name: str) -> list[Any]:
     return values
 
 
-def _from_cells(cells: list[str | None]) -> list[Value | None]:
-    for kind, pattern in _CELLS:
-        if all(cell is None or pattern.fullmatch(cell) for cell in cells):
-            return [None if cell is None else kind(cell) for cell in cells]
-    return list(cells)
-
-
-def _column_type(values: Sequence[Any]) -> str:
-    kinds = {type(value) for value in values if value is not None}
-    return next((kind for kind in ("bool", "int", "float") if kinds and kinds <= set(_HOLDS[kind])), "string")
-
-
-def _as_type(value: Any, kind: str) -> Value | None:
-    if value is None:
-        return None
-    return {"string": str, "int": int, "float": float, "bool": bool}[kind](value)
-
-
-def _text_id(text: str) -> str:
+def text_id(text: str) -> str:
+    """The id of a text that has no other."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()

@@ -17,7 +17,7 @@ from lusifer.data.prompts import Prompted, prompt_for
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
 from lusifer.search.corpus_map import CorpusMap
-from lusifer.search.filters import OneOf
+from lusifer.search.filters import Filter, OneOf, Several
 from lusifer.search.indexing import Encoder
 from lusifer.search.store import Hit, Store
 from lusifer.search.turns import BusyError, Turns
@@ -95,9 +95,10 @@ class Embedder(Protocol):
 def make_router(store: Store, encoder: "Encoder | Embedder", *, prompt: str | None = None) -> "APIRouter":
     """The page and what it asks for, to be included in any FastAPI app.
 
-    ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&hybrid=false`` finds texts; ``lang`` may be given several
-    times. ``GET /map`` has ``status``, ``count``, ``languages``, ``model`` and, once computed, the points. Where more
-    ask than can be answered within some seconds, the rest gets 429; a search whose caller leaves is dropped.
+    ``GET /`` is the page. ``GET /search?q=...&k=10&lang=...&where=...&hybrid=false`` finds texts; ``lang`` may be given
+    several times, ``where`` is a filter as in `lusifer.search.filters`. ``GET /map`` has ``status``, ``count``,
+    ``languages``, ``columns``, ``model`` and, once computed, the points. Where more ask than can be answered within
+    some seconds, the rest gets 429; a search whose caller leaves is dropped.
 
     Args:
         store: The index; `lusifer.search.agreement.admit` has been called.
@@ -151,11 +152,16 @@ def make_router(store: Store, encoder: "Encoder | Embedder", *, prompt: str | No
         q: Annotated[str, Query(max_length=_LONGEST_QUERY)],
         k: Annotated[int, Query(ge=1, le=MOST_RESULTS)] = 10,
         lang: Annotated[list[str] | None, Query()] = None,
+        where: Annotated[str, Query(max_length=_LONGEST_QUERY)] = "",
         hybrid: bool = False,
     ) -> dict[str, Any]:
         """Texts nearest to a query in any language."""
-        begin, where = time.perf_counter(), OneOf("lang", tuple(lang)) if lang else None
-        hits = await answer(partial(search_together, q, k=k, where=where, hybrid=hybrid))
+        begin = time.perf_counter()
+
+        async def look() -> list[Hit]:
+            return await search_together(q, k=k, where=_condition(store, lang, where), hybrid=hybrid)
+
+        hits = await answer(look)
         took = round(1000 * (time.perf_counter() - begin), 1)
         return {"query": q, "hits": [hit.to_dict() for hit in hits], "milliseconds": took}
 
@@ -166,11 +172,19 @@ def make_router(store: Store, encoder: "Encoder | Embedder", *, prompt: str | No
         def look() -> dict[str, Any]:
             languages = store.languages()
             totals = {"count": sum(languages.values()), "languages": languages, "model": store.info.model or "unknown"}
-            return {**totals, **corpus_map.get()}
+            return {**totals, "columns": store.info.columns, **corpus_map.get()}
 
         return await answer(partial(turns.run, look))
 
     return router
+
+
+def _condition(store: Store, langs: Sequence[str] | None, where: str) -> Filter | None:
+    """What a text has to be to be found: of one of the languages, and kept by the filter."""
+    asked = store.parsed(where) if where.strip() else None
+    parts: list[Filter] = [OneOf("lang", tuple(langs))] if langs else []
+    parts += [asked] if asked is not None else []
+    return Several("AND", tuple(parts)) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _page() -> tuple[str, str]:

@@ -19,7 +19,13 @@ from lusifer.search.lexical import words
 FORMAT = 1
 RRF_CONSTANT = 60  # Cormack et al. 2009, section 2.
 RESERVED = ("id", "text", "lang", "vector", "words")
+COLUMN_NAMES = f"names are letters, digits and _, and none of {', '.join(RESERVED)}; rename it in the input"
 _NAME = re.compile(r"[^\W\d]\w*\Z")
+
+
+def is_column_name(name: str) -> bool:
+    """Whether a metadata column of an index may be called so."""
+    return name not in RESERVED and _NAME.match(name) is not None
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,8 @@ class IndexInfo:
         for name, kind in self.columns.items():
             if kind not in COLUMN_TYPES:
                 raise LusiferError(f"metadata column {name!r} has type {kind!r}; known are {', '.join(COLUMN_TYPES)}")
-            if name in RESERVED or not _NAME.match(name):
-                raise LusiferError(
-                    f"metadata column {name!r} cannot be kept: names are letters, digits and _, "
-                    f"and none of {', '.join(RESERVED)}; rename it in the input"
-                )
+            if not is_column_name(name):
+                raise LusiferError(f"metadata column {name!r} cannot be kept: {COLUMN_NAMES}")
 
     @classmethod
     def from_dict(cls, stored: Any, location: str) -> IndexInfo:

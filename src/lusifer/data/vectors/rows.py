@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Origin:
-    """What a table says of the model that made its vectors; only our own indexes say it.
+    """What a table says of the model that made its vectors; our own indexes and ``lusifer encode`` say it.
 
     Attributes:
         model: Its name, as it was loaded.
@@ -45,20 +46,23 @@ class RawRows(NamedTuple):
         vectors: (n, dim) array; anything where there is no vector.
         has_vector: (n,) bool: which rows have one; None where all do.
         ids: Their names; None where rows are numbered.
+        more: Values of the other columns that were asked for.
     """
 
     texts: Sequence[Any]
     vectors: np.ndarray
     has_vector: np.ndarray | None = None
     ids: Sequence[str] | None = None
+    more: Mapping[str, Sequence[Any]] = MappingProxyType({})
 
 
 class Rows(NamedTuple):
-    """Checked rows: ids, texts, and (n, dim) float32 vectors, all of one length."""
+    """Checked rows: ids, texts, (n, dim) float32 vectors, all of one length, and the other columns asked for."""
 
     ids: list[str]
     texts: list[str]
     vectors: np.ndarray
+    more: Mapping[str, Sequence[Any]] = MappingProxyType({})
 
 
 class Match(NamedTuple):
@@ -194,7 +198,8 @@ class VectorTable(ABC):
             raise LusiferError(
                 f"{self.describe}, row {wrong}: its vector holds NaN or infinity; embed the text again, or remove it"
             )
-        return Rows(ids, [raw.texts[i] for i in kept], vectors)
+        more = {name: [values[i] for i in kept] for name, values in raw.more.items()}
+        return Rows(ids, [raw.texts[i] for i in kept], vectors, more)
 
 
 def nearest_of(blocks: Iterable[Rows], vector: np.ndarray, k: int) -> list[Match]:
