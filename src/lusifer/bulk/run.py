@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
 from lusifer.bulk.plan import make_plan
 from lusifer.data.prompts import explicit_prompt
@@ -25,6 +23,7 @@ from lusifer.errors import LusiferError
 from lusifer.loading import resolve
 from lusifer.locks import alone_at
 from lusifer.model.fingerprint import model_hash
+from lusifer.progress import bar
 from lusifer.storage import Folder, is_remote
 from lusifer.terminal import without_secrets
 
@@ -113,8 +112,8 @@ def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
     job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
     encoder = ShardEncoder(job, options["device"])
     prepared = encoder.prepare()
-    with _bar(plan.rows, 0, options["progress"]) as bar:
-        shard = encoder.encode(plan.slices[0], prepared, bar.update)
+    with bar(plan.rows, "encoding", "text", show=options["progress"]) as shown:
+        shard = encoder.encode(plan.slices[0], prepared, shown.update)
     return _summary([shard._asdict()], prepared.dimension, plan.bad, job.output)
 
 
@@ -158,8 +157,9 @@ def _make_missing(
             manifest["prepared"] = asdict(engine.prepare())
             target.write_json(MANIFEST, manifest)
         prepared = Prepared(**manifest["prepared"])
-        with _bar(job.plan.rows, sum(slices[number].rows for number in done), progress) as bar:
-            return list(engine.make(missing, prepared, bar.update))
+        before = sum(slices[number].rows for number in done)
+        with bar(job.plan.rows, "encoding", "text", done=before, show=progress) as shown:
+            return list(engine.make(missing, prepared, shown.update))
 
 
 def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
@@ -261,10 +261,5 @@ def _plan(files: Sequence[InputFile], settings: Settings, shard_rows: int | None
     if settings.precision not in PRECISIONS:
         raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
     total, columns = sum(file.size for file in files), Columns(settings.column, settings.id_column)
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
-    with tqdm(total=total, desc="checking", **options) as bar:
-        return make_plan(files, columns, shard_rows=shard_rows, skip_bad=settings.skip_bad, tick=bar.update)
-
-
-def _bar(total: int, done: int, progress: bool) -> Any:
-    return tqdm(total=total, initial=done, desc="encoding", unit="text", disable=not progress)
+    with bar(total, "checking", "B", show=progress, keep=False) as shown:
+        return make_plan(files, columns, shard_rows=shard_rows, skip_bad=settings.skip_bad, tick=shown.update)

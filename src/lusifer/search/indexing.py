@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lusifer.data.prompts import Prompted
 from lusifer.data.reading import Block
@@ -19,6 +18,7 @@ from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
+from lusifer.progress import bar
 from lusifer.search.filters import COLUMN_TYPES, Value
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
@@ -138,7 +138,7 @@ def _add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], progress:
     prompt = store.info.prompt or ""
     counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
     chunk = _CHUNK.get(encoder.model.device.type, _CHUNK_ELSEWHERE)
-    with tqdm(total=len(entries), desc="indexing", unit="text", disable=not progress) as bar:
+    with bar(len(entries), "indexing", "text", show=progress) as shown:
         for number, begin in enumerate(range(0, len(entries), chunk), start=1):
             part = [_complete(entry, store) for entry in entries[begin : begin + chunk]]
             known = store.fetch([entry.id for entry in part])
@@ -155,7 +155,7 @@ def _add(store: Store, encoder: TextEncoder, entries: Sequence[Entry], progress:
             counts["updated"] += sum(entry.id in known for entry in new)
             counts["changed"] += len(changed)
             counts["unchanged"] += len(same) - len(changed)
-            bar.update(len(part))
+            shown.update(len(part))
             if number % _TIDY_EVERY == 0:
                 store.tidy()
     return counts
