@@ -11,32 +11,34 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.report.results import System
-from lusifer.evaluation.report.sections import sections
+from lusifer.evaluation.report.sections import report
 from lusifer.publishing import make_folder, publish_file
 
 
-def render(systems: Sequence[System], form: str, baseline: str | None = None, *, published: bool = False) -> str:
+def render(systems: Sequence[System], form: str, baselines: Sequence[str] = (), *, published: bool = False) -> str:
     """The report as text; Markdown has the tables of the page, without its bars.
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
         form: ``html`` or ``md``.
-        baseline: Name of the system to compare with.
+        baselines: Names of the systems to compare with.
         published: Whether to add the paper's tables.
     """
-    return template(f"report.{form}.j2").render(sections=sections(systems, baseline, published=published))
+    return template(f"report.{form}.j2").render(vars(report(systems, baselines, published=published)))
 
 
-def write(systems: Sequence[System], out: Path, baseline: str | None = None, *, published: bool = False) -> list[Path]:
+def write(
+    systems: Sequence[System], out: Path, baselines: Sequence[str] = (), *, published: bool = False
+) -> list[Path]:
     """Writes ``report.html`` and ``report.md``, each whole or not at all; arguments as in `render`.
 
     Raises:
-        LusiferError: If the baseline is none of the systems, or the folder cannot be written.
+        LusiferError: If a baseline is none of the systems, or the folder cannot be written.
     """
     names = [system.name for system in systems]
-    if baseline is not None and baseline not in names:
-        raise LusiferError(f"no system {baseline!r} to compare with; there are {', '.join(names)}")
-    texts = {out / f"report.{form}": render(systems, form, baseline, published=published) for form in ("html", "md")}
+    if unknown := [name for name in baselines if name not in names]:
+        raise LusiferError(f"no system {unknown[0]!r} to compare with; there are {', '.join(names)}")
+    texts = {out / f"report.{form}": render(systems, form, baselines, published=published) for form in ("html", "md")}
     for path, text in texts.items():
         try:
             make_folder(out)
