@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -337,19 +336,6 @@ def test_many_systems_are_rows_of_a_table(many):
         f"| system-{n}" for n in (6, 5, 4, 3, 2, 1, 0)
     ]
     assert 'class="bars"' not in page(read(many)) and 'class="bars"' in page(read(many[:4]))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, headless; skipped where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium")
-    with sync_api.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def test_the_page_in_a_browser(many, browser, tmp_path):

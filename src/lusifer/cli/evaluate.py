@@ -217,8 +217,8 @@ def report(
 ) -> None:
     """Puts results side by side: one self-contained HTML page, which prints to about two pages, and Markdown.
 
-    The result and its uncertainty come first, details are folded away. Takes any number of systems; compares only what all
-    of them have scored, and lists what is missing, failed or damaged.
+    The result and its uncertainty come first, details are folded away. Takes any number of systems; compares only what
+    all of them have scored, and lists what is missing, failed or damaged.
 
     Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
     """
