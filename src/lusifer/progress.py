@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from operator import length_hint
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from lusifer.terminal import visible
 Item = TypeVar("Item")
 
 _FIRST, _MOST = 5.0, 60.0  # Seconds between two lines of a log: at first, and in a job of hours.
+_SOON = 1.0  # Seconds between two figures on a screen.
 _WIDTH = 79  # Of a terminal that does not say its own, as some containers' do not.
 _LAYOUT = {True: "{desc} {percentage:3.0f}% |{bar}| {state}", False: "{desc}: {state}"}
 _commanded: list[bool] = []  # Whether the command line wants progress; empty without one.
@@ -62,11 +63,17 @@ class _Job:
 
     n: float
     total: float | None
-    _note = ""
+    disable: bool
+    _time: Callable[[], float]
+    refresh: Callable[[], object]
+    _note, _noted = "", 0.0
 
     def note(self, text: str) -> None:
-        """A job's own figures, shown after the others from now on."""
+        """A job's own figures, shown after the others from now on, also where nothing is done for long."""
         self._note = text
+        if not self.disable and self._time() - self._noted >= _SOON:
+            self._noted = self._time()
+            self.refresh()
 
     def _rate(self, facts: dict[str, Any]) -> float | None:
         rate, elapsed = facts["rate"], facts["elapsed"]
@@ -104,7 +111,7 @@ class _Bar(_Job, _shown_tqdm):
 class _Lines(_Job, _plain_tqdm):
     """The same for a file: whole lines, seldom."""
 
-    _written = 0.0  # Seconds after the begin.
+    _written, _reached = 0.0, 0.0  # When the last line was written, in seconds after the begin, and what it said.
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Writes a line, unless the one before is not long ago."""
@@ -114,7 +121,7 @@ class _Lines(_Job, _plain_tqdm):
             self._write(facts)
 
     def _write(self, facts: dict[str, Any]) -> None:
-        self._written = facts["elapsed"]
+        self._written, self._reached = facts["elapsed"], self.n
         self.fp.write(f"{self.desc}: {', '.join([*self._count(facts['unit']), *self._parts(facts)])}\n")
         self.fp.flush()
 
@@ -133,7 +140,7 @@ class _Lines(_Job, _plain_tqdm):
 
     def close(self) -> None:
         """Writes how it ended, of a job that was long enough for lines."""
-        if not self.disable and self._written:
+        if not self.disable and self._written and self._reached < self.n:
             self._write(dict(self.format_dict))
         super().close()
 

@@ -68,14 +68,31 @@ def test_a_log_gets_a_line_every_few_seconds_and_one_at_the_end(log, clock):
     with progress.bar(1500, "training", "step", show=True) as shown:
         for _ in range(12):
             clock.now += 1
-            shown.note(f"loss {shown.n / 1000:.1f}")
             shown.update(125)
+            shown.note(f"loss {shown.n / 1000:.1f}")
     lines = log.getvalue().splitlines()
     assert lines == [
         "training: 625 of 1,500 steps (42 %), 125 steps/s, 0:07 left, loss 0.5",
         "training: 1,250 of 1,500 steps (83 %), 125 steps/s, 0:01 left, loss 1.1",
-        "training: 1,500 steps, in 0:12, 125 steps/s, loss 1.4",
+        "training: 1,500 steps, in 0:12, 125 steps/s, loss 1.5",
     ]
+
+
+def test_the_last_line_is_not_written_twice(log, clock):
+    with progress.bar(2, "training", "step", show=True) as shown:
+        clock.now += 6
+        shown.update(2)
+    assert log.getvalue() == "training: 2 steps, in 0:06, 0.3 steps/s\n".replace("0.3 steps/s", "3.0 s/step")
+
+
+@pytest.mark.parametrize("where", ["log", "screen"])
+def test_a_note_shows_that_a_long_step_goes_on(where, clock, request):
+    stream = request.getfixturevalue(where)
+    with progress.bar(2, "evaluating", "task", show=True) as shown:
+        for number in range(3):
+            clock.now += 6
+            shown.note(f"{number} embedded")
+        assert "1 embedded" in stream.getvalue()
 
 
 def test_lines_get_rarer_in_a_job_of_hours(log, clock):
