@@ -27,6 +27,11 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def no_command(monkeypatch):
+    monkeypatch.setattr(progress, "_commanded", [])
+
+
 @pytest.fixture
 def clock(monkeypatch):
     moved = Clock()
@@ -57,7 +62,6 @@ def logging_as_it_was():
     yield
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    progress._commanded.clear()
 
 
 def last(screen):

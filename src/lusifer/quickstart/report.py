@@ -18,8 +18,8 @@ NAMES = {
     "lusifer": "LUSIFER",
 }
 TASKS = {"translation_retrieval": "Translation retrieval", "topic_retrieval": "Topic retrieval"}
-# Okabe and Ito's colours, for all kinds of sight; hatched what knows English alone, dotted what grey would not tell from
-# LUSIFER.
+# Okabe and Ito's colours, for all kinds of sight; hatched what knows English alone, dotted what grey would not tell
+# from LUSIFER.
 _COLOURS = {
     "encoder": "#999999",
     "llm": "#D55E00",
