@@ -147,7 +147,7 @@ def _run_here(
     model = CachedModel(cache, prompts, results.model, loaded, prompt=prompt)
     total = sum(map(cost, left))
     with bar(total, "evaluating", "text", show=progress) as shown:
-        cache.progress = lambda: shown.note(f"{cache.computed:,} embedded")
+        cache.progress = lambda: shown.note(f"embeddings: {cache.given:,} given, {cache.computed:,} computed")
         for task in left:
             shown.set_description_str(task.name)
             _score_locked(model, task, data, results)
