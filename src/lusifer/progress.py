@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from operator import length_hint
 from typing import Any, TypeVar
@@ -58,21 +58,16 @@ def _speed(rate: float, unit: str) -> str:
     return f"{rate:.1f} {_several(unit)}/s" if rate < 100 else f"{rate:,.0f} {_several(unit)}/s"
 
 
-class _Job:
+class _Job(_plain_tqdm):
     """What both kinds of bars have in common: the text beside it."""
 
-    n: float
-    total: float | None
-    disable: bool
-    _time: Callable[[], float]
-    refresh: Callable[[], object]
     _note, _noted = "", 0.0
 
     def note(self, text: str) -> None:
         """A job's own figures, shown after the others from now on, also where nothing is done for long."""
         self._note = text
-        if not self.disable and self._time() - self._noted >= _SOON:
-            self._noted = self._time()
+        if not self.disable and (elapsed := self.format_dict["elapsed"]) - self._noted >= _SOON:
+            self._noted = elapsed
             self.refresh()
 
     def _rate(self, facts: dict[str, Any]) -> float | None:
@@ -108,7 +103,7 @@ class _Bar(_Job, _shown_tqdm):
         return {**facts, "state": ", ".join(parts), "bar_format": _LAYOUT[bool(self.total)]}
 
 
-class _Lines(_Job, _plain_tqdm):
+class _Lines(_Job):
     """The same for a file: whole lines, seldom."""
 
     _written, _reached = 0.0, 0.0  # When the last line was written, in seconds after the begin, and what it said.
