@@ -133,7 +133,7 @@ def test_pairs_have_means_by_task_and_over_tasks_of_what_all_share(tmp_path):
     assert "| **mean over tasks** | 60.0 | 50.0 |" in text
     assert "<td>P1</td><td>40.0</td><td>30.0</td>" in html and "mean over pairs</span></th>" in html
     # No language has a score of its own: no empty tables.
-    assert "**mean** |" not in text and "mean over languages" not in html and "By language" not in html
+    assert "**mean** |" not in text and "mean over languages</span>" not in html and "By language" not in html
     assert "99.0" not in text + html
     assert "Gain" not in markdown(systems, "a") + page(systems, "a")
     assert "## Query language and document language\n\n### a\n" in text and "| te | 50.0 |  |" in text
@@ -273,22 +273,22 @@ def test_the_first_sentence_is_the_result_and_how_sure_it_is(tmp_path):
         scores = {"a": 0.5 + shift, "b": 0.3 + shift}
         put(tmp_path / name, "T1", "STS", scores, spoken, **known(scores, 0.01), date="2026-11-20T10:00:00Z")
     ours, theirs, third = read([tmp_path / name for name in ("ours", "theirs", "third")])
-    # 1.96 points a language, 1.96 / sqrt(2) for their mean, 1.96 for a difference of two means.
-    lead = "ours scores 60.0 ±1.4 % on average over 2 languages, 1 task"
+    # 1.96 points a language, as much for the mean of a task's languages, sqrt(2) times that for a difference.
+    lead = "ours scores 60.0 ±2.0 % on average over 2 languages, 1 task"
     alone = markdown([ours])
     assert f"**{lead}.**" in alone
     assert "ours is best in Spanish (es), 70.0 %, and weakest in Telugu (te), 50.0 %." in alone
     assert "Scored on 20 November 2026; report of " in alone and "Tasks: T1." in alone
-    assert f"**{lead}: 20.0 ±2.0 points above theirs (40.0 ±1.4 %), more than chance explains.**" in markdown(
+    assert f"**{lead}: 20.0 ±2.8 points above theirs (40.0 ±2.0 %), more than chance explains.**" in markdown(
         [theirs, ours]
     )
-    close = "1.0 ±2.0 points above third (59.0 ±1.4 %), which chance may explain"
+    close = "1.0 ±2.8 points above third (59.0 ±2.0 %), too close to tell from these scores"
     assert f"**{lead}: {close}.**" in markdown([theirs, third, ours])
     text = markdown([theirs, third, ours], "theirs", "third")
-    assert f"**{lead}: {close}.** " in text.replace("\n", " ") and "ours is 20.0 ±2.0 points above theirs" in text
+    assert f"**{lead}: {close}.** " in text.replace("\n", " ") and "ours is 20.0 ±2.8 points above theirs" in text
     assert "## Gain against theirs" in text and "## Gain against third" in text
     # A baseline that is better than everything else is not hidden.
-    assert "theirs scores 40.0 ±1.4 % on average over 2 languages, 1 task: 20.0 ±2.0 points below ours" in markdown(
+    assert "theirs scores 40.0 ±2.0 % on average over 2 languages, 1 task: 20.0 ±2.8 points below ours" in markdown(
         [ours, theirs], "ours"
     )
     assert f'<p class="lead">{lead}.</p>' in page([ours])
@@ -362,3 +362,14 @@ def test_the_page_prints_to_two_pages_at_most(many, browser, tmp_path):
         printed = page.pdf(prefer_css_page_size=True)
         assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 2
         page.close()
+
+
+def test_errors_of_tasks_are_independent_those_of_languages_add_up(tmp_path):
+    spoken = {"a": ["es"], "b": ["te"]}
+    for number in range(4):
+        put(tmp_path / "x", f"T{number}", "STS", {"a": 0.5, "b": 0.5}, spoken, **known(spoken, 0.02))
+    # One task: 3.92 points; four of them: half of that. Clustering has no error, and thins that of the others.
+    assert "x scores 50.0 ±2.0 % on average" in markdown(read([tmp_path / "x"]))
+    for number in range(4):
+        put(tmp_path / "x", f"C{number}", "Clustering", {"a": 0.5, "b": 0.5}, spoken)
+    assert "x scores 50.0 ±1.0 % on average" in markdown(read([tmp_path / "x"]))

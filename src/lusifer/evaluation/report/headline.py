@@ -87,7 +87,7 @@ def _difference(best: _Result, other: _Result) -> str:
     if best.half is None or other.half is None:
         return f"{abs(points):.1f} points {where}"
     half = math.hypot(best.half, other.half)
-    verdict = "more than chance explains" if abs(points) > half else "which chance may explain"
+    verdict = "more than chance explains" if abs(points) > half else "too close to tell from these scores"
     return f"{abs(points):.1f} ±{half:.1f} points {where}, {verdict}"
 
 

@@ -122,12 +122,19 @@ class System:
         return widths
 
     def mean_half_width(self, shared: Shared) -> float | None:
-        """Half of the 95 % interval of the mean over languages, which count as independent; None where one lacks it."""
-        languages, widths = self._by_language(shared), self.half_widths(shared)
-        for code, tasks in languages.items():
-            if code not in widths and any(scores[0].kind not in FIXED for scores in tasks.values()):
-                return None
-        return math.hypot(*widths.values()) / len(languages) if widths else None
+        """Half of the 95 % interval of the mean over languages; None where a score lacks its standard error.
+
+        Errors of one task's languages add up, since they are often translations of the same texts.
+        """
+        languages, errors = self._by_language(shared), dict[str, float]()
+        for tasks in languages.values():
+            for task, scores in tasks.items():
+                for score in scores if scores[0].kind not in FIXED else ():
+                    if score.error is None:
+                        return None
+                    weight = len(languages) * len(tasks) * len(scores)
+                    errors[task] = errors.get(task, 0.0) + score.error / weight
+        return 100 * 1.96 * math.hypot(*errors.values()) if errors else None
 
     @property
     def absent(self) -> list[str]:

@@ -15,8 +15,9 @@ from lusifer.evaluation.report.results import BIAS, RESOURCES, Shared, System, f
 
 _INTERVALS = (
     "± is half of a 95 % interval by bootstrap over queries, pairs or texts; clustering has no such items, its scores "
-    "count as fixed. Tasks and languages count as independent; that of a difference takes the two systems as "
-    "independent too, which is on the wide side, since they are scored on the same texts"
+    "count as fixed. Tasks count as independent. The interval of a mean over languages lets the errors of a task's "
+    "languages add up, as they do where the texts are translations of each other; that of a difference takes two "
+    "systems as independent, though they are scored on the same texts: both are on the wide side"
 )
 _MOST_BARS = 4  # Systems side by side as bars; more are rows of a table.
 Columns = Mapping[str, Mapping[str, float]]  # Column to row to number.
