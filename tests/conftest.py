@@ -37,7 +37,7 @@ from lusifer.model.backbones import load_tokenizer
 from lusifer.model.sentence_transformer import to_sentence_transformer
 from support.tiny import save_encoder_tokenizer, save_llm_tokenizer, sharpen
 
-pytest_plugins = ["support.authors_checkpoint", "support.command"]
+pytest_plugins = ["support.authors_checkpoint", "support.browser", "support.command"]
 
 torch.set_num_threads(1)
 

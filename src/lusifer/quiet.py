@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import TextIO
 
 from lusifer.terminal import visible, without_secrets
 
@@ -16,6 +17,16 @@ class _Shown(logging.Formatter):
         return visible(without_secrets(super().format(record)))
 
 
+class _BesideBars(logging.StreamHandler[TextIO]):
+    """Lines of a log that leave bars on the screen whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from lusifer.progress import beside_bars
+
+        with beside_bars(self.stream):
+            super().emit(record)
+
+
 def quiet_libraries(quiet: bool) -> None:
     """Logs our own messages to standard error and silences the libraries beneath, whose bars drown ours.
 
@@ -25,7 +36,10 @@ def quiet_libraries(quiet: bool) -> None:
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
-    shown = logging.StreamHandler(sys.stderr)
+    from lusifer.progress import follow_command
+
+    follow_command(not quiet)
+    shown = _BesideBars(sys.stderr)
     shown.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[shown], force=True)
     # What goes wrong inside datasets reaches the user as one line of ours.

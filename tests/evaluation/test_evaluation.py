@@ -355,8 +355,9 @@ def test_another_language_joins_what_is_scored(sib, tmp_path, monkeypatch):
     record = json.loads(result_file(out, name).read_text())
     assert set(record["languages"]) == set(record["standard_errors"]["test"]) == {"kor_Hang", "tel_Telu"}
     assert [row["hf_subset"] for row in record["scores"]["test"]] == ["tel_Telu", "kor_Hang"]
-    plan = json.loads((out / "run.json").read_text())["plan"]
-    assert plan == {name: {"splits": ["test"], "subsets": {"tel_Telu": ["te"], "kor_Hang": ["ko"]}}}
+    run = json.loads((out / "run.json").read_text())
+    assert run["asked"] == {name: ["kor_Hang"]}  # By the last command alone.
+    assert run["plan"] == {name: {"splits": ["test"], "subsets": {"tel_Telu": ["te"], "kor_Hang": ["ko"]}}}
 
 
 def test_mtebs_own_tools_read_the_results(data, tmp_path, monkeypatch):

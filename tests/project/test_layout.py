@@ -19,6 +19,7 @@ TESTS = Path(__file__).parents[1]
 # Packages and modules beside them, bottom to top: each imports only what stands before it.
 ORDER = [
     "terminal",
+    "progress",
     "errors",
     "lazy",
     "publishing",

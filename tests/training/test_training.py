@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import lusifer
 import lusifer.training.run
 import lusifer.training.stages
 from lusifer import LusiferError, LusiferModel
+from lusifer.data.everyday_set import load_everyday
 from lusifer.recipes.schema import Recipe
+from lusifer.training.outcome import everyday_embeddings, moved, outcome
 from lusifer.training.planning.dry_run import dry_run
 from lusifer.training.run import fingerprint, train
 from lusifer.training.trainer import AtomicTrainer
@@ -122,6 +125,29 @@ def test_layout_of_a_finished_run(finished):
     assert vectors.shape == (2, 48)
 
 
+def test_a_run_says_what_each_stage_did(finished):
+    rows = outcome(finished[0])
+    assert [row["stage"] for row in rows] == ["0, warm_start", "1, align", "2, contrast"]
+    start, align, contrast = (row["held-out rows"] for row in rows)
+    assert start.startswith("variance explained: ") and rows[0]["loss"] == rows[0]["English"] == ""
+    assert re.fullmatch(r"masked tokens predicted: [\d.]+% -> [\d.]+%", align)
+    assert re.fullmatch(r"loss: [\d.]+ -> [\d.]+", contrast)
+    for row in rows[1:]:
+        assert re.fullmatch(r"[\d.]+ -> [\d.]+", row["loss"]) and re.fullmatch(r"\d+:\d\d", row["time"])
+        assert -1 < float(row["English"]) < 0.9999 and -1 < float(row["other languages"]) < 0.9999
+
+
+def test_how_far_embeddings_moved_is_a_mean_of_english_and_of_the_others(finished):
+    model = lusifer.load(str(finished[0] / "model"), device="cpu")
+    before = everyday_embeddings(model)
+    assert before.shape == (64, 48) and moved(before, before) == (1.0, 1.0)
+    english = load_everyday().sentences["en"][3]
+    assert torch.allclose(before[3], torch.from_numpy(model.encode([english]))[0], atol=1e-5)
+    after = before.clone()
+    after[:8] *= -1  # A quarter of the English ones.
+    assert moved(before, after) == (0.5, 1.0)
+
+
 def test_what_each_stage_reports(finished, make):
     output, _ = finished
     reports = {name: json.loads((output / name / "stage.json").read_text()) for name in lusifer.training.run.STAGES}
@@ -141,7 +167,7 @@ def test_what_each_stage_reports(finished, make):
     # Learning rate 1e-2 on two dozen texts: it learns.
     entropy = "hidden_own_cross_entropy"
     assert reports["align"]["held_out"][entropy] < reports["align"]["held_out_before"][entropy]
-    assert reports["contrast"]["held_out"]["loss"] > 0
+    assert reports["contrast"]["held_out"]["loss"] < reports["contrast"]["held_out_before"]["loss"]
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "padding", "memory_mb"} <= logged[0].keys()
     provenance = json.loads(next((output / "model").rglob("config.json")).read_text())["provenance"]
     assert provenance["seed"] == 5 and set(provenance["stages"]) == set(lusifer.training.run.STAGES)

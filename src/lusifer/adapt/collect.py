@@ -53,24 +53,30 @@ def prepare(student: Student, train: Sequence[str], held_out: Sequence[str], rol
     return Prepared(Tokenizing(student.tokenizer, train, prompts, vocabulary, student.longest), held)
 
 
-def dictionary(student: Student, vocabulary: Sequence[str], *, most: int | None) -> Dictionary:
+def dictionary(
+    student: Student, vocabulary: Sequence[str], *, most: int | None, tick: Callable[[float], object] = lambda _: None
+) -> Dictionary:
     """Matches the student's vocabulary with English words.
 
     Args:
         student: The student.
         vocabulary: The English words.
         most: Pieces of the student's vocabulary that are tried; all when None.
+        tick: Called with the share of the work that each batch was.
     """
     pieces = foreign_pieces(student.tokenizer, vocabulary, most=most)
     if not pieces:
         return {}
     last = student.layers[-1:]
 
-    def states(texts: TokenTexts) -> Tensor:
-        return student.states(texts, torch.arange(len(texts)), layers=last).to(student.device)
-
     # Matching wants both sides; half as many English words, the most frequent, cover nearly all of the texts.
     vocabulary = vocabulary[: len(vocabulary) if most is None else max(3_000, most // 2)]
+    every = len(vocabulary) + sum(map(len, pieces.values()))
+
+    def states(texts: TokenTexts) -> Tensor:
+        rows = torch.arange(len(texts))
+        return student.states(texts, rows, layers=last, tick=lambda done: tick(done / every)).to(student.device)
+
     english = tokenize(student.tokenizer, vocabulary, [student.prompts["query"]] * len(vocabulary), [], max_length=32)
     vectors = {script: states(student.piece_texts(ids)) for script, ids in pieces.items()}
     return match_scripts(vectors, states(english), pieces)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lusifer.adapt.collect import (
     Collected,
     Deadlines,
+    Dictionary,
     Prepared,
     collect,
     dictionary,
@@ -42,6 +40,7 @@ from lusifer.adapt.work import Clock, Work
 from lusifer.errors import LusiferError
 from lusifer.model.fingerprint import model_hash
 from lusifer.model.text_encoder import TextEncoder, choose_dtype
+from lusifer.progress import bar
 from lusifer.publishing import write_json
 
 logger = logging.getLogger(__name__)
@@ -180,13 +179,14 @@ class _Run:
         texts = prepare(student, source.train, source.held_out, source.roles)
         device = student.device
         self._choose_precision()
-        with self._bar("dictionary", 1) as bar:
+        with self._bar("dictionary", 1.0) as shown:
 
-            def most() -> int | None:
-                return options.most_pieces or pieces_within(student, self.clock, self.shares["dictionary"])
+            def compute() -> Dictionary:
+                most = options.most_pieces or pieces_within(student, self.clock, self.shares["dictionary"])
+                return dictionary(student, texts.train.vocabulary, most=most, tick=shown.update)
 
-            matches = load_dictionary(self.work, lambda: dictionary(student, texts.train.vocabulary, most=most()))
-            bar.update(1)
+            matches = load_dictionary(self.work, compute)
+            shown.update(1 - shown.n)
         if not matches:
             logger.warning(
                 "the encoder's vocabulary has no whole words to switch to: learning from plain English alone"
@@ -223,7 +223,7 @@ class _Run:
         student.bfloat16 = name == "bfloat16"
 
     def _collect(self, texts: Prepared, switcher: Switcher) -> Collected:
-        with self._bar("closed form", len(texts.train), "text") as bar:
+        with self._bar("closed form", len(texts.train), "text") as shown:
             return collect(
                 self.work,
                 self.student,
@@ -236,7 +236,7 @@ class _Run:
                 ),
                 most_stored=self.options.most_stored,
                 seed=self.options.seed,
-                bar=partial(self._advance, bar),
+                bar=partial(self._advance, shown),
             )
 
     def _start(self, data: Collected) -> tuple[LayerHead, Tensor]:
@@ -255,7 +255,7 @@ class _Run:
         return agreement(vectors.cpu().numpy(), targets.numpy())
 
     def _train_head(self, head: LayerHead, data: Collected, columns: Tensor) -> None:
-        with self._bar("MLP", 1.0) as bar:
+        with self._bar("MLP", 1.0) as shown:
             train_head(
                 self.work,
                 head,
@@ -265,11 +265,11 @@ class _Run:
                 seconds=max(1.0, self.clock.until(self.shares["head"])),
                 rates=self.pace.rates,
                 seed=self.options.seed,
-                bar=partial(self._advance, bar),
+                bar=partial(self._advance, shown),
             )
 
     def _train_encoder(self, head: LayerHead, texts: Prepared, data: Collected, switcher: Switcher) -> int:
-        with self._bar("encoder", 1.0) as bar:
+        with self._bar("encoder", 1.0) as shown:
             return train_encoder(
                 self.work,
                 self.student,
@@ -283,7 +283,7 @@ class _Run:
                 tokens=self.pace.tokens,
                 rates=self.pace.rates,
                 seed=self.options.seed,
-                bar=partial(self._advance, bar),
+                bar=partial(self._advance, shown),
             )
 
     def _finish(
@@ -323,17 +323,14 @@ class _Run:
         save(model, output / "model", origin, report)
         return report
 
-    def _advance(self, bar: Any, done: float, loss: float | None = None) -> None:
+    def _advance(self, shown: Any, done: float, loss: float | None = None) -> None:
         if loss is not None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(min(done, max(0.0, bar.total - bar.n)))
+            shown.note(f"loss {loss:.3f}")
+        shown.update(min(done, max(0.0, shown.total - shown.n)))
         self.keep_time()
 
-    @contextmanager
-    def _bar(self, what: str, total: float, unit: str = "") -> Iterator[Any]:
-        layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}" if not unit else None
-        with tqdm(total=total, desc=what, unit=unit, disable=not self.progress, bar_format=layout) as bar:
-            yield bar
+    def _bar(self, what: str, total: float, unit: str = "") -> Any:
+        return bar(total, what, unit, show=self.progress)
 
 
 def _hidden(texts: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ class Student:
         switcher: Switcher | None = None,
         generator: torch.Generator | None = None,
         layers: list[int] | None = None,
+        tick: Callable[[int], object] = lambda _: None,
     ) -> Tensor:
         """Mean states of texts, (len(rows), width x layers) float32 on the CPU.
 
@@ -114,6 +116,7 @@ class Student:
             switcher: Switches every text, where given.
             generator: Its source of chance.
             layers: The layers; `layers` when None.
+            tick: Called after each batch with the number of its texts.
         """
         layers = layers or self.layers
         result = torch.empty(len(rows), self.width * len(layers))
@@ -124,6 +127,7 @@ class Student:
                 ids, mask = switcher(ids, mask, words, 1.0, generator)
             with self.autocast():
                 result[part] = mean_states(self.encoder, ids, mask, layers).float().cpu()
+            tick(len(part))
         return result
 
     @property

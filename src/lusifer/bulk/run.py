@@ -15,8 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lusifer.bulk.job import OUTPUT_DTYPES, Job, Plan, Prepared, Settings, ShardFacts, read_facts, schema, shard_name
 from lusifer.bulk.journal import kept_rows, pieces, remove
 from lusifer.bulk.plan import make_plan
@@ -28,6 +26,7 @@ from lusifer.errors import LusiferError
 from lusifer.loading import resolve
 from lusifer.locks import alone_at
 from lusifer.model.fingerprint import model_hash
+from lusifer.progress import bar
 from lusifer.storage import Folder, is_remote
 from lusifer.terminal import without_secrets
 
@@ -122,8 +121,8 @@ def _encode_file(run: dict[str, Any], **options: Any) -> dict[str, Any]:
     job = Job(**run, plan=plan, threads=options["threads"] or _threads(1))
     encoder = ShardEncoder(job, options["device"])
     prepared = encoder.prepare()
-    with _bar(plan.rows, 0, options["progress"]) as bar:
-        shard = encoder.encode(plan.slices[0], prepared, bar.update)
+    with bar(plan.rows, "encoding", "text", show=options["progress"]) as shown:
+        shard = encoder.encode(plan.slices[0], prepared, shown.update)
     return _summary([shard._asdict()], prepared.dimension, plan.bad, job.output)
 
 
@@ -180,8 +179,8 @@ def _make_missing(
             target.write_json(MANIFEST, manifest)
         prepared = Prepared(**manifest["prepared"])
         before = sum(slices[number].rows for number in done) + kept_rows(target.names(), done)
-        with _bar(job.plan.rows, before, progress) as bar:
-            return list(engine.make(missing, prepared, bar.update))
+        with bar(job.plan.rows, "encoding", "text", done=before, show=progress) as shown:
+            return list(engine.make(missing, prepared, shown.update))
 
 
 def _engine(job: Job, *, engine: str, processes: int, device: str | None, threads: int | None) -> Any:
@@ -285,11 +284,6 @@ def _plan(files: Sequence[InputFile], settings: Settings, shard_rows: int | None
     if settings.precision not in PRECISIONS:
         raise LusiferError(f"no precision {settings.precision!r}; there are {', '.join(PRECISIONS)}")
     total, columns = sum(file.size for file in files), Columns(settings.column, settings.id_column)
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": not progress}
-    with tqdm(total=total, desc="checking", **options) as bar:
-        kept: dict[str, Any] = {"metadata": settings.metadata, "skip_bad": settings.skip_bad}
-        return make_plan(files, columns, shard_rows=shard_rows, **kept, tick=bar.update)
-
-
-def _bar(total: int, done: int, progress: bool) -> Any:
-    return tqdm(total=total, initial=done, desc="encoding", unit="text", disable=not progress)
+    kept: dict[str, Any] = {"metadata": settings.metadata, "skip_bad": settings.skip_bad}
+    with bar(total, "checking", "B", show=progress, keep=False) as shown:
+        return make_plan(files, columns, shard_rows=shard_rows, **kept, tick=shown.update)

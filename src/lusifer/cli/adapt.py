@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
-from lusifer.cli.console import Device, Json, Quiet, emit, say
+from lusifer.cli.console import Device, Json, Quiet, emit, say, say_next
 from lusifer.quiet import quiet_libraries
 
 
@@ -88,4 +89,8 @@ def adapt(
         return
     for line in summary(report):
         say(line)
-    say(f"model: {output / 'model'}")
+    model = output / "model"
+    say(f"model: {model}")
+    if not quiet:
+        index = quote(teacher) if Path(teacher).is_dir() and not (Path(teacher) / "modules.json").is_file() else "INDEX"
+        say_next([f'lusifer search {index} "..." --model {quote(str(model))}', f"lusifer evaluate {quote(str(model))}"])

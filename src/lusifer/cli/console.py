@@ -47,6 +47,12 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo(visible(text), err=err)
 
 
+def say_next(commands: Iterable[str]) -> None:
+    """Prints what a user would run next, ready to be copied."""
+    for number, command in enumerate(commands):
+        say(f"{'next: ' if number == 0 else '      '}{command}")
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table of text to standard output."""
     from rich.console import Console

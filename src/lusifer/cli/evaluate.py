@@ -225,22 +225,23 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
     baseline: Annotated[
-        list[str] | None, typer.Option(help="Folder name of a system to compare with; several times for several.")
+        list[str] | None, typer.Option(help="Folder name of a system to compare with; may be given again.")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Add the paper's Tables 1 and 2, not measured here.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Puts results side by side: one self-contained HTML page and Markdown.
+    """Puts results side by side: one self-contained HTML page, which prints to about two pages, and Markdown.
 
-    Compares only what all systems have scored, and lists what is missing, failed or damaged.
+    The result and its uncertainty come first, details are folded away. Takes any number of systems; compares only what
+    all of them have scored, and lists what is missing, failed or damaged.
 
     Example: `lusifer report runs/eval/starter runs/eval/encoder --baseline encoder`
     """
     from lusifer.evaluation.report import read, write
 
-    paths = write(read(results), out, baseline, published=published)
+    paths = write(read(results), out, baseline or (), published=published)
     emit({"files": [str(path) for path in paths]}) if as_json else say("\n".join(str(path) for path in paths))
 
 

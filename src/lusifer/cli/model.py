@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 from lusifer.cli.console import Json, Model, Quiet, emit, print_table, say
 from lusifer.quiet import quiet_libraries
+
+logger = logging.getLogger(__name__)
 
 convert_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of other formats as ours."
@@ -64,8 +67,11 @@ def merge(
     from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 
     with alone_at_new(output):
+        logger.info("loading %s", model)
         loaded = load_checkpoint(model)
+        logger.info("merging the adapters")
         lusifer_model(loaded).merge()
+        logger.info("writing %s", output)
         save_atomically(loaded, output)
     say(f"standalone checkpoint: {output}")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
-from lusifer.cli.console import Json, Quiet, emit, print_table, say
+from lusifer.cli.console import Json, Quiet, emit, print_table, say, say_next
 from lusifer.quiet import quiet_libraries
 
 
@@ -113,7 +114,24 @@ def train(
     from lusifer.training.run import train as run
 
     folder = (train_llm_alone if llm_alone else run)(checked, progress=not quiet)
-    emit({"model": str(folder)}) if as_json else say(f"model: {folder}")
+    if as_json:
+        emit({"model": str(folder)})
+        return
+    if not llm_alone and not quiet:
+        _show_outcome(Path(checked.output))
+    say(f"model: {folder}")
+    if not quiet:
+        say_next(
+            [f"lusifer evaluate {quote(str(folder))}", f"lusifer index add my-index FILES --model {quote(str(folder))}"]
+        )
+
+
+def _show_outcome(output: Path) -> None:
+    from lusifer.training.outcome import outcome
+
+    if rows := outcome(output):
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+        say("English, other languages: mean cosine with the embeddings before the stage, of everyday sentences")
 
 
 def _show_sets(sets: list[dict[str, Any]]) -> None:

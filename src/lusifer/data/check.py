@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lusifer.data.everyday_set import load_everyday
 from lusifer.data.mixture import Stratum, open_strata, steps_of_sets
@@ -22,6 +21,7 @@ from lusifer.data.sources import find_files
 from lusifer.errors import LusiferError
 from lusifer.model.backbone_pair import check_window
 from lusifer.model.backbones import load_config, load_tokenizer
+from lusifer.progress import track
 from lusifer.recipes.schema import AlignRecipe, ContrastRecipe, DataRecipe, Recipe
 from lusifer.storage import is_remote
 from lusifer.terminal import without_secrets
@@ -68,7 +68,7 @@ def evaluation_texts(folders: Sequence[str | Path], *, progress: bool = False) -
     names = {_digest(text): "the everyday set" for texts in load_everyday().sentences.values() for text in texts}
     for folder in map(str, folders):
         files = find_files(folder)
-        for file in tqdm(files, desc="reading evaluation data", disable=not progress or None, leave=False):
+        for file in track(files, "reading evaluation data", "file", show=progress):
             shown = file.url if is_remote(folder) else os.path.relpath(file.url, Path(folder).expanduser())
             for block in read_blocks([file]):
                 names |= {_digest(text): file.url if shown == "." else shown for text in _texts_of(block)}
@@ -113,7 +113,7 @@ def scan(rows: Rows, against: dict[int, str], *, progress: bool = False) -> dict
     duplicates = negatives = leaks = 0
     examples: list[str] = []
     title = f"checking {without_secrets(rows.item.source)}"
-    for row in tqdm(range(len(rows)), desc=title, unit=" rows", disable=not progress or None, leave=False):
+    for row in track(range(len(rows)), title, "row", show=progress):
         texts = _texts_by_column(rows[row])
         negatives += len(texts.get("negative", []))
         digests = {name: [_digest(text) for text in several] for name, several in texts.items()}

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lusifer.data.pairs import Problem, Texts, read_problem
 from lusifer.data.prompts import Role
 from lusifer.data.records import Records, open_records
 from lusifer.errors import LusiferError, first_line
 from lusifer.locks import alone_at, tidy
+from lusifer.progress import bar, track
 from lusifer.publishing import publish_file, sweep, write_json
 from lusifer.recipes.schema import DataRecipe
 from lusifer.terminal import without_secrets
@@ -80,8 +80,8 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
     dimension = embed([texts[0]]).shape[1]
     width = 2 * dimension
     done = stored // (width * _CHUNK) * _CHUNK if stored < width * len(texts) else len(texts)
-    bar = tqdm(total=len(texts), initial=done, desc=progress, unit=" texts", leave=False, disable=not progress or None)
-    with bar, path.open("ab") as file:
+    shown = bar(len(texts), progress or "", "text", done=done, show=progress is not None)
+    with shown, path.open("ab") as file:
         file.truncate(done * width)
         for start in range(done, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
@@ -92,7 +92,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
             file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
             file.flush()
             os.fsync(file.fileno())  # What is there counts as done.
-            bar.update(len(chunk))
+            shown.update(len(chunk))
     return np.memmap(path, dtype=np.float16, mode="r", shape=(len(texts), dimension))
 
 
@@ -305,7 +305,7 @@ def _choose_all(
     k = min(settings.range_max + 2 * max(map(len, problem.own)), len(passages))
     chosen: list[list[int]] = [[] for _ in problem.rows]
     positive_sum, negative_scores = 0.0, []
-    with tqdm(total=len(queries), desc="searching", unit=" queries", leave=False, disable=not progress or None) as bar:
+    with bar(len(queries), "searching", "query", show=progress) as shown:
         for start, scores, index in nearest(queries, passages, k, device):
             for query, best, candidates in zip(range(start, len(queries)), scores.numpy(), index.numpy(), strict=False):
                 own = np.isin(kinds[candidates], list(problem.own[query]))
@@ -315,7 +315,7 @@ def _choose_all(
                     chosen[row], kept = choose(best, candidates, own, positive, settings)
                     positive_sum += positive
                     negative_scores.append((len(kept), sum(kept)))
-            bar.update(len(scores))
+            shown.update(len(scores))
     counts = np.array([count for count, _ in negative_scores])
     total = counts.sum()
     return chosen, {
@@ -334,7 +334,7 @@ def _write_rows(output: Path, records: Records, problem: Problem, chosen: list[l
         file: Any = stack.enter_context(stack.enter_context(publish_file(output)).open("wb"))
         if output.suffix == ".gz":  # The name and the time would make equal outputs differ.
             file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-        for row in tqdm(range(len(records)), "writing", unit=" rows", leave=False, disable=not progress or None):
+        for row in track(range(len(records)), "writing", "row", show=progress):
             kept = {name: value for name, column in labels if (value := column[row].as_py()) is not None}
             record = {**kept, **records[row], "negative": [texts[number] for number in chosen[row]]}
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")

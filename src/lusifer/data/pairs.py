@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from tqdm.auto import tqdm
-
 from lusifer.data.check import normalise
 from lusifer.data.records import Records
+from lusifer.progress import track
 
 
 class Texts:
@@ -59,7 +58,7 @@ def read_problem(records: Records, corpus: Records | None, progress: bool) -> Pr
     queries, passages = Texts(), Texts()
     rows: list[tuple[int, list[int]]] = []
     own: list[set[int]] = []
-    for row in tqdm(range(len(records)), "reading texts", unit=" rows", leave=False, disable=not progress or None):
+    for row in track(range(len(records)), "reading texts", "row", show=progress):
         record = records[row]
         query = queries.add(record["query"])
         if query == len(own):

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm.auto import tqdm
 
 from lusifer.data.reading import hub_blocks, load_hub_set, read_blocks
 from lusifer.data.sources import files_of_recipe, unit_of
@@ -26,6 +25,7 @@ from lusifer.data.validation import MAX_CHARACTERS, canonical, repeated_id
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.datasets import fingerprint
 from lusifer.locks import alone_at, tidy
+from lusifer.progress import bar
 from lusifer.publishing import make_folder, publish_file
 from lusifer.recipes.schema import DataRecipe
 from lusifer.starter.fetch import cache_dir
@@ -162,15 +162,15 @@ def open_records(item: DataRecipe, *, seed: int = 0) -> Records:
 
 
 def _write(item: DataRecipe, path: Path) -> None:
-    bar = tqdm(desc=f"reading {without_secrets(item.source)}", unit=" rows", disable=None, delay=2, leave=False)
-    with publish_file(path) as staging, staging.open("wb") as file, bar:
+    reading = bar(None, f"reading {without_secrets(item.source)}", "row", keep=False)
+    with publish_file(path) as staging, staging.open("wb") as file, reading:
         batches = _batches(item)
         if (first := next(batches, None)) is None:
             raise LusiferError(f"the data set {item.source!r} is empty")
         with pa.ipc.new_file(file, first.schema) as writer:
             for batch in chain([first], batches):
                 writer.write_batch(batch)
-                bar.update(batch.num_rows)
+                reading.update(batch.num_rows)
 
 
 def _check_set(records: Records) -> None:

@@ -39,13 +39,14 @@ class EmbeddingCache:
 
     Attributes:
         computed: Texts embedded so far, without those found on disk.
-        progress: Called after each chunk that was embedded.
+        given: Texts whose embeddings were given so far.
+        progress: Called after each chunk that was embedded, and at the end of each call.
     """
 
     def __init__(self, path: Path, embed: Callable[[list[str]], Vectors]) -> None:
         self.embed = embed
         self.progress: Callable[[], None] = lambda: None
-        self.computed = 0
+        self.computed = self.given = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.base = _open(path)
@@ -72,6 +73,8 @@ class EmbeddingCache:
             vectors.update(zip(part, computed, strict=True))
             self.computed += len(part)
             self.progress()
+        self.given += len(texts)
+        self.progress()
         return np.stack([vectors[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
 
     def _known(self, keys: list[bytes]) -> dict[bytes, Vectors]:

@@ -16,11 +16,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from lusifer.data.everyday_set import load_everyday
 from lusifer.errors import LusiferError
 from lusifer.model.backbone_alone import Embed
+from lusifer.progress import track
 
 Scores = dict[str, dict[str, float]]
 
@@ -71,7 +71,7 @@ def score(
     own = embed(data.sentences["en"])
     found = own if english is None else english.to(own.device)
     scores: Scores = {"translation_retrieval": {}, "topic_retrieval": {}}
-    for language in tqdm(chosen, desc="scoring languages", disable=not progress, leave=False):
+    for language in track(chosen, "scoring languages", "language", show=progress):
         vectors = own if language == "en" else embed(data.sentences[language])
         if language != "en":
             scores["translation_retrieval"][language] = translation_accuracy(found, vectors)

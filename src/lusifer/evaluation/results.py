@@ -152,8 +152,9 @@ class Results(ResultCache):
             for path in (folder, out / "failures"):
                 make_folder(path)
             write_json(folder / "model_meta.json", json.loads(json.dumps(self.model.to_dict(), default=str)))
-            asked = {key: self.settings[key] for key in ("model", "model_hash", "prompts")}
-            write_json(out / _RUN, {**before, **asked, "plan": plan})
+            about = {key: self.settings[key] for key in ("model", "model_hash", "prompts")}
+            last = {task.name: list(task.subsets) for task in tasks}
+            write_json(out / _RUN, {**before, **about, "plan": plan, "asked": last})
         except OSError as error:
             raise LusiferError(f"cannot write into {str(out)!r}: {first_line(error)}") from error
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import mteb
 from mteb.types import PromptType
-from tqdm.auto import tqdm
 
 from lusifer.data.prompts import prompt_for
 from lusifer.errors import LusiferError, first_line
@@ -35,6 +34,7 @@ from lusifer.evaluation.tasks import cost, data_revision, mteb_task
 from lusifer.hooks.datasets import arrow_cache
 from lusifer.hooks.mteb import PREDICTIONS_TAKEN
 from lusifer.locks import BusyError, alone_at, tidy
+from lusifer.progress import bar
 from lusifer.publishing import write_json
 from lusifer.quiet import quiet_libraries
 from lusifer.starter.fetch import cache_dir
@@ -147,12 +147,12 @@ def _run_here(
     model = CachedModel(cache, prompts, results.model, loaded, prompt=prompt)
     model.own = {task.name: task.own.instruction for task in left if task.own and task.own.instruction}
     total = sum(map(cost, left))
-    with tqdm(total=total, unit="text", unit_scale=True, disable=not progress, smoothing=0.05) as bar:
-        cache.progress = lambda: bar.set_postfix_str(f"{cache.computed:,} embedded")
+    with bar(total, "evaluating", "text", show=progress) as shown:
+        cache.progress = lambda: shown.note(f"embeddings: {cache.given:,} given, {cache.computed:,} computed")
         for task in left:
-            bar.set_description(task.name)
+            shown.set_description_str(task.name)
             _score_locked(model, task, data, results)
-            bar.update(cost(task))
+            shown.update(cost(task))
 
 
 def _score_locked(model: CachedModel, task: Task, data: Path | None, results: Results) -> None:

@@ -16,7 +16,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lusifer.errors import LusiferError, first_line
@@ -29,6 +28,7 @@ from lusifer.model.configuration import LusiferConfig
 from lusifer.model.fingerprint import weight_files
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.sentence_transformer import save_around
+from lusifer.progress import bar, track
 from lusifer.publishing import publish_folder, write_json
 from lusifer.starter.fetch import cache_dir
 from lusifer.trust import check_folder
@@ -208,7 +208,7 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
     if not files:
         raise OtherBackboneError(f"the backbone {backbone!r} has no safetensors to compare with; convert with --merge")
     names = [n for n in source.files if n.startswith(f"{part}.") and ".lora_" not in n and not UNUSED.match(n)]
-    for name in tqdm(names, desc=f"comparing with {backbone}", unit="tensor", disable=not progress, leave=False):
+    for name in track(names, f"comparing with {backbone}", "tensor", show=progress):
         inner = name.removeprefix(f"{part}.")
         stored = next((prefix + inner for prefix in PARTS[part][1] if prefix + inner in files), None)
         if stored is None:
@@ -244,12 +244,12 @@ def _write_weights(folder: Path, source: Source, model: LusiferModel, progress: 
     standalone = model.config.standalone
     state = {name: tensor for name, tensor in model.state_dict().items() if standalone or _is_trained(name)}
     plan = split_torch_state_dict_into_shards(state, max_shard_size=_FILE_BYTES)
-    with tqdm(total=len(state), desc="converting", unit="tensor", disable=not progress) as bar:
+    with bar(len(state), "converting", "tensor", show=progress) as shown:
         for file, tensors in plan.filename_to_tensors.items():
             shard = {}
             for name in tensors:
                 shard[name] = _read_tensor(source, name, standalone)
-                bar.update()
+                shown.update()
             try:
                 save_file(shard, folder / file, metadata={"format": "pt"})
             except SafetensorError as error:

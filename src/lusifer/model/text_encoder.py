@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
@@ -32,6 +31,7 @@ from lusifer.model.adapters import inference_copy
 from lusifer.model.modeling import LusiferModel
 from lusifer.model.packing import can_pack, embed_packed
 from lusifer.model.token_batches import PASS_TOKENS, exact_batches
+from lusifer.progress import bar
 
 WINDOW = 4096
 _CHARACTERS = 1 << 22  # Of a window: a token takes some 100 bytes while it is with the tokenizer.
@@ -266,8 +266,8 @@ class TextEncoder:
         """
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         begin = 0
-        with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress) as bar:
-            for vectors in self.stream(texts, bar.update):
+        with bar(len(texts), "encoding", "text", show=progress) as shown:
+            for vectors in self.stream(texts, shown.update):
                 embeddings[begin : begin + len(vectors)] = vectors
                 begin += len(vectors)
         return embeddings

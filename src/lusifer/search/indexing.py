@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from lusifer.data.prompts import Prompted
 from lusifer.data.reading import Block
@@ -18,6 +17,7 @@ from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
 from lusifer.errors import LusiferError
+from lusifer.progress import bar
 from lusifer.search.lexical import script
 from lusifer.search.store import Entry, Store
 
@@ -154,10 +154,10 @@ def bring(store: Store, parts: Iterable[Part], total: int, *, progress: bool = F
         if doubled := store.heal():
             logger.warning("%s: %d rows of ids that stood there twice are removed", store.location, doubled)
         counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
-        with tqdm(total=total, desc="indexing", unit="text", disable=not progress) as bar:
+        with bar(total, "indexing", "text", show=progress) as shown:
             for number, part in enumerate(parts, start=1):
                 _bring(store, part, counts)
-                bar.update(len(part.entries))
+                shown.update(len(part.entries))
                 if number % _TIDY_EVERY == 0:
                     store.tidy()
         if counts["unchanged"] < sum(counts.values()) or doubled:

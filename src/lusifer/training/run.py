@@ -31,6 +31,7 @@ from lusifer.publishing import make_folder, publish_file, write_json
 from lusifer.recipes.schema import DataRecipe, GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
+from lusifer.training.outcome import everyday_embeddings, moved
 from lusifer.training.precision import data_types, restore_data_types, settle
 from lusifer.training.processes import (
     alone_in,
@@ -258,7 +259,7 @@ def _run_stage(
     if name == "warm_start":
         result = run_warm_start(recipe, model, progress)
     else:
-        run = run_align if name == "align" else run_contrast
+        run, before = run_align if name == "align" else run_contrast, everyday_embeddings(model)
         result = run(recipe, model, folder / "checkpoints", progress)
         trained, metrics = result.pop("trained"), result.pop("metrics")
         if metrics is not None:
@@ -268,6 +269,7 @@ def _run_stage(
             prepare_stage(recipe, name, lusifer_model(model))
             load_trained(lusifer_model(model), trained)
         restore_data_types(lusifer_model(model), types)
+        result["moved"] = moved(before, everyday_embeddings(model))._asdict()
     seconds = time.monotonic() - started
     config = lusifer_model(model).config
     outcome = {**{key: value for key, value in result.items() if key != "history"}, "seconds": round(seconds, 1)}

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from lusifer.data.collate import AlignCollator, ContrastCollator, column_texts, llm_preprocess, source_texts
 from lusifer.data.mixture import Mixture
@@ -37,7 +37,7 @@ from lusifer.training.precision import hold_trained_in_float32
 from lusifer.training.processes import first_process_says, processes
 from lusifer.training.sharding import shard
 from lusifer.training.teaching import vectors_of
-from lusifer.training.trainer import AtomicTrainer, Bar, SaveOnSignal
+from lusifer.training.trainer import AtomicTrainer, Progress, SaveOnSignal
 from lusifer.training.warm_start import fit_connector, start_connector
 
 logger = logging.getLogger(__name__)
@@ -222,8 +222,8 @@ def contrast(
 
     Returns:
         ``history``, what was logged; ``loss``, the mean over all steps; ``trained``, name to tensor on the CPU;
-        ``metrics``, a function of a model that measures held-out rows, or None without such rows; with a teacher,
-        ``held_out_before``, what it measured before the stage.
+        ``metrics``, a function of a model that measures held-out rows, or None without such rows;
+        ``held_out_before``, what it measured before the stage; with a teacher, ``teacher_hash``.
 
     Raises:
         LusiferError: If the batch does not divide by the number of processes, a checkpoint cannot be read or
@@ -250,12 +250,11 @@ def contrast(
         return {name: sum(values) / len(values) for name, values in figures.items()}
 
     metrics = measure if batches else None
-    if teacher is None:
-        return _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
     loss.to(next(model.parameters()).device)
     before = measure(model) if batches else {}
     result = _train(recipe, "contrast", model, loss, mixture, collator, folder, metrics, progress)
-    return {**result, "held_out_before": before, "teacher_hash": teacher.hash}
+    result["held_out_before"] = before
+    return result if teacher is None else {**result, "teacher_hash": teacher.hash}
 
 
 def _train(
@@ -272,7 +271,7 @@ def _train(
     """Runs a gradient stage, from its last checkpoint if there is one; the result is that of `contrast`."""
     stage: GradientStage = getattr(recipe, name)
     eval_steps = stage.eval_steps if metrics else None
-    arguments = _training_arguments(recipe, name, folder, eval_steps, progress)
+    arguments = _training_arguments(recipe, name, folder, eval_steps)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent.parent / "logs" / folder.parent.name)
     listener, state = SaveOnSignal(), processes()
     if state.is_main_process:  # Before the trainer makes it, which syncs nothing.
@@ -284,15 +283,15 @@ def _train(
     if recipe.scale.strategy == "fsdp2" and state.num_processes > 1:
         shard(model, device=state.device, ranks=state.num_processes, cpu_offload=recipe.scale.cpu_offload)
         trainer.keep_as_sharded()
-    # Both write the losses to standard output, which belongs to --json.
+    # It writes the losses to standard output, which belongs to --json.
     trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(Bar)
     set_seed(arguments.seed)
     last = first_process_says(lambda: last_intact(folder))
     if last:
         logger.info("resuming from %s", last)
-    with listener.listening():
+    shown = Progress(f"stage {STAGES.index(name)}, {name}", stage.steps, show=progress)
+    trainer.add_callback(shown)
+    with listener.listening(), shown:
         trainer.train(resume_from_checkpoint=last and str(last))
     if listener.asked:
         raise LusiferError("stopped by SIGTERM; a checkpoint is saved, and the same command goes on from it")
@@ -300,7 +299,7 @@ def _train(
     return {"loss": trainer.loss_sum / stage.steps, "history": history, "trained": trained, "metrics": metrics}
 
 
-def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int | None, progress: bool) -> OneDevice:
+def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int | None) -> OneDevice:
     """A stage's settings as transformers knows them."""
     stage: GradientStage = getattr(recipe, name)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -328,6 +327,6 @@ def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int
         seed=_seed(recipe, name),
         data_seed=_seed(recipe, name),
         use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=not progress,
+        disable_tqdm=True,  # In favour of `Progress`.
         **stage.model_dump(include=_ARGUMENTS),
     )

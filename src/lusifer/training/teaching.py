@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lusifer.data.mixture import Mixture
@@ -19,6 +18,7 @@ from lusifer.data.prompts import Role
 from lusifer.errors import LusiferError
 from lusifer.loading import adapted_from, resolve
 from lusifer.model.configuration import ADAPTED_TYPE
+from lusifer.progress import track
 from lusifer.recipes.schema import Recipe
 from lusifer.teacher.vectors import TeacherVectors
 from lusifer.training.checks import embedding_dimension
@@ -84,8 +84,8 @@ def vectors_of(name: str | None, mixture: Mixture, texts_of: TextsOf, *, progres
     rank, size = on_machine()  # Each machine has a cache of its own.
     held_out, steps = mixture.held_out_examples()[rank::size], range(rank, mixture.steps, size)
     batches = chain(held_out, (_examples(mixture, step) for step in steps))
-    options: dict[str, Any] = {"desc": "teacher's vectors", "unit": "step", "disable": not progress or rank > 0}
-    for examples in tqdm(batches, total=len(held_out) + len(steps), **options):
+    total = len(held_out) + len(steps)
+    for examples in track(batches, "teacher's vectors", "step", total=total, show=progress, keep=True):
         more = texts_of(examples)
         texts, roles = texts + more[0], roles + more[1]
         if len(texts) >= _AT_ONCE:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.data import SequentialSampler
-from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.hooks.trainer import OpenTrainer
+from lusifer.progress import bar
 from lusifer.publishing import make_folder, put_in_place, sync_tree, write_json
 from lusifer.recipes.schema import GradientStage
 from lusifer.training.checkpoints import OPTIMIZER, RANKS, SCHEDULER, TRAINABLE, write_checksums
@@ -62,22 +63,43 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-class Bar(ProgressCallback):
-    """The progress bar, with the latest figures beside it instead of lines of them."""
+class Progress(TrainerCallback):
+    """A stage's steps as a `lusifer.progress.bar`, with the latest losses and the speed beside them.
 
-    _SHOWN = {"loss": "loss", "tokens_per_second": "tok/s", "padding": "padding"}
+    Args:
+        what: The stage.
+        steps: All its steps.
+        show: Whether to show anything.
+    """
+
+    _SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+
+    def __init__(self, what: str, steps: int, *, show: bool) -> None:
+        self._open = partial(bar, steps, what, "step", show=show)
+        self._bar: Any = None
+        self._figures: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins the bar, also where the environment switches the bars of libraries off, as our command does."""
-        self.current_step = 0
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=False)
+        """Begins the bar where the checkpoint stands."""
+        self._bar = self._open(done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves it on."""
+        self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Shows loss, speed and padding."""
-        if self.training_bar is not None and logs:
-            shown = {name: f"{logs[key]:.3g}" for key, name in self._SHOWN.items() if key in logs}
-            self.training_bar.set_postfix(shown)
+        """Shows what was logged last of losses and speed."""
+        self._figures |= {key: value for key, value in (logs or {}).items() if key in self._SHOWN}
+        if self._bar is not None:
+            shown = [form.format(self._figures[key]) for key, form in self._SHOWN.items() if key in self._figures]
+            self._bar.note(", ".join(shown))
 
 
 class SaveOnSignal(TrainerCallback):

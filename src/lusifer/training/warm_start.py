@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lusifer.errors import LusiferError
 from lusifer.model.modeling import LusiferModel
+from lusifer.progress import track
 
 _WORD = re.compile(r"\w+|[^\w\s]+")
 _SPACED = re.compile(r"\S+")
@@ -191,7 +191,7 @@ def fit_connector(
     sums = _Moments()
     batches = aligned_words(model, encoder_tokenizer, llm_tokenizer, texts[:fitted])
     total = -(-fitted // _BATCH)
-    for x, y in tqdm(batches, total=total, desc="stage 0: aligning words", disable=not progress, leave=False):
+    for x, y in track(batches, "stage 0, warm start", "batch", total=total, show=progress, keep=True):
         sums.add(x, y)
     if sums.count < 2:
         raise LusiferError(

@@ -11,31 +11,24 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.report.results import System
-from lusifer.evaluation.report.sections import sections
+from lusifer.evaluation.report.sections import report
 from lusifer.publishing import make_folder, publish_file
 
 
-def render(
-    systems: Sequence[System], form: str, baselines: str | Sequence[str] | None = None, *, published: bool = False
-) -> str:
+def render(systems: Sequence[System], form: str, baselines: Sequence[str] = (), *, published: bool = False) -> str:
     """The report as text; Markdown has the tables of the page, without its bars.
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
         form: ``html`` or ``md``.
-        baselines: Names of the systems to compare with, or the name of one.
+        baselines: Names of the systems to compare with.
         published: Whether to add the paper's tables.
     """
-    return template(f"report.{form}.j2").render(sections=sections(systems, _names(baselines), published=published))
-
-
-def _names(baselines: str | Sequence[str] | None) -> list[str]:
-    """Each of the baselines once."""
-    return list(dict.fromkeys([baselines] if isinstance(baselines, str) else baselines or []))
+    return template(f"report.{form}.j2").render(vars(report(systems, baselines, published=published)))
 
 
 def write(
-    systems: Sequence[System], out: Path, baselines: str | Sequence[str] | None = None, *, published: bool = False
+    systems: Sequence[System], out: Path, baselines: Sequence[str] = (), *, published: bool = False
 ) -> list[Path]:
     """Writes ``report.html`` and ``report.md``, each whole or not at all; arguments as in `render`.
 
@@ -43,7 +36,7 @@ def write(
         LusiferError: If a baseline is none of the systems, or the folder cannot be written.
     """
     names = [system.name for system in systems]
-    if unknown := [baseline for baseline in _names(baselines) if baseline not in names]:
+    if unknown := [name for name in baselines if name not in names]:
         raise LusiferError(f"no system {unknown[0]!r} to compare with; there are {', '.join(names)}")
     texts = {out / f"report.{form}": render(systems, form, baselines, published=published) for form in ("html", "md")}
     for path, text in texts.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,10 +54,13 @@ class System:
     """The results of one model.
 
     Attributes:
-        model_hash: Hash of the model; empty where it was not recorded.
+        model: Name of the model; empty where it was not recorded.
+        model_hash: Its hash, likewise.
         bias: Language to what `lusifer.evaluation.everyday.language_bias` says.
         tokens: Tokenizer to language to mean tokens of a sentence.
-        plan: Task to ``splits`` and ``subsets`` that were asked for; empty where that was not recorded.
+        plan: Task to ``splits`` and ``subsets`` that were ever asked for; empty where that was not recorded.
+        asked: Task to the subsets that the last command asked for.
+        days: When tasks were scored, as ``YYYY-MM-DD``.
         settings: What was recorded of how the model ran, to all values of it.
         revisions: Task to the revision of its data.
         own: Task of the user's own data to what it is about and its metric.
@@ -64,11 +68,14 @@ class System:
     """
 
     name: str
+    model: str = ""
     model_hash: str = ""
     rows: list[Score] = field(default_factory=list)
     bias: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     plan: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    asked: dict[str, list[str]] = field(default_factory=dict)
+    days: set[str] = field(default_factory=set)
     settings: dict[str, set[str]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
     own: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -115,6 +122,26 @@ class System:
                 variance = sum(sum(error**2 for error in row) / len(row) ** 2 for row in errors)
                 widths[code] = 100 * 1.96 * math.sqrt(variance) / len(tasks)
         return widths
+
+    def mean_half_width(self, shared: Shared) -> float | None:
+        """Half of the 95 % interval of the mean over languages; None where a score lacks its standard error.
+
+        Errors of one task's languages add up, since they are often translations of the same texts.
+        """
+        languages, errors = self._by_language(shared), dict[str, float]()
+        for tasks in languages.values():
+            for task, scores in tasks.items():
+                for score in scores if scores[0].kind not in FIXED else ():
+                    if score.error is None:
+                        return None
+                    weight = len(languages) * len(tasks) * len(scores)
+                    errors[task] = errors.get(task, 0.0) + score.error / weight
+        return 100 * 1.96 * math.hypot(*errors.values()) if errors else None
+
+    @property
+    def absent(self) -> list[str]:
+        """Tasks that the last command asked for, without a score, and not among what failed."""
+        return sorted(self.asked.keys() - self.scored.keys() - self.failed.keys())
 
     def by_pair(self, shared: Shared, key: Callable[[Score], Any]) -> dict[Any, float]:
         """Per cent by the key of a score, of those in two languages."""
@@ -167,11 +194,14 @@ def _read_file(system: System, path: Path) -> None:
 
 
 def _read_run(system: System, run: dict[str, Any]) -> None:
-    system.model_hash = str(run.get("model_hash", ""))
+    system.model, system.model_hash = str(run.get("model", "")), str(run.get("model_hash", ""))
     if "prompts" in run:
         _set(system, "prompts", run["prompts"])
     for task, asked in dict(run.get("plan") or {}).items():
         system.plan[str(task)] = {key: [str(name) for name in asked[key]] for key in ("splits", "subsets")}
+    # An earlier version recorded everything that was ever asked for, as one.
+    last = run.get("asked") or {task: asked["subsets"] for task, asked in system.plan.items()}
+    system.asked = {str(task): [str(name) for name in subsets] for task, subsets in last.items()}
 
 
 def _set(system: System, key: str, value: Any) -> None:
@@ -226,6 +256,8 @@ def _read_settings(system: System, task: str, record: Mapping[str, Any]) -> None
     for key in _SETTINGS:
         if key in record:
             _set(system, key, record[key])
+    if re.match(r"\d{4}-\d\d-\d\d", str(record.get("date"))):
+        system.days.add(str(record["date"])[:10])
     for package, number in dict(record.get("versions") or {}).items():
         _set(system, f"version of {package}", number)
     revisions = [record[key] for key in ("dataset_revision", "fingerprint", "revision") if record.get(key) is not None]

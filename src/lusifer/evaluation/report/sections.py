@@ -9,12 +9,17 @@ from statistics import fmean
 from typing import NamedTuple
 
 from lusifer.evaluation import benchmarks as suite
+from lusifer.evaluation.report.headline import Headline, headline
+from lusifer.evaluation.report.languages import language_name
 from lusifer.evaluation.report.results import BIAS, RESOURCES, Shared, System, few
 
 _INTERVALS = (
     "± is half of a 95 % interval by bootstrap over queries, pairs or texts; clustering has no such items, its scores "
-    "count as fixed"
+    "count as fixed. Tasks count as independent. The interval of a mean over languages lets the errors of a task's "
+    "languages add up, as they do where the texts are translations of each other; that of a difference takes two "
+    "systems as independent, though they are scored on the same texts: both are on the wide side"
 )
+_MOST_BARS = 4  # Systems side by side as bars; more are rows of a table.
 Columns = Mapping[str, Mapping[str, float]]  # Column to row to number.
 
 
@@ -26,14 +31,15 @@ class _Table:
     rows: list[list[str]]
     means: list[str] = field(default_factory=list)
     heat: bool = False
+    caption: str = ""
 
 
 class _Bar(NamedTuple):
-    """A bar: number of its column, length and half of its interval in per cent of the line, text beside it."""
+    """A bar: number of its column, length and ends of its interval in per cent of the line, text beside it."""
 
     column: int
     share: float
-    half: float | None
+    interval: tuple[float, float] | None
     text: str
 
 
@@ -45,7 +51,9 @@ class Section:
         note: What to know before the figures.
         bars: Bars by the title of their row, for the page alone.
         columns: Names of the bars' columns.
+        scale: What the ends of a bar's line mean.
         wordy: Whether the tables hold what the bars show, so that the page leaves them out.
+        folded: Whether the page shows it only when asked.
     """
 
     title: str
@@ -53,36 +61,82 @@ class Section:
     tables: list[_Table] = field(default_factory=list)
     bars: dict[str, list[_Bar]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
+    scale: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     wordy: bool = False
+    folded: bool = False
 
 
-def sections(systems: Sequence[System], baselines: Sequence[str] = (), *, published: bool = False) -> list[Section]:
-    """Everything the report shows, in order.
+@dataclass(frozen=True)
+class Report:
+    """All of it: the top, and the parts in order."""
+
+    headline: Headline
+    sections: list[Section]
+
+
+def report(systems: Sequence[System], baselines: Sequence[str] = (), *, published: bool = False) -> Report:
+    """Everything the report shows.
 
     Args:
         systems: What `lusifer.evaluation.report.results.read` gave.
-        baselines: Names of the systems to compare with, each in a section of its own.
+        baselines: Names of the systems to compare with.
         published: Whether to add the paper's tables.
     """
     shared = _shared_cells(systems)
     columns = {system.name: system.by_language(shared) for system in systems}
+    columns = {name: column for name, column in columns.items() if column}
     parts = [_summary(systems, columns, shared)]
-    if any(columns.values()):
-        widths = {system.name: system.half_widths(shared) for system in systems}
-        table = _columns_table("language", columns, "mean", widths)
-        bars = _bars(columns, widths)
-        parts.append(Section("By language", tables=[table], bars=bars, columns=list(columns), wordy=True))
+    if columns:
+        parts.append(_languages(columns, {system.name: system.half_widths(shared) for system in systems}))
     parts += _own_data(systems)
-    parts += [_gains(columns, baseline) for baseline in baselines if columns.get(baseline)]
+    chosen = [name for name in dict.fromkeys(baselines) if columns.get(name)]
+    parts += [_gains(columns, name, folded=name != chosen[0]) for name in chosen]
     if not baselines and len(columns) > 1:
-        parts.append(Section("", "For gains by language, name one of the systems with --baseline."))
+        parts.append(Section("", "For gains by language, name one or more of the systems with --baseline."))
     parts += [*_across(systems, shared), *_details(systems, shared), *_bias(systems), *_tokens(systems)]
     if published:
         parts.append(_published())
     if lines := _troubles(systems):
-        parts.append(Section("Missing, failed and set differently", lines=lines))
-    return parts
+        parts.append(Section("Missing, failed and set differently", lines=lines, folded=True))
+    return Report(headline(systems, shared, baselines), [*parts, _measured(systems, shared)])
+
+
+def _languages(columns: Columns, widths: Columns) -> Section:
+    note = "Mean main score of the tasks in a language, per cent; languages by resources, most first"
+    few_systems = len(columns) <= _MOST_BARS
+    if not few_systems:
+        return Section("By language", f"{note}.", [_systems_table(columns)])
+    named = {name: _named(column) for name, column in columns.items()}
+    spans = {name: _named(column) for name, column in widths.items()}
+    table = _columns_table("language", named, "mean", spans)
+    note += "; the line across a bar's end is its 95 % interval." if any(map(len, widths.values())) else "."
+    scale = ["0", "25", "50", "75", "100 %"]
+    return Section("By language", note, [table], _bars(named, spans), list(columns), scale, wordy=True)
+
+
+def _named(column: Mapping[str, float]) -> dict[str, float]:
+    return {language_name(code): value for code, value in column.items()}
+
+
+def _systems_table(columns: Columns) -> _Table:
+    """A row for each system, the best first, and a column for each language."""
+    means = {name: fmean(column.values()) for name, column in columns.items()}
+    codes = _keys(columns)
+    rows = [
+        [name, _text(means[name]), *[_text(columns[name].get(code)) for code in codes]]
+        for name in sorted(columns, key=lambda name: -means[name])
+    ]
+    return _Table(["system", "mean", *map(language_name, codes)], rows, heat=True)
+
+
+def _measured(systems: Sequence[System], shared: Shared) -> Section:
+    note = (
+        f"Main scores of mteb in per cent, means over tasks, of the {len(shared)} scores (task and language) that all "
+        f"systems have; {_INTERVALS}."
+    )
+    lines = [f"{system.name}: {system.model or 'model not recorded'}, hash {system.model_hash}" for system in systems]
+    return Section("How it was measured", note, lines=lines if any(s.model_hash for s in systems) else [], folded=True)
 
 
 def _shared_cells(systems: Sequence[System]) -> Shared:
@@ -127,8 +181,9 @@ def _bars(columns: Columns, widths: Columns | None = None, full: float = 100) ->
     for number, (name, column) in enumerate(columns.items()):
         for key, value in column.items():
             half = (widths or {}).get(name, {}).get(key)
-            reach = None if half is None else 100 * half / full
-            rows[key].append(_Bar(number, 100 * max(value, 0) / full, reach, _text(value, half)))
+            ends = None if half is None else (max(0, value - half) / full, min(full, value + half) / full)
+            interval = ends and (100 * ends[0], 100 * ends[1])
+            rows[key].append(_Bar(number, 100 * max(value, 0) / full, interval, _text(value, half)))
     return rows
 
 
@@ -137,26 +192,27 @@ def _summary(systems: Sequence[System], columns: Columns, shared: Shared) -> Sec
     shown = {title: part for title, part in means.items() if any(part.values())}
     rows = []
     for system in systems:
-        cells = [_text(_mean(part[system.name].values())) or "-" for part in shown.values()]
-        counts = [str(len(part)) for part in (columns[system.name], system.scored, system.failed)]
-        rows.append([system.name, *cells, *counts, system.model_hash])
-    note = (
-        f"Main scores in per cent, means over tasks, of the {len(shared)} scores (task and language) that all systems "
-        f"have; {_INTERVALS}. Languages by resources, most first."
-    )
-    header = ["system", *shown, "languages", "tasks with scores", "failed", "model hash"]
-    return Section("", note, [_Table(header, rows)])
+        cells = [_text(_mean(part.get(system.name, {}).values())) or "-" for part in shown.values()]
+        half = system.mean_half_width(shared) if columns.get(system.name) else None
+        if half is not None:
+            cells[0] = _text(_mean(columns[system.name].values()), half)
+        counts = [str(len(part)) for part in (columns.get(system.name, ()), system.scored)]
+        rows.append([system.name, *cells, *counts, system.model])
+    table = _Table(["system", *shown, "languages", "tasks with scores", "model"], rows)
+    return Section("", "Per cent; ± is half of a 95 % interval.", [table])
 
 
-def _gains(columns: Columns, baseline: str) -> Section:
+def _gains(columns: Columns, baseline: str, *, folded: bool) -> Section:
     base = columns[baseline]
-    others = {name: column for name, column in columns.items() if name != baseline and column}
+    others = {name: column for name, column in columns.items() if name != baseline}
     codes = _by_resources((code for column in others.values() for code in set(column) & set(base)), least_first=True)
     rows = []
     for code in codes:
         gains = [f"{column[code] - base[code]:+.1f}" if code in column else "" for column in others.values()]
-        rows.append([code, *gains, str(RESOURCES.get(code, ""))])
-    return Section(f"Gain against {baseline}", tables=[_Table(["language", *others, "resource level"], rows)])
+        rows.append([language_name(code), *gains, str(RESOURCES.get(code, ""))])
+    note = "Points; languages with the least resources first (5 most, 0 none: Joshi et al. 2020)."
+    table = _Table(["language", *others, "resource level"], rows)
+    return Section(f"Gain against {baseline}", note, tables=[table], folded=folded)
 
 
 def _own_data(systems: Sequence[System]) -> Iterator[Section]:
@@ -186,23 +242,26 @@ def _across(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
     columns = _pair_tasks(systems, shared)
     if any(columns.values()):
         note = "Means over the pairs of two languages of a task, then over tasks, as published."
-        yield Section("Across languages", note, [_columns_table("task", columns, "mean over tasks")])
+        yield Section("Across languages", note, [_columns_table("task", columns, "mean over tasks")], folded=True)
 
 
 def _details(systems: Sequence[System], shared: Shared) -> Iterator[Section]:
+    by_kind, by_pair = [], []
     for system in systems:
         kinds = {kind: system.by_language(shared, kind) for kind in sorted({row.kind for row in system.rows})}
         kinds = {kind: column for kind, column in kinds.items() if column}
         if kinds:
             codes = list(system.by_language(shared))
-            rows = [[code, *[_text(column.get(code)) for column in kinds.values()]] for code in codes]
-            table = _Table(["language", *kinds], rows, heat=True)
-            yield Section(f"Language and task type: {system.name}", tables=[table])
+            rows = [[language_name(code), *[_text(column.get(code)) for column in kinds.values()]] for code in codes]
+            by_kind.append(_Table(["language", *kinds], rows, heat=True, caption=system.name))
         if pairs := system.by_pair(shared, lambda score: score.languages):
             queries, documents = (sorted({key[side] for key in pairs}) for side in (0, 1))
             rows = [[query, *[_text(pairs.get((query, document))) for document in documents]] for query in queries]
-            table = _Table(["query \\ document", *documents], rows, heat=True)
-            yield Section(f"Query language and document language: {system.name}", tables=[table])
+            by_pair.append(_Table(["query \\ document", *documents], rows, heat=True, caption=system.name))
+    if by_kind:
+        yield Section("Language and task type", tables=by_kind, folded=True)
+    if by_pair:
+        yield Section("Query language and document language", tables=by_pair, folded=True)
 
 
 def _bias(systems: Sequence[System]) -> Iterator[Section]:
@@ -210,11 +269,16 @@ def _bias(systems: Sequence[System]) -> Iterator[Section]:
     if not known:
         return
     codes = _by_resources(code for system in known for code in system.bias)
-    rows = [[code, *[cell for system in known for cell in _bias_cells(system.bias.get(code))]] for code in codes]
+    rows = [
+        [language_name(code), *[cell for system in known for cell in _bias_cells(system.bias.get(code))]]
+        for code in codes
+    ]
     titles = [f"{system.name}, {what}" for system in known for what in ("same language", "alone", "mixed", "change")]
     shares = {}
     for system in known:
-        shares[system.name] = {code: 100 * system.bias[code]["same_language"] for code in _by_resources(system.bias)}
+        shares[system.name] = {
+            language_name(code): 100 * system.bias[code]["same_language"] for code in _by_resources(system.bias)
+        }
     note = (
         "Everyday sentences of all languages in one corpus. Bars, same language: the share of same-language ones among "
         "the ten nearest, per cent; 0 is best, since every sentence has its translations to find. How often a sentence "
@@ -222,7 +286,9 @@ def _bias(systems: Sequence[System]) -> Iterator[Section]:
         "in all languages."
     )
     table = _Table(["language", *titles], rows)
-    yield Section("Language bias", note, [table], bars=_bars(shares), columns=list(shares))
+    bars = _bars(shares) if len(known) <= _MOST_BARS else {}
+    scale = ["0", "25", "50", "75", "100 %"]
+    yield Section("Language bias", note, [table], bars, list(shares), scale, folded=True)
 
 
 def _bias_cells(row: Mapping[str, float] | None) -> list[str]:
@@ -235,7 +301,7 @@ def _tokens(systems: Sequence[System]) -> Iterator[Section]:
     columns: dict[str, dict[str, float]] = {}
     for system in systems:
         for part, counts in system.tokens.items():
-            column = {code: counts[code] for code in _by_resources(counts)}
+            column = {language_name(code): counts[code] for code in _by_resources(counts)}
             if column and column not in columns.values():  # The same tokenizer in two systems is shown once.
                 columns[f"{system.name}: {part}"] = column
     if columns:
@@ -243,9 +309,11 @@ def _tokens(systems: Sequence[System]) -> Iterator[Section]:
             "Mean over the everyday sentences. The LLM behind a connector reads as many positions as the encoder has "
             "tokens, whatever its own tokenizer would make of the language."
         )
-        bars = _bars(columns, full=max(count for column in columns.values() for count in column.values()))
-        table = _columns_table("language", columns, "mean")
-        yield Section("Tokens of a sentence", note, [table], bars=bars, columns=list(columns), wordy=True)
+        most = max(count for column in columns.values() for count in column.values())
+        bars = _bars(columns, full=most) if len(columns) <= _MOST_BARS else {}
+        table, scale = _columns_table("language", columns, "mean"), ["0", f"{most:.0f} tokens"]
+        titles = list(columns)
+        yield Section("Tokens of a sentence", note, [table], bars, titles, scale, wordy=bool(bars), folded=True)
 
 
 def _published() -> Section:
@@ -256,7 +324,7 @@ def _published() -> Section:
         )
         for table in (paper["table1"], paper["table2"])
     ]
-    return Section("Published, not measured here", str(paper["source"]), tables)
+    return Section("Published, not measured here", str(paper["source"]), tables, folded=True)
 
 
 def _troubles(systems: Sequence[System]) -> list[str]:
@@ -280,10 +348,9 @@ def _troubles(systems: Sequence[System]) -> list[str]:
 def _unscored(system: System) -> list[str]:
     """What was asked for and is not there, and not among what failed."""
     tasks = system.scored
-    absent = [task for task in sorted(system.plan) if task not in tasks and task not in system.failed]
-    lines = [f"{system.name}: asked for, not scored: {few(absent)}"] if absent else []
-    for task, asked in system.plan.items():
-        if task in tasks and (lacking := sorted(set(asked["subsets"]) - tasks[task])):
+    lines = [f"{system.name}: asked for, not scored: {few(system.absent)}"] if system.absent else []
+    for task, subsets in system.asked.items():
+        if task in tasks and (lacking := sorted(set(subsets) - tasks[task])):
             lines.append(f"{system.name}: {task}: asked for, not scored: {few(lacking)}")
     return lines
 
