@@ -18,7 +18,7 @@ RECIPES = {
 
 
 def main(model: str = "starter") -> list[str]:
-    """Adds recipes, searches all of them, then those in one language."""
+    """Adds recipes, then searches all of them and only those in one language."""
     client = chromadb.EphemeralClient(Settings(anonymized_telemetry=False))
     function = SentenceTransformerEmbeddingFunction(lusifer.path(model))
     recipes = client.get_or_create_collection("recipes", embedding_function=function)

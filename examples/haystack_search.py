@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def main(model: str = "starter") -> list[str]:
-    """Writes documents through one pipeline and searches them through another."""
+    """Indexes documents in one pipeline and searches them in another."""
     path = lusifer.path(model)
     store = InMemoryDocumentStore(embedding_similarity_function="cosine")
     indexing = Pipeline()

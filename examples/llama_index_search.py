@@ -17,10 +17,10 @@ NOTES = {
 
 
 def main(model: str = "starter") -> list[str]:
-    """Indexes the notes and asks in English."""
+    """Indexes the notes and searches them in English."""
     embedding = HuggingFaceEmbedding(model_name=lusifer.path(model), device="cpu")
     documents = [Document(text=text, metadata={"language": code}) for code, text in NOTES.items()]
-    # The language is for filters; the vector is to be of the text alone.
+    # The language is for filters and must not be part of the embedded text.
     for document in documents:
         document.excluded_embed_metadata_keys = ["language"]
     retriever = VectorStoreIndex.from_documents(documents, embed_model=embedding).as_retriever(similarity_top_k=1)

@@ -1,4 +1,4 @@
-"""MTEB: score a model on a task of one's own, beside those that mteb has. pip install mteb"""
+"""MTEB: score a model on a custom task or on one of mteb's. pip install mteb"""
 
 import sys
 
@@ -31,13 +31,13 @@ class GermanEnglish(AbsTaskSTS):
     min_score, max_score = 0, 5
 
     def load_data(self, *args: object, **kwargs: object) -> None:
-        """The rows, instead of a download."""
+        """Uses the rows instead of downloading."""
         columns = dict(zip(("sentence1", "sentence2", "score"), map(list, zip(*ROWS, strict=True)), strict=True))
         self.dataset, self.data_loaded = DatasetDict(test=Dataset.from_dict(columns)), True
 
 
 def main(model: str = "starter") -> float:
-    """Scores the model; ``mteb.get_tasks(["STS17"])`` in place of the task scores it on one of mteb's."""
+    """Scores the model; pass ``mteb.get_tasks(["STS17"])`` instead to score it on one of mteb's tasks."""
     results = mteb.evaluate(lusifer.load(model), [GermanEnglish()], cache=None, show_progress_bar=False)
     score = results.task_results[0].get_score()
     print(f"{results.task_results[0].task_name}: {100 * score:.1f}")

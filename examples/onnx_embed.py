@@ -24,7 +24,7 @@ class Embedder:
         self.session = onnxruntime.InferenceSession(Path(folder, "model.onnx"))
 
     def encode(self, texts: list[str], prompt: str = "") -> np.ndarray:
-        """(n, dim) float32 unit vectors of a batch; the model's prompts stand in its config.json."""
+        """(n, dim) float32 unit vectors of a batch; the model's prompts are in its config.json."""
         rows = self.tokenizer.encode_batch([prompt + text for text in texts])
         ids = np.array([row.ids for row in rows], dtype=np.int64)
         mask = np.array([row.attention_mask for row in rows], dtype=np.int64)

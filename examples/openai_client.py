@@ -1,4 +1,4 @@
-"""The openai client against `lusifer serve`, as any program that speaks OpenAI's embeddings API. pip install openai"""
+"""The openai client against `lusifer serve`, as in any program that uses OpenAI's embeddings API. pip install openai"""
 
 import os
 import sys
@@ -10,7 +10,7 @@ QUESTIONS = ["Wo kann ich mein Gepäck lassen?", "¿A qué hora sale el último 
 
 
 def main(url: str = "http://127.0.0.1:8000/v1", model: str = "starter") -> list[int]:
-    """Finds the English translation of each question among three."""
+    """Retrieves the English translation of each question from three."""
     client = OpenAI(base_url=url, api_key=os.environ.get("LUSIFER_API_KEY", "none"))
     english = ["Where is the station?", "Where can I leave my luggage?", "What time does the last bus leave?"]
     texts = [*QUESTIONS, *english]

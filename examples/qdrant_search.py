@@ -1,4 +1,4 @@
-"""Qdrant: a collection in the client's local mode, one byte a dimension. pip install qdrant-client"""
+"""Qdrant: a collection in the client's local mode, with a language per vector. pip install qdrant-client"""
 
 import sys
 
@@ -16,7 +16,7 @@ NEWS = {
 
 
 def main(model: str = "starter") -> list[str]:
-    """Stores vectors with their language and searches them."""
+    """Stores vectors with their language as payload and searches them."""
     embedder = lusifer.load(model)
     client = QdrantClient(":memory:")
     size = embedder.get_embedding_dimension()

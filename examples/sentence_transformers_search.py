@@ -1,4 +1,4 @@
-"""Sentence Transformers: two processes, fewer dimensions, one byte or one bit a dimension."""
+"""Sentence Transformers: two processes, fewer dimensions, one byte or one bit per dimension."""
 
 import sys
 
@@ -19,7 +19,7 @@ QUERIES = ["When does the library open?", "There are many fish in the river.", "
 
 
 def main(model: str = "starter") -> list[str]:
-    """Searches with full and with small vectors; prints what it finds and what the vectors take."""
+    """Encodes with one and two processes, searches, and prints the hits and the size of smaller vectors."""
     embedder = lusifer.load(model)
     one = embedder.encode(TEXTS)
     two = embedder.encode(TEXTS, device=["cpu", "cpu"], chunk_size=3)

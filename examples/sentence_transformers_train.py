@@ -23,7 +23,7 @@ PAIRS = {
 
 
 def main(model: str = "starter", steps: str = "4") -> float:
-    """Mines, trains a few steps, and returns how far an embedding has moved."""
+    """Mines hard negatives, trains for a few steps and returns how far an embedding has moved."""
     embedder = lusifer.load(model)
     pairs = Dataset.from_dict({"query": list(PAIRS), "answer": list(PAIRS.values())})
     mined = mine_hard_negatives(

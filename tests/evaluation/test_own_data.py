@@ -124,7 +124,7 @@ def test_own_data_stand_beside_public_tasks_in_the_report(folder, tasks_folder, 
     text = render(read([tmp_path / "one", tmp_path / "two"]), "md", "two")
     errors = json.loads(next((tmp_path / "one").rglob("answers.json")).read_text())
     assert errors["own_data"]["file"].endswith("answers.yaml") and errors["type"] == "Retrieval"
-    assert {line.split(" | ")[0] for line in text.splitlines() if "±" in line} >= {"| ko", "| en"}
+    assert {line.split(" | ")[0] for line in text.splitlines() if "±" in line} >= {"| Korean (ko)", "| English (en)"}
     assert "| language | Retrieval | STS |" in text
     assert "## Your tasks\n" in text and "| task | language | metric | one | two |" in text
     row = next(line for line in text.splitlines() if line.startswith("| answers | de > en |")).split(" | ")

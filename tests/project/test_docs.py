@@ -64,7 +64,7 @@ def place(tiny_st, tmp_path, monkeypatch):
     for model in ("starter", "runs/quickstart/model", "lusifer-published", "acme/lusifer-small"):
         save_atomically(tiny_st, tmp_path / model)
     (tmp_path / "sentences.txt").write_text("the sea\nthe river\n")
-    (tmp_path / "notes.jsonl").write_text('{"text": "the sea"}\n{"text": "the river"}\n')
+    (tmp_path / "notes.jsonl").write_text('{"text": "the sea", "key": 1}\n{"text": "the river", "key": 2}\n')
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("bread and milk\n")
