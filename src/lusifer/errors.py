@@ -6,6 +6,7 @@ import re
 
 from lusifer.terminal import without_secrets
 
+_LONGEST = 400  # Characters of another library's message; some list every model they know.
 _FULL = "No space left on device"
 # How a full disk is told: by the system's words, and by torch's writer of zip files, which only finds itself elsewhere.
 _TELLS_FULL = re.compile(r"no space left on device|os error 28\b|unexpected pos \d+ vs \d+", re.IGNORECASE)
@@ -27,4 +28,5 @@ def first_line(error: BaseException) -> str:
     told = getattr(error, "strerror", None) or str(error)
     if _TELLS_FULL.search(str(told)):
         return _FULL
-    return next((line.strip() for line in str(told).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(told).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"

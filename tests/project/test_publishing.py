@@ -105,6 +105,7 @@ def test_content_is_synced_before_the_name_appears_and_the_folder_after(tmp_path
     [
         (ValueError("\n\n  what \nmore"), "what"),
         (KeyError(), "KeyError"),
+        (ValueError("abcd" * 200), "abcd" * 100 + " …"),
         (OSError(28, "No space left on device", "f"), "No space left on device"),
     ],
 )
