@@ -24,7 +24,7 @@ from lusifer.errors import LusiferError, first_line
 from lusifer.evaluation.benchmarks import Task
 from lusifer.evaluation.intervals import Recorder
 from lusifer.locks import alone_at
-from lusifer.publishing import make_folder, write_json
+from lusifer.publishing import make_folder, sweep, write_json
 from lusifer.terminal import without_secrets
 
 _RUN = "run.json"
@@ -115,6 +115,14 @@ class Results(ResultCache):
     def succeed(self, name: str) -> None:
         """Forgets that a task had failed."""
         self._failure(name).unlink(missing_ok=True)
+
+    def sweep(self, name: str) -> None:
+        """Removes what a killed process left of a task's file.
+
+        Raises:
+            OSError: If the folder cannot be read.
+        """
+        sweep(self.get_task_result_path(name, self.model))
 
     def outcome(self, name: str) -> dict[str, Any] | None:
         """A task's file, and of a failure its ``error``; ``status`` is ``done`` or ``failed``; None of neither."""

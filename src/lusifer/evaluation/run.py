@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -85,7 +86,7 @@ def run(
     left = [task for task in tasks if not results.is_complete(mteb_task(task, data))]
     for task in tasks:
         if task not in left:
-            tidy(out / task.name)
+            tidy(out / task.name, partial(results.sweep, task.name))
     devices = [part.strip() for part in (device or "").split(",") if part.strip()]
     if left and len(devices) > 1:
         options = {"data": data, "prompts": prompts, "absent": absent, "batch_size": batch_size, **everywhere}

@@ -1,6 +1,6 @@
 """Memory that a server keeps although nobody needs it: plans of computations, and what the allocator does not return.
 
-In bfloat16, oneDNN keeps a plan for every shape of a batch, 1,024 in all; batches of a server seldom have the same shape.
+In bfloat16, oneDNN keeps a plan for every shape of a batch, 1,024 in all; batches of a server seldom share one.
 Beside these, glibc keeps what batches have freed.
 """
 
