@@ -333,7 +333,7 @@ def test_two_at_once_are_refused(teacher, options, tmp_path):
     Work(tmp_path / "work", {"layout": 0}).close()
     with held(tmp_path / "work"), pytest.raises(LusiferError, match="another process is at work"):
         run(teacher, tmp_path, options)
-    with pytest.raises(LusiferError, match="was begun with"):
+    with pytest.raises(LusiferError, match="was started with"):
         run(teacher, tmp_path, options)
 
 

@@ -72,7 +72,7 @@ def test_train_then_mistakes_in_recipes(call, tmp_path, data, tiny_encoder, tiny
     path = recipe(tmp_path, data, tiny_encoder, tiny_llm)
     code, out, _ = call("train", path, "--json", "-q", "--contrast.steps", "1")
     assert code == 0 and json.loads(out) == {"model": str(tmp_path / "run" / "model")}
-    assert "holds a run of another recipe" in mistake(*call("train", path, "-q"))
+    assert "contains a run of another recipe" in mistake(*call("train", path, "-q"))
     assert "did you mean 'steps'" in mistake(*call("train", path, "--contrast.step", "1"))
     assert "contrast.steps" in mistake(*call("train", path, "--contrast.steps", "soon"))
     assert "lacks a value" in mistake(*call("train", path, "--contrast.steps"))
@@ -297,7 +297,7 @@ def test_the_quickstart_end_to_end(call, overrides, tmp_path, monkeypatch):
     assert (output / "report.md").is_file()
     # The scores there are of another recipe.
     message = mistake(*call("quickstart", "--output", output, "-q", *overrides, "--contrast.steps=3"))
-    assert "holds a run of another recipe" in message
+    assert "contains a run of another recipe" in message
 
 
 def test_the_baseline_sees_both_directions_and_trains_only_its_adapter(overrides, tmp_path):

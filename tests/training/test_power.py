@@ -241,7 +241,7 @@ def test_a_damaged_report_of_a_finished_stage(recipe, whole, tmp_path, caplog):
         report.write_bytes(broken)
         train(recipe(output), progress=False)
         assert_same(output, whole)
-        assert "stage.json is damaged; the stage is finished again" in caplog.text
+        assert "stage.json is damaged; its model is written again" in caplog.text
         after = json.loads(report.read_text())
         assert (after["fingerprint"], after["loss"]) == (before["fingerprint"], before["loss"])
 

@@ -34,8 +34,8 @@ def init(
     """Writes a recipe that makes an English LLM embedder multilingual.
 
     Reads pooling, prompts, attention, adapters and tokenizer from the embedder's files (Sentence Transformers folder,
-    LLM2Vec or GritLM style model, adapter, plain LLM). Shows each property with its source file and its effect, here and
-    in the recipe.
+    LLM2Vec or GritLM style model, adapter, plain LLM). Shows each property with its source file and its effect, here
+    and in the recipe.
 
     Examples:
     - `lusifer init --llm intfloat/e5-mistral-7b-instruct mine.yaml`
