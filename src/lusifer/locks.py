@@ -123,7 +123,7 @@ def _take(path: Path, shown: str, wait: bool) -> FileLock:
             lock.acquire(timeout=0)
         except Timeout:
             if not wait:
-                busy = f"another process is at work in {shown!r}; wait for it, or choose another place"
+                busy = f"another process is using {shown!r}; wait for it, or choose another place"
                 raise BusyError(busy) from None
             logger.info("another process is using %s; waiting for it", shown)
             lock.acquire(timeout=-1)

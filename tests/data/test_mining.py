@@ -313,7 +313,7 @@ def test_a_call_killed_after_its_output_ends_when_it_is_called_again(tmp_path, m
 
 def test_two_at_one_output_are_refused(tmp_path):
     source = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS))
-    with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is at work in '.*out.jsonl'"):
+    with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is using '.*out.jsonl'"):
         mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
     mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
 

@@ -158,7 +158,7 @@ def table(request):
 def is_refusal(ended, command):
     """Whether a process says in a line, and by its exit code, why it does nothing."""
     line = ended.err.strip()
-    known = ("another process is at work in", "another process is at it", *([command.done] if command.done else []))
+    known = ("another process is using", "another process is at it", *([command.done] if command.done else []))
     return ended.code in (1, 2) and "\n" not in line and any(one in line for one in known)
 
 

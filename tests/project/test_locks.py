@@ -19,7 +19,7 @@ def test_another_process_is_refused_until_it_ends_however_it_ends(tmp_path):
         for name in ("x", "./x", "y/../x"):
             (tmp_path / "y").mkdir(exist_ok=True)
             with (
-                pytest.raises(BusyError, match="another process is at work in '.*x'; wait"),
+                pytest.raises(BusyError, match="another process is using '.*x'; wait"),
                 alone_at(f"{tmp_path}/{name}"),
             ):
                 pass

@@ -280,7 +280,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, whole, tmp_path):
     (tmp_path / "run" / ".lusifer-0123456789abcdef").touch()
     with (
         held(tmp_path / "run"),
-        pytest.raises(LusiferError, match="another process is at work in"),
+        pytest.raises(LusiferError, match="another process is using"),
     ):
         train(recipe(tmp_path / "run"), progress=False)
     assert left.is_dir()

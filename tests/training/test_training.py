@@ -425,7 +425,7 @@ def test_a_finished_run_leaves_its_model_alone(finished, make):
 
 def test_a_second_run_in_the_same_output_is_refused(finished, make):
     output, _ = finished
-    with held(output), pytest.raises(LusiferError, match="another process is at work in '.*whole'"):
+    with held(output), pytest.raises(LusiferError, match="another process is using '.*whole'"):
         train(make(output), progress=False)
 
 

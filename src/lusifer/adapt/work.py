@@ -64,7 +64,7 @@ class Work:
         restart: Throws away what is there.
 
     Raises:
-        LusiferError: If the folder was begun with another plan, or another process is at work in it.
+        LusiferError: If the folder was begun with another plan, or another process is using it.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
