@@ -191,7 +191,7 @@ def test_merge(call, checkpoint, tmp_path):
     assert facts["standalone"]
     one, two = (lusifer.load(str(path), device="cpu").encode(TEXTS) for path in (checkpoint, tmp_path / "alone"))
     np.testing.assert_allclose(one, two, atol=1e-5)
-    assert "exists already" in mistake(*call("merge", checkpoint, tmp_path / "alone"))
+    assert "already exists" in mistake(*call("merge", checkpoint, tmp_path / "alone"))
 
 
 def test_a_full_disk_is_a_mistake_too(call, checkpoint, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_half_precision_and_null_rows(tmp_path):
 def test_a_vector_that_is_not_finite_is_told(kind, value, tmp_path):
     matrix = vectors(30)
     matrix[20, 3] = value
-    refused(write(kind, tmp_path / "t", texts(30), matrix), "row 21: its vector contains NaN or infinite values")
+    refused(write(kind, tmp_path / "t", texts(30), matrix), "row 21: the vector contains NaN or infinite values")
 
 
 def test_vectors_without_texts_are_told(tmp_path):

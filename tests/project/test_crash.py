@@ -94,9 +94,9 @@ def commands(processes, tiny_encoder, tiny_llm, tmp_path_factory):
             + quiet,
         ),
         "data mine": Command(
-            ["data", "mine", pairs, "PLACE/out.jsonl.gz", "--model", model, *quiet], done="exists already"
+            ["data", "mine", pairs, "PLACE/out.jsonl.gz", "--model", model, *quiet], done="already exists"
         ),
-        "merge": Command(["merge", model, "PLACE/out", *quiet], done="exists already"),
+        "merge": Command(["merge", model, "PLACE/out", *quiet], done="already exists"),
         "fetch": Command(["fetch", *quiet], wheels=write_wheels(_made(folder / "wheels"))),
     }
 

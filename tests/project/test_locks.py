@@ -88,12 +88,12 @@ def test_a_file_system_without_locks_is_told_and_works(tmp_path, monkeypatch, ca
     monkeypatch.setattr(locks, "_take", without)
     with alone_at(tmp_path / "x"):
         pass
-    assert "knows no locks" in caplog.text
+    assert "does not support locks" in caplog.text
 
 
 def test_a_new_place_must_be_new(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(LusiferError, match="exists already"), alone_at_new(tmp_path / "x"):
+    with pytest.raises(LusiferError, match="already exists"), alone_at_new(tmp_path / "x"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -119,5 +119,5 @@ def test_what_a_process_killed_in_its_last_moments_left_goes_though_the_place_is
 
 
 def new(place):
-    with pytest.raises(LusiferError, match="exists already"), alone_at_new(place):
+    with pytest.raises(LusiferError, match="already exists"), alone_at_new(place):
         pass
