@@ -62,7 +62,7 @@ def test_a_block_within_a_block_is_let_through_and_another_thread_is_not(tmp_pat
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(told) == 1 and "at work" in told[0]
+    assert len(told) == 1 and "is using" in told[0]
 
 
 def test_a_folder_whose_parent_cannot_be_written_is_locked_inside(tmp_path, monkeypatch):
