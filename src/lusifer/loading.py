@@ -116,7 +116,9 @@ def _try_out(path: str, model: SentenceTransformer) -> None:
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
     vector = model({name: tensor.to(model.device) for name, tensor in batch.items()})["sentence_embedding"]
     if vector.dim() != 2 or len(vector) != 1 or not bool(torch.isfinite(vector).all()):
-        raise LusiferError(f"the checkpoint gives no embedding: a vector of shape {tuple(vector.shape)}, or NaN in it")
+        raise LusiferError(
+            f"the checkpoint yields no valid embedding: a vector of shape {tuple(vector.shape)}, or NaN in it"
+        )
 
 
 def describe(path: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def tidy(place: Path, also: Callable[[], None] | None = None) -> None:
 
 def _refuse_existing(place: Path) -> None:
     if place.exists():
-        raise LusiferError(f"{str(place)!r} exists already; choose a new folder")
+        raise LusiferError(f"{str(place)!r} already exists; choose a new folder")
 
 
 def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
@@ -107,7 +107,7 @@ def _acquired(place: Path, shown: str, wait: bool) -> FileLock | None:
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise LusiferError(f"cannot write {shown!r}: {first_line(error)}") from error
-    logger.warning("the file system of %s knows no locks: do not work on it with two commands at once", shown)
+    logger.warning("the file system of %s does not support locks: run only one command on it at a time", shown)
     return None
 
 
@@ -123,9 +123,9 @@ def _take(path: Path, shown: str, wait: bool) -> FileLock:
             lock.acquire(timeout=0)
         except Timeout:
             if not wait:
-                busy = f"another process is at work in {shown!r}; wait for it, or choose another place"
+                busy = f"another process is using {shown!r}; wait for it, or choose another place"
                 raise BusyError(busy) from None
-            logger.info("another process is at work in %s; waiting for it", shown)
+            logger.info("another process is using %s; waiting for it", shown)
             lock.acquire(timeout=-1)
         if lock.lock_counter > 1 or _is_at(path, lock):
             return lock

@@ -109,7 +109,7 @@ def _check_place(what: str, name: str, **hub: Any) -> None:
     weight_map = index.get("weight_map")
     for file in set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ():
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise LusiferError(f"the index of {what} names {file!r}, which is no safetensors file in its folder")
+            raise LusiferError(f"the index of {what} names {file!r}, which is not a safetensors file in its folder")
     if adapter := _mapping(name, "adapter_config.json", **hub):
         _check_adapter_files(what, name, adapter, **hub)
 

@@ -331,9 +331,9 @@ def test_another_teacher_is_refused_in_a_folder_of_unfinished_work(adapted, opti
 
 def test_two_at_once_are_refused(teacher, options, tmp_path):
     Work(tmp_path / "work", {"layout": 0}).close()
-    with held(tmp_path / "work"), pytest.raises(LusiferError, match="another process is at work"):
+    with held(tmp_path / "work"), pytest.raises(LusiferError, match="another process is using"):
         run(teacher, tmp_path, options)
-    with pytest.raises(LusiferError, match="was begun with"):
+    with pytest.raises(LusiferError, match="was started with"):
         run(teacher, tmp_path, options)
 
 

@@ -58,5 +58,5 @@ def test_input_rewritten_meanwhile_is_noticed(model, tmp_path, monkeypatch, outp
 
 def test_two_at_one_file_are_refused(model, tmp_path):
     (tmp_path / "in.txt").write_text("one\n")
-    with held(tmp_path / "out.npy"), pytest.raises(LusiferError, match="another process is at work in '.*out.npy'"):
+    with held(tmp_path / "out.npy"), pytest.raises(LusiferError, match="another process is using '.*out.npy'"):
         encode(model, str(tmp_path / "in.txt"), str(tmp_path / "out.npy"))

@@ -146,7 +146,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         ("a.jsonl", '["text"]\n', "line 1: not a JSON object"),
         ("a.jsonl", '{"text": null}\n', "line 1: 'text' is null"),
         ("a.jsonl", '{"text": 5}\n', "line 1: 'text' must be text, not a number"),
-        ("a.jsonl", '{"text": "ab\\ud83d"}\n', "line 1: 'text' holds the lone surrogate U+D83D at character 3"),
+        ("a.jsonl", '{"text": "ab\\ud83d"}\n', "line 1: 'text' contains the lone surrogate U+D83D at character 3"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "line 1: not valid UTF-8"),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: not valid JSON (the key 'text' occurs twice)"),
         ("a.jsonl", '{"text": "a", "text" : "b"}\n', "line 1: not valid JSON (the key 'text' occurs twice)"),

@@ -124,7 +124,7 @@ def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, mon
 
     monkeypatch.setattr(local_engine.Processes, "_receive", receive)
     message = refused(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
-    assert "died (exit code -9" in message and "the same command goes on" in message
+    assert "died (exit code -9" in message and "run the same command again to resume" in message
     monkeypatch.undo()
     there = {name for name in content(tmp_path / "out") if name.startswith("part")}
     assert 3 <= len(there) < len(expected) - 1
@@ -161,7 +161,7 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
     while not list((tmp_path).glob("out/part-*")):
         time.sleep(0.01)
         assert process.is_alive()
-    assert "another process is at work in" in refused(*common, str(tmp_path / "out"), settings, threads=1)
+    assert "another process is using" in refused(*common, str(tmp_path / "out"), settings, threads=1)
     process.join()
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 

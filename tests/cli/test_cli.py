@@ -72,7 +72,7 @@ def test_train_then_mistakes_in_recipes(call, tmp_path, data, tiny_encoder, tiny
     path = recipe(tmp_path, data, tiny_encoder, tiny_llm)
     code, out, _ = call("train", path, "--json", "-q", "--contrast.steps", "1")
     assert code == 0 and json.loads(out) == {"model": str(tmp_path / "run" / "model")}
-    assert "holds a run of another recipe" in mistake(*call("train", path, "-q"))
+    assert "contains a run of another recipe" in mistake(*call("train", path, "-q"))
     assert "did you mean 'steps'" in mistake(*call("train", path, "--contrast.step", "1"))
     assert "contrast.steps" in mistake(*call("train", path, "--contrast.steps", "soon"))
     assert "lacks a value" in mistake(*call("train", path, "--contrast.steps"))
@@ -191,7 +191,7 @@ def test_merge(call, checkpoint, tmp_path):
     assert facts["standalone"]
     one, two = (lusifer.load(str(path), device="cpu").encode(TEXTS) for path in (checkpoint, tmp_path / "alone"))
     np.testing.assert_allclose(one, two, atol=1e-5)
-    assert "exists already" in mistake(*call("merge", checkpoint, tmp_path / "alone"))
+    assert "already exists" in mistake(*call("merge", checkpoint, tmp_path / "alone"))
 
 
 def test_a_full_disk_is_a_mistake_too(call, checkpoint, tmp_path, monkeypatch):
@@ -297,7 +297,7 @@ def test_the_quickstart_end_to_end(call, overrides, tmp_path, monkeypatch):
     assert (output / "report.md").is_file()
     # The scores there are of another recipe.
     message = mistake(*call("quickstart", "--output", output, "-q", *overrides, "--contrast.steps=3"))
-    assert "holds a run of another recipe" in message
+    assert "contains a run of another recipe" in message
 
 
 def test_the_baseline_sees_both_directions_and_trains_only_its_adapter(overrides, tmp_path):

@@ -216,7 +216,7 @@ def test_the_command_prints_a_table_or_json_and_tells_by_its_exit_code(tmp_path,
     path.write_text(yaml.safe_dump(recipe))
     result = run("check", path, "-q")
     assert result.exit_code == 0
-    assert "texts.jsonl" in result.output and "reconstruct" in result.output and "nothing wrong found" in result.output
+    assert "texts.jsonl" in result.output and "reconstruct" in result.output and "no problems found" in result.output
     result = run("check", path, "--json", "-q", "--align.steps", "20")
     report = json.loads(result.stdout)
     assert report["ok"] and report["sets"][0]["epochs"] == pytest.approx(10 * 4 / 30)

@@ -231,7 +231,7 @@ def test_mistakes(tmp_path):
         return str(caught.value)
 
     assert "name it .jsonl or .jsonl.gz" in refused("out.parquet")
-    assert "exists already" in refused("in.jsonl")
+    assert "already exists" in refused("in.jsonl")
     assert "range_min (5) must be" in refused("o.jsonl", range_min=5, range_max=5)
     assert "7 negatives from 3 ranks" in refused("o.jsonl", range_max=3)
     assert "relative_margin" in refused("o.jsonl", relative_margin=1.5)
@@ -303,7 +303,7 @@ def test_a_call_killed_after_its_output_ends_when_it_is_called_again(tmp_path, m
         mine(source, output, angled(DEGREES), **TEACHER, settings=Settings())
     assert output.exists() and (tmp_path / "out.jsonl.embeddings").exists()
     # What another call would have made is nobody's to replace.
-    with pytest.raises(LusiferError, match="exists already"):
+    with pytest.raises(LusiferError, match="already exists"):
         mine(source, output, angled(DEGREES), **TEACHER, settings=Settings(negatives=1))
     assert mine(source, output, angled(DEGREES), **TEACHER, settings=Settings()) == expected
     assert output.read_bytes() == (tmp_path / "right.jsonl").read_bytes()
@@ -313,7 +313,7 @@ def test_a_call_killed_after_its_output_ends_when_it_is_called_again(tmp_path, m
 
 def test_two_at_one_output_are_refused(tmp_path):
     source = DataRecipe(source=jsonl(tmp_path / "in.jsonl", ROWS))
-    with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is at work in '.*out.jsonl'"):
+    with held(tmp_path / "out.jsonl"), pytest.raises(LusiferError, match="another process is using '.*out.jsonl'"):
         mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
     mine(source, tmp_path / "out.jsonl", angled(DEGREES), **TEACHER, settings=Settings())
 
@@ -327,7 +327,7 @@ def test_a_call_killed_while_it_clears_up_leaves_nothing_for_the_next(tmp_path, 
     assert [path.name for path in folder.iterdir()] == ["plan.json"], "what says whose they are goes last"
     (folder / "plan.json").unlink()
     (tmp_path / ".out.jsonl.lock").touch()
-    with pytest.raises(LusiferError, match="exists already"):
+    with pytest.raises(LusiferError, match="already exists"):
         mine(source, output, angled(DEGREES), **TEACHER, settings=Settings())
     left = {path.name for path in tmp_path.iterdir()} - {"cache"}
     assert left == {"in.jsonl", "out.jsonl", "out.jsonl.mining.json"}

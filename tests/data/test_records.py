@@ -140,7 +140,7 @@ def test_windows_files_and_blank_lines(tmp_path):
         (texts("a", ""), " 2: 'text' is empty; remove"),
         (texts("a", "b", " \t\n\u3000"), " 3: 'text' is empty; remove"),
         (texts("a", "b" * 10_000_000), " 2: 'text' has 10,000,000 characters, over 1,000,000; split"),
-        (texts("only"), " 1: the only record of its set"),
+        (texts("only"), " 1: the only record of its dataset"),
         ([{"body": "a"}], "no column 'query'; it has body (map it: columns)"),
         ([{"text": "a", "id": "x"}, {"text": "b", "id": "y"}, {"text": "c", "id": "x"}], " 3: the id 'x' is that of"),
         ([{"text": "a", "id": 7}, {"text": "b", "id": 7}], " 2: the id '7' is that of"),
@@ -250,7 +250,7 @@ def test_a_name_that_is_nowhere_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nand a second line")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    assert "Couldn't reach the Hub" in refused("nobody/nothing-v1.5")
+    assert "the hub cannot be reached" in refused("nobody/nothing-v1.5")
 
 
 def test_broken_files_name_the_line(tmp_path):
@@ -263,7 +263,7 @@ def test_broken_files_name_the_line(tmp_path):
     assert "line 3: not a JSON object" in written("d.jsonl", good + b"[1]\n")
     assert "one JSON object per line" in written("d.jsonl", b'[\n{"text": "a"}]')
     assert "d.jsonl, line 3: not valid UTF-8" in written("d.jsonl", good + b'{"text": "caf\xe9"}\n')
-    assert "line 3: 'text' holds the lone surrogate U+D800" in written("d.jsonl", good + b'{"text": "\\ud800b"}\n')
+    assert "line 3: 'text' contains the lone surrogate U+D800" in written("d.jsonl", good + b'{"text": "\\ud800b"}\n')
     assert "line 3: not valid JSON" in written("d.jsonl", good + b"[" * 100_000)
     assert "d.parquet: broken Parquet after row 0" in written("d.parquet", b"PAR1 but no more")
     for name in ("d.jsonl", "e.jsonl", "d.jsonl.gz"):

@@ -174,7 +174,7 @@ def test_half_precision_and_null_rows(tmp_path):
 def test_a_vector_that_is_not_finite_is_told(kind, value, tmp_path):
     matrix = vectors(30)
     matrix[20, 3] = value
-    refused(write(kind, tmp_path / "t", texts(30), matrix), "row 21: its vector holds NaN or infinity")
+    refused(write(kind, tmp_path / "t", texts(30), matrix), "row 21: the vector contains NaN or infinite values")
 
 
 def test_vectors_without_texts_are_told(tmp_path):
@@ -199,9 +199,9 @@ def test_arrays_and_texts_must_have_the_same_rows(tmp_path):
     np.save(tmp_path / "vectors.npy", vectors(10))
     refused(location, "10 vectors, but .* has 9 rows")
     np.save(tmp_path / "vectors.npy", vectors(9)[:, 0])
-    refused(location, r"no matrix of vectors .* shape \(9,\)")
+    refused(location, r"not a matrix of vectors .* shape \(9,\)")
     np.save(tmp_path / "vectors.npy", vectors(9).astype(np.int8))
-    refused(location, "no matrix of vectors .* int8")
+    refused(location, "not a matrix of vectors .* int8")
     (tmp_path / "vectors.npy").write_bytes(b"nothing")
     refused(location, "cannot be read")
     refused(f"{tmp_path / 'none.npy'}+{tmp_path / 'texts.jsonl'}", "no such file: .*none.npy")
@@ -242,7 +242,7 @@ def test_an_empty_collection_of_chroma_is_told(tmp_path):
 
 
 def test_what_is_no_table_is_told_with_what_was_looked_for(tmp_path):
-    refused(tmp_path / "nowhere", "nothing is at")
+    refused(tmp_path / "nowhere", "there is nothing at")
     (tmp_path / "notes.txt").write_text("a")
     refused(tmp_path, r"no texts with vectors; looked for .*LanceDB.*Qdrant.*Chroma.*Parquet.*npy")
     refused(tmp_path / "notes.txt", "looked for")
@@ -332,7 +332,7 @@ def test_named_vectors_of_qdrant(tmp_path):
         assert given == ["t1", "t2", "t3", "t4"] and table.left_out == 1
         np.testing.assert_allclose(found, vectors(5)[1:], atol=1e-6)
         assert table.nearest(vectors(5)[2], 1)[0].text == "t2"
-        refused(tmp_path / "q", "another process has it open")
+        refused(tmp_path / "q", "other process that has it open")
 
 
 def test_a_server_draws_and_finds_by_itself(monkeypatch):

@@ -53,7 +53,7 @@ FILES = {"queries": "queries.jsonl", "corpus": "corpus.jsonl", "qrels": "qrels.t
         ({"type": "sts", "languages": EN, "columns": {"sentense1": "a"}}, "reads no column 'sentense1'; did you mean"),
         ({"type": "sts", "languages": EN, "name": "a/b"}, "name: string should match pattern"),
         ({"type": "sts", "languages": EN, "name": "KLUE-STS"}, "no column 'sentence1'; it has text, label"),
-        ({"type": "sts", "languages": {"en": "scored.jsonl"}, "name": "KLUE-STS"}, "mteb has a task 'KLUE-STS'"),
+        ({"type": "sts", "languages": {"en": "scored.jsonl"}, "name": "KLUE-STS"}, "already has a task 'KLUE-STS'"),
         ({"type": "sts", "languages": {"en": "gone.csv"}}, "no such file: "),
         (
             {"type": "retrieval", "languages": {"en": FILES}, "columns": {"language": "lang"}},

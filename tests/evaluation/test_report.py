@@ -203,13 +203,13 @@ def test_what_was_asked_for_and_is_not_there_is_named(tmp_path):
     (tmp_path / "nothing" / "T1.json").write_text("{")
     systems = read([tmp_path / name for name in ("done", "killed", "nothing")])
     text = markdown(systems)
-    assert "- killed: asked for, not scored: T3, T4, T5\n" in text
+    assert "- killed: requested, not scored: T3, T4, T5\n" in text
     assert "- killed: T2 failed: out of memory; the 1 scores it had before count\n" in text
-    assert "- killed: T2: asked for, not scored: b\n" in text
+    assert "- killed: T2: requested, not scored: b\n" in text
     assert "- killed: has no score of tasks that another system has; left out for all: T3, T4, T5\n" in text
     assert "| Spanish (es) | 50.0 | 70.0 |" in text
     # A system without scores takes nothing away, and does not say so.
-    assert "- nothing: asked for, not scored: T1, T2, T3, T4, T5\n" in text
+    assert "- nothing: requested, not scored: T1, T2, T3, T4, T5\n" in text
     assert not [line for line in text.splitlines() if line.startswith("- nothing") and "left out" in line]
 
 
@@ -328,7 +328,7 @@ def test_what_only_an_earlier_command_asked_for_is_not_missing(tmp_path):
     assert "asked for" not in markdown(read([tmp_path / "x"]))
     (tmp_path / "x" / "run.json").write_text(json.dumps({**run, "asked": {"T1": ["a", "b"], "T2": ["a"]}}))
     text = markdown(read([tmp_path / "x"]))
-    assert "- x: asked for, not scored: T2\n" in text and "- x: T1: asked for, not scored: b\n" in text
+    assert "- x: requested, not scored: T2\n" in text and "- x: T1: requested, not scored: b\n" in text
     assert "Tasks that are missing: 1 asked for but not scored; see the end." in text
 
 

@@ -93,7 +93,7 @@ def test_a_graph_that_differs_is_not_kept(tiny_encoder, tmp_path, monkeypatch):
 
 def test_mistakes_take_one_line(tiny_encoder, tmp_path, call, monkeypatch):
     name = save_adapted(tmp_path / "model", tiny_encoder)
-    assert "exists already" in mistake(*call("export", "onnx", name, tmp_path))
+    assert "already exists" in mistake(*call("export", "onnx", name, tmp_path))
     assert "no checkpoint at" in mistake(*call("export", "onnx", tmp_path, tmp_path / "new"))
     monkeypatch.setattr(export, "_NEEDS", ("onnx", "no_such_module"))
     said = mistake(*call("export", "onnx", name, tmp_path / "new"))

@@ -60,5 +60,5 @@ def test_axes_without_variance_stay_small():
 
 
 def test_mistakes_take_one_line(name, tmp_path, call):
-    assert "exists already" in mistake(*call("export", "static", name, tmp_path))
+    assert "already exists" in mistake(*call("export", "static", name, tmp_path))
     assert "no checkpoint at" in mistake(*call("export", "static", tmp_path, tmp_path / "new"))

@@ -104,7 +104,7 @@ QUERY = "universal_learner.base_model.model.encoder.layer.0.attention.self.query
         (drop(f"{QUERY}.base_layer.weight"), "lacks 1 tensors, encoder.encoder.layer.0.attention.self.query.weight"),
         (drop("connection_module.added_tokens"), "has no connector.added_tokens"),
         (replace("connection_module.ff.2.bias", lambda t: t[:-1].clone()), "other shapes for 1 tensors"),
-        (replace("output_projection.2.bias", lambda t: t * float("nan")), "not finite"),
+        (replace("output_projection.2.bias", lambda t: t * float("nan")), "contains NaN"),
         (replace(f"{QUERY}.lora_A.universal_lora.weight", lambda t: t[:, :-1].clone()), "QUERY|other shapes"),
         (lambda state: state.__setitem__("something.else", torch.ones(2)), "unknown tensor something.else"),
     ],
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(copy, tmp_path, tensors, words, merge):
         (lambda fields: fields.update(pooling_method="cls"), "pooling_method 'cls' cannot be converted"),
         (lambda fields: fields.update(universal_learner_backbone_type="mt5"), "'mt5' cannot be converted"),
         (lambda fields: fields.update(encoder_name_or_path="no/such"), "cannot load the llm"),
-        (lambda fields: fields.pop("universal_learner_name_or_path"), "no checkpoint of the authors"),
+        (lambda fields: fields.pop("universal_learner_name_or_path"), "not a checkpoint of the authors"),
     ],
 )
 def test_what_we_cannot_read_is_refused(copy, tmp_path, config, words):

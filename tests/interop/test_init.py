@@ -110,7 +110,7 @@ def test_pooling_of_an_odd_type_is_named(plain):
 def test_a_dense_module_is_left_out_and_said_so(e5):
     modules = json.loads((e5 / "modules.json").read_text())
     write(e5, "modules.json", [*modules, {"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"}])
-    assert "a Dense module behind the LLM" in said(inspect_embedder(str(e5)))
+    assert "a Dense module after the LLM" in said(inspect_embedder(str(e5)))
 
 
 def test_an_adapter_leads_to_its_llm(plain, llm2vec):
@@ -118,13 +118,13 @@ def test_an_adapter_leads_to_its_llm(plain, llm2vec):
     found = inspect_embedder(str(mntp), [str(supervised)])
     assert (found.llm, found.adapters) == (str(plain), [str(mntp), str(supervised)])
     assert (found.causal, found.pooling, found.head) == (False, "weighted_mean", True)
-    assert "has code of its own" in said(found)
+    assert "has custom code" in said(found)
 
 
 def test_gritlm_is_known_by_its_name(tiny_llm, tmp_path):
     found = inspect_embedder(str(shutil.copytree(tiny_llm, tmp_path / "GritLM-7B")))
     assert (found.causal, found.pooling) == (False, "mean")
-    assert found.prompts["query"] == "<|embed|>\n" and "ordinary characters" in said(found)
+    assert found.prompts["query"] == "<|embed|>\n" and "plain characters" in said(found)
 
 
 def test_a_plain_llm_takes_the_defaults_and_says_so(plain):

@@ -76,5 +76,5 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tiny_encoder, tmp_path,
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../b.bin"}}')
     assert "no ../b.bin" in said(folder)
     out.mkdir()
-    assert "exists already" in said(folder)
+    assert "already exists" in said(folder)
     assert [path.name for path in Path(tmp_path).iterdir() if path.name.startswith(".")] == []

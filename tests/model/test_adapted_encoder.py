@@ -153,7 +153,7 @@ def test_a_frozen_encoder_reads_without_dropout_while_the_rest_trains(build):
 
 
 def test_what_cannot_stand_behind_it_is_refused(adapted, tiny_encoder, tiny_llm, tmp_path):
-    with pytest.raises(LusiferError, match="head_dim goes without an adapted encoder"):
+    with pytest.raises(LusiferError, match="head_dim does not apply to an adapted encoder"):
         LusiferModel.from_backbones(adapted, tiny_llm, head_dim=16)
     plain = save_adapted(tmp_path / "plain", tiny_encoder, layers=(2,), hidden=0)
     with pytest.raises(LusiferError, match="adapted with --plain"):

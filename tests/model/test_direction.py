@@ -164,7 +164,7 @@ def test_an_encoder_that_reads_causally_is_refused():
     encoder = tf.AutoModel.from_config(tf.LlamaConfig(**LLM, num_key_value_heads=2)).eval()
     with pytest.raises(LusiferError, match="does not read whole texts"):
         check_encoder("mine", encoder, 32)
-    with pytest.raises(LusiferError, match="gives states of shape"):
+    with pytest.raises(LusiferError, match="returns states of shape"):
         check_encoder("mine", encoder, 48)
 
 

@@ -178,7 +178,7 @@ def damaged(adapter, folder, *, config=None, rename=None, drop=None, shape=None)
         ({"config": {"use_dora": True}}, "uses use_dora; merge it"),
         ({"config": {"modules_to_save": ["lm_head"]}}, "uses modules_to_save"),
         ({"config": {"peft_type": "IA3"}}, "not LoRA"),
-        ({"rename": ("lora_A", "lora_magnitude")}, "no LoRA matrix"),
+        ({"rename": ("lora_A", "lora_magnitude")}, "not a LoRA matrix"),
         ({"rename": ("layers.0", "layers.9")}, "does not fit the LLM, which has no layers.9"),
         ({"drop": True}, "lacks"),
         ({"shape": (4, 7)}, r"has shape \(4, 7\)"),
@@ -198,7 +198,7 @@ def test_pickles_are_not_opened(tiny_encoder, tiny_llm, adapters, tmp_path):
 
 
 def test_a_quantised_llm_takes_none(tiny_llm, adapters):
-    with pytest.raises(LusiferError, match="in 8 or 4 bits cannot take adapters"):
+    with pytest.raises(LusiferError, match="in 8 or 4 bits cannot merge adapters"):
         load_llm(tiny_llm, load_config("llm", tiny_llm), adapters=adapters, quantization="8bit")
 
 

@@ -94,9 +94,9 @@ def commands(processes, tiny_encoder, tiny_llm, tmp_path_factory):
             + quiet,
         ),
         "data mine": Command(
-            ["data", "mine", pairs, "PLACE/out.jsonl.gz", "--model", model, *quiet], done="exists already"
+            ["data", "mine", pairs, "PLACE/out.jsonl.gz", "--model", model, *quiet], done="already exists"
         ),
-        "merge": Command(["merge", model, "PLACE/out", *quiet], done="exists already"),
+        "merge": Command(["merge", model, "PLACE/out", *quiet], done="already exists"),
         "fetch": Command(["fetch", *quiet], wheels=write_wheels(_made(folder / "wheels"))),
     }
 
@@ -158,7 +158,7 @@ def table(request):
 def is_refusal(ended, command):
     """Whether a process says in a line, and by its exit code, why it does nothing."""
     line = ended.err.strip()
-    known = ("another process is at work in", "another process is at it", *([command.done] if command.done else []))
+    known = ("another process is using", "another process is at it", *([command.done] if command.done else []))
     return ended.code in (1, 2) and "\n" not in line and any(one in line for one in known)
 
 

@@ -19,7 +19,7 @@ def test_another_process_is_refused_until_it_ends_however_it_ends(tmp_path):
         for name in ("x", "./x", "y/../x"):
             (tmp_path / "y").mkdir(exist_ok=True)
             with (
-                pytest.raises(BusyError, match="another process is at work in '.*x'; wait"),
+                pytest.raises(BusyError, match="another process is using '.*x'; wait"),
                 alone_at(f"{tmp_path}/{name}"),
             ):
                 pass
@@ -62,7 +62,7 @@ def test_a_block_within_a_block_is_let_through_and_another_thread_is_not(tmp_pat
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(told) == 1 and "at work" in told[0]
+    assert len(told) == 1 and "is using" in told[0]
 
 
 def test_a_folder_whose_parent_cannot_be_written_is_locked_inside(tmp_path, monkeypatch):
@@ -88,12 +88,12 @@ def test_a_file_system_without_locks_is_told_and_works(tmp_path, monkeypatch, ca
     monkeypatch.setattr(locks, "_take", without)
     with alone_at(tmp_path / "x"):
         pass
-    assert "knows no locks" in caplog.text
+    assert "does not support locks" in caplog.text
 
 
 def test_a_new_place_must_be_new(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(LusiferError, match="exists already"), alone_at_new(tmp_path / "x"):
+    with pytest.raises(LusiferError, match="already exists"), alone_at_new(tmp_path / "x"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -119,5 +119,5 @@ def test_what_a_process_killed_in_its_last_moments_left_goes_though_the_place_is
 
 
 def new(place):
-    with pytest.raises(LusiferError, match="exists already"), alone_at_new(place):
+    with pytest.raises(LusiferError, match="already exists"), alone_at_new(place):
         pass

@@ -85,7 +85,7 @@ def test_an_interrupted_step_keeps_what_was_done_before_and_the_time(tmp_path, c
     again = quickstart._Run(tmp_path, "hash")
     assert again.state == run.state and set(again.state["seconds"]) == {"encoder", "lusifer"}
     assert again.step("encoder", killed) == {"score": 1}
-    assert caplog.messages[-1] == "6/8: scoring the encoder alone: there already"
+    assert caplog.messages[-1] == "6/8: scoring the encoder alone: already done"
     again.state["seconds"]["lusifer"] = 5.0
     assert again.step("lusifer", lambda: 2) == 2 and again.state["seconds"]["lusifer"] >= 5
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]

@@ -248,12 +248,12 @@ def test_bad_overrides(tmp_path, overrides, words):
         (with_sets("align", {"task": None}), "data.0.task must be reconstruct or complete"),
         (with_sets("align", {"task": "contrast"}), "data.0.task must be reconstruct or complete"),
         (with_sets("align", {"positives": 3}), "data.0.positives is for stage 2; remove it"),
-        (changed(align={"warmup_steps": 3, "warmup_share": 0.1}), "say the same: give one of them"),
+        (changed(align={"warmup_steps": 3, "warmup_share": 0.1}), "are alternatives: set only one"),
         (with_sets("align", {}, {"hard_negatives": 1}), "data.1.hard_negatives is for stage 2; remove it"),
         (with_sets("align", {"document_instruction": "Keep"}), "data.0.document_instruction is for stage 2; remove it"),
-        (with_sets("align", {"start": 0.1}), "align: no data set is drawn after 0 of the steps"),
-        (with_sets("align", {"end": 0.5}, {"end": 0.7}), "align: no data set is drawn after 0.7 of the steps"),
-        (with_sets("align", {"end": 0.4}, {"start": 0.5}), "align: no data set is drawn after 0.4 of the steps"),
+        (with_sets("align", {"start": 0.1}), "align: no dataset is used after 0 of the steps"),
+        (with_sets("align", {"end": 0.5}, {"end": 0.7}), "align: no dataset is used after 0.7 of the steps"),
+        (with_sets("align", {"end": 0.4}, {"start": 0.5}), "align: no dataset is used after 0.4 of the steps"),
         (changed(contrast={"matryoshka_dims": [64, 32]}), "matryoshka_dims must increase: [32, 64]"),
         (changed(contrast={"guide_margin": 0.1}), "guide_margin needs guide"),
         (changed(contrast={"batch_size": 1}), "batch_size is 1: a row has no negatives"),
@@ -263,14 +263,14 @@ def test_bad_overrides(tmp_path, overrides, words):
         (changed(align={"best_metric": "loss", "eval_steps": 5}), "there are visible_own_accuracy, visible_own_cross"),
         (changed(contrast={"distill": 1.0}), "distill needs guide"),
         (changed(contrast={"distill": -1.0, "guide": "encoder"}), "distill"),
-        (changed(contrast={"guide": "encoder"}), "guide is of no use without"),
+        (changed(contrast={"guide": "encoder"}), "guide has no effect without"),
         (changed(model={"connector_residual": False}), "model.connector_residual"),
         ({"output": "o", "model": BASE["model"]}, "warm_start.data"),
         (changed(align={"train_encoder": "lora"}), "model.encoder_lora"),
         (changed(contrast={"train_encoder": "lora"}), "model.encoder_lora"),
         (
             changed(warm_start={"enabled": False}, align={"enabled": False}, contrast={"enabled": False}),
-            "every stage is switched off",
+            "every stage is disabled",
         ),
         (changed(align={"train_connector": False}), "align"),
         (changed(contrast={"train_connector": False}, model={"llm_lora": None}), "contrast"),
@@ -446,9 +446,9 @@ def test_aliases_that_unfold_without_end_are_refused(tmp_path, text):
     path.write_text(text)
     tracemalloc.start()
     try:
-        with pytest.raises(LusiferError, match="aliases unfold to more than 10,000,000 characters"):
+        with pytest.raises(LusiferError, match="aliases expand to more than 10,000,000 characters"):
             load_recipe(path)
-        with pytest.raises(LusiferError, match="aliases unfold to more than 10,000,000 characters"):
+        with pytest.raises(LusiferError, match="aliases expand to more than 10,000,000 characters"):
             load_prompts(path)
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:

@@ -54,7 +54,7 @@ def test_columns_can_be_said(model, tmp_path, call):
 def test_mistakes_are_one_line(model, tmp_path, call):
     folder, _, made = model
     location = lance(tmp_path / "l", TEXTS, made)
-    assert "does not say which model" in mistake(*call("search", location, "cat"))
+    assert "does not record the model" in mistake(*call("search", location, "cat"))
     assert "leave --hybrid out" in mistake(*call("search", location, "cat", "--model", folder, "--hybrid"))
     assert "no column 'year'" in mistake(*call("search", location, "cat", "--model", folder, "--where", "year = 3"))
     (tmp_path / "empty").mkdir()

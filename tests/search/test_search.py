@@ -138,8 +138,8 @@ def test_a_filter_may_be_as_deep_as_it_is_read(filled):
         ("lang = 'te'; DROP TABLE texts", "at character 12"),
         ("topic > 'food'", "numbers only"),
         ("", "the name of a column"),
-        ("(" * 5000 + "lang = 'te'" + ")" * 5000, "more than 30 brackets or NOT within each other"),
-        ("NOT " * 5000 + "lang = 'te'", "more than 30 brackets or NOT within each other"),
+        ("(" * 5000 + "lang = 'te'" + ")" * 5000, "more than 30 brackets or NOT nested"),
+        ("NOT " * 5000 + "lang = 'te'", "more than 30 brackets or NOT nested"),
     ],
 )
 def test_a_bad_filter_is_told(filled, where, message):

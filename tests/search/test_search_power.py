@@ -139,13 +139,13 @@ def test_an_index_of_which_nothing_can_be_read_stays_as_it_is(tmp_path):
     for file in (tmp_path / "index").rglob("*.manifest"):
         file.write_bytes(b"")
     before = sorted(path.name for path in (tmp_path / "index").rglob("*.manifest"))
-    with pytest.raises(LusiferError, match="no version of the index .* can be read; build it anew"):
+    with pytest.raises(LusiferError, match="no version of the index .* can be read; rebuild it"):
         repair_store(str(tmp_path / "index"))
     assert sorted(path.name for path in (tmp_path / "index" / "lance").rglob("*.manifest")) == before
     with pytest.raises(LusiferError, match="only a folder is repaired"):
         repair_store("qdrant+http://localhost:6333/texts")
     (tmp_path / "index" / "facts.json").write_text("")
-    with pytest.raises(LusiferError, match=r"facts.json is not JSON; build it anew"):
+    with pytest.raises(LusiferError, match=r"facts.json is not JSON; rebuild it"):
         repair_store(str(tmp_path / "index"))
 
 

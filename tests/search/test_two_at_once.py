@@ -66,7 +66,7 @@ def test_two_that_add_at_once_leave_each_id_once(tmp_path):
     told = [(process.communicate(timeout=120)[1], process.returncode) for process in two]
     assert 0 in [code for _, code in told], told
     for err, code in told:
-        assert code == 0 or (code == 2 and "another process is at work in" in err), err
+        assert code == 0 or (code == 2 and "another process is using" in err), err
     assert sorted(ids(tmp_path / "index")) == sorted(f"id{i}" for i in range(COUNT))
 
 
@@ -76,7 +76,7 @@ def test_the_commands_that_write_name_the_place(call, tmp_path):
     (tmp_path / "in.txt").write_text("a\nb\n")
     with held(index):
         for arguments in (("add", index, tmp_path / "in.txt"), ("delete", index, "--ids", "id1"), ("build", index)):
-            assert f"another process is at work in {str(index)!r}" in mistake(*call("index", *arguments))
+            assert f"another process is using {str(index)!r}" in mistake(*call("index", *arguments))
         assert json.loads(call("index", "info", index, "--json")[1])["texts"] == 3, "reading needs no lock"
     assert json.loads(call("index", "delete", index, "--ids", "id1", "--json")[1])["deleted"] == 1
 
@@ -84,7 +84,7 @@ def test_the_commands_that_write_name_the_place(call, tmp_path):
 def test_a_process_that_is_killed_lets_go(tmp_path):
     store = LanceStore.create(tmp_path / "index", INFO)
     with held(tmp_path / "index") as process:
-        with pytest.raises(LusiferError, match="another process is at work in"):
+        with pytest.raises(LusiferError, match="another process is using"):
             add(store, Encoder(), entries(3))
         process.kill()
         process.wait()
@@ -102,7 +102,7 @@ def test_doubled_ids_are_healed_by_the_next_add(tmp_path, caplog):
     assert {entry.text for entry, _ in store.fetch([f"id{i}" for i in range(40)]).values()} == {
         f"new {i}" for i in range(40)
     }
-    assert "40 rows of ids that stood there twice are removed" in caplog.text
+    assert "40 rows of duplicate ids are removed" in caplog.text
     assert store.heal() == 0
 
 
@@ -114,8 +114,8 @@ SOURCE = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f/lance-file-
     [
         (
             f"lance error: LanceError(IO): No space left on device (os error 28), {SOURCE}",
-            "cannot write the index {index}: No space left on device; nothing that was there is lost, and the same "
-            "command goes on",
+            "cannot write the index {index}: No space left on device; no existing data is lost; run the same "
+            "command again to resume",
         ),
         (
             "lance error: Retryable commit conflict for version 5: This Update transaction was preempted by concurrent "

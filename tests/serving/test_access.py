@@ -48,7 +48,7 @@ def test_only_names_that_are_known_are_answered():
             refused = [ask(client, host, path) for host in BAD]
             assert [status for status, _ in refused if status not in (400, 421)] == []
             assert all(b'{"error": {"message"' in data for _, data in refused)
-        assert b"'attacker.example'; its operator may allow it with --allowed-host" in ask(client, BAD[0])[1]
+        assert b"'attacker.example'; the operator can allow it with --allowed-host" in ask(client, BAD[0])[1]
     with serving(Toy, allowed_hosts=["*"]) as client:
         assert ask(client, "attacker.example")[0] == 200
 

@@ -115,7 +115,7 @@ def test_a_model_that_hangs_does_not_keep_the_process():
         assert {code for code, _ in ended.values()} == {1}
         assert ended[drained][1] < 8 and ended[interrupted][1] < 5 and ended[watched][1] < 8, ended
         told = program.communicate()[1]
-        assert told.count("stopped") == 3 and "stopped by the watchdog: the model has not returned for" in told, told
+        assert told.count("stopped") == 3 and "stopped by the watchdog: the model has not responded for" in told, told
     finally:
         program.kill()
         for process, _ in servers:

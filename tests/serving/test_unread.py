@@ -65,7 +65,7 @@ def test_answers_that_nobody_reads_are_bounded(monkeypatch):
             # Others are served, at the latest when the slow are cut.
             while (answer := embed(client, [[1]])).status_code != 200:
                 assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
-                assert "wait to be read" in answer.text and time.monotonic() < end
+                assert "responses are unread" in answer.text and time.monotonic() < end
                 time.sleep(0.1)
         finally:
             done.set()

@@ -221,4 +221,4 @@ def test_killed_processes_go_on(folder, runs, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path):
     done = run(folder / "xlm-r.yaml", tmp_path / "run", ranks=2, overrides=["--align.batch_size", "7"])
     assert done.returncode != 0
-    assert "batch_size is 7, which 2 processes cannot share evenly" in done.stderr
+    assert "batch_size is 7, which is not divisible by 2 processes" in done.stderr

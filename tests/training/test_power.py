@@ -241,7 +241,7 @@ def test_a_damaged_report_of_a_finished_stage(recipe, whole, tmp_path, caplog):
         report.write_bytes(broken)
         train(recipe(output), progress=False)
         assert_same(output, whole)
-        assert "stage.json is damaged; the stage is finished again" in caplog.text
+        assert "stage.json is damaged; its model is written again" in caplog.text
         after = json.loads(report.read_text())
         assert (after["fingerprint"], after["loss"]) == (before["fingerprint"], before["loss"])
 
@@ -280,7 +280,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, whole, tmp_path):
     (tmp_path / "run" / ".lusifer-0123456789abcdef").touch()
     with (
         held(tmp_path / "run"),
-        pytest.raises(LusiferError, match="another process is at work in"),
+        pytest.raises(LusiferError, match="another process is using"),
     ):
         train(recipe(tmp_path / "run"), progress=False)
     assert left.is_dir()

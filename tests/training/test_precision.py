@@ -237,7 +237,7 @@ def test_auto_is_decided_once(make, tmp_path, monkeypatch, chooses, caplog):
     assert stored["align"]["precision"] == stored["contrast"]["precision"] == "bfloat16"
     # What was decided may as well be written down, there and in another place: it is the same run.
     train(make(tmp_path / "run", "bfloat16", "bfloat16", "bfloat16"), progress=False)
-    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+    with pytest.raises(LusiferError, match="contains a run of another recipe"):
         train(make(tmp_path / "run", "float32", "float32", "float32"), progress=False)
 
 
@@ -276,7 +276,7 @@ def test_a_damaged_choice_is_one_line(make, tmp_path, content):
 def test_a_float16_encoder_beside_bfloat16_is_refused_on_a_cpu(make, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(
-        LusiferError, match=r"encoder_dtype is float16, which a CPU cannot take beside align\.precision"
+        LusiferError, match=r"encoder_dtype is float16, which a CPU does not support beside align\.precision"
     ):
         train(make(tmp_path, encoder="float16", precision="bfloat16"), progress=False)
 

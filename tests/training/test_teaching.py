@@ -283,13 +283,13 @@ def test_stage_1_trains_what_has_a_gradient(tree, adapted, tiny_llm):
 def test_what_cannot_be_learnt_is_refused_before_any_work(tree, tiny_encoder, tmp_path, own_cache):
     narrow = save_teacher(tmp_path, width=16)
     on_top = recipe(tree, align={"enabled": False}, contrast={"teacher": narrow})
-    with pytest.raises(LusiferError, match=r"16 dimensions, the model of 32; give an encoder that was adapted to this"):
+    with pytest.raises(LusiferError, match=r"16 dimensions, the model of 32; give an encoder adapted to this"):
         check_inputs(on_top)
     plain = {"model": {"encoder": tiny_encoder}, "align": {"enabled": False}}
     with pytest.raises(LusiferError, match=r"32 dimensions, the model of 48; set model.head_dim: 32"):
         check_inputs(recipe(tree, **plain))
     check_inputs(recipe(tree, **{**plain, "model": {"encoder": tiny_encoder, "head_dim": 32}}))
-    with pytest.raises(LusiferError, match=r"align.teacher needs an encoder that `lusifer adapt` made"):
+    with pytest.raises(LusiferError, match=r"align.teacher needs an encoder from `lusifer adapt`"):
         check_inputs(recipe(tree, model={"encoder": tiny_encoder, "head_dim": 32}))
     with pytest.raises(LusiferError, match="the LLM alone has no head"):
         train_llm_alone(recipe(tree, tmp_path / "run"), progress=False)

@@ -320,7 +320,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_appear(make, monkeypatch, 
 def test_another_recipe_in_the_same_folder_is_refused(finished, make, changes):
     output, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+    with pytest.raises(LusiferError, match="contains a run of another recipe"):
         train(make(output, **changes), progress=False)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
@@ -329,7 +329,7 @@ def test_another_recipe_on_an_unfinished_stage_is_refused_too(finished, make, mo
     kill_in(monkeypatch, "align", 5)
     with pytest.raises(Killed):
         train(make(tmp_path / "run"), progress=False)
-    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+    with pytest.raises(LusiferError, match="contains a run of another recipe"):
         train(make(tmp_path / "run", align={"learning_rate": 1e-3}), progress=False)
 
 
@@ -365,7 +365,7 @@ def test_a_run_of_an_earlier_version_goes_on(finished, make, monkeypatch, tmp_pa
     report.write_text(json.dumps({**json.loads(report.read_text()), "fingerprint": before}))
     monkeypatch.setattr(lusifer.training.run, "run_contrast", lambda *_: pytest.fail("trained again"))
     train(recipe, progress=False)
-    with pytest.raises(LusiferError, match="holds a run of another recipe"):
+    with pytest.raises(LusiferError, match="contains a run of another recipe"):
         train(make(tmp_path / "run", contrast={**settings, "temperature": 0.1}), progress=False)
 
 
@@ -425,7 +425,7 @@ def test_a_finished_run_leaves_its_model_alone(finished, make):
 
 def test_a_second_run_in_the_same_output_is_refused(finished, make):
     output, _ = finished
-    with held(output), pytest.raises(LusiferError, match="another process is at work in '.*whole'"):
+    with held(output), pytest.raises(LusiferError, match="another process is using '.*whole'"):
         train(make(output), progress=False)
 
 

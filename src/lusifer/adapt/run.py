@@ -188,9 +188,7 @@ class _Run:
             matches = load_dictionary(self.work, compute)
             shown.update(1 - shown.n)
         if not matches:
-            logger.warning(
-                "the encoder's vocabulary has no whole words to switch to: learning from plain English alone"
-            )
+            logger.warning("the encoder's vocabulary has no whole words to switch to: training on plain English only")
         switcher = Switcher(matches, device)
         data = self._collect(texts, switcher)
         head, columns = self._start(data)

@@ -116,7 +116,9 @@ class ModelSource:
         self._own = everyday_scores(self._queries, self._index)
         if mean_other(self._own) >= MULTILINGUAL:
             share = 100 * mean_other(self._own)
-            logger.warning("%s finds %.0f %% of everyday sentences across languages already; going on", name, share)
+            logger.warning(
+                "%s already retrieves %.0f %% of everyday sentences across languages; continuing", name, share
+            )
 
     def _queries(self, texts: Sequence[str]) -> np.ndarray:
         return self.teacher.encode(texts, ["query"] * len(texts))

@@ -50,7 +50,7 @@ class Student:
         self.name = name
         config = load_config("encoder", name)
         if config.model_type == ADAPTED_TYPE:
-            raise LusiferError(f"{name!r} is adapted already; give the encoder that it was made from")
+            raise LusiferError(f"{name!r} is already adapted; give its original encoder")
         self.tokenizer: Any = load_tokenizer("encoder", name, config=config)
         if not self.tokenizer.is_fast:
             raise LusiferError(f"the encoder {name!r} has no fast tokenizer, which knows where words begin")

@@ -106,7 +106,7 @@ def check_english(english: int, rows: int, where: str) -> None:
     if not rows:
         raise LusiferError(f"no texts in {where}")
     if not english:
-        raise LusiferError(f"none of the {rows:,} texts in {where} looks English, which is needed")
+        raise LusiferError(f"none of the {rows:,} texts in {where} looks English; English text is needed")
     if english < _MOSTLY * rows:
         share = 100 * english / rows
         logger.warning("only %.0f %% of the texts in %s look English; the others are left out", share, where)

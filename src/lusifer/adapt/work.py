@@ -24,7 +24,7 @@ _LATER = ("encoder_hash",)  # What plans of earlier versions do not have: those 
 _WORDS = {
     "teacher_hash": "another teacher",
     "encoder": "another encoder",
-    "encoder_hash": "an encoder of other content",
+    "encoder_hash": "an encoder with other content",
     "texts": "other texts",
 }
 
@@ -64,7 +64,7 @@ class Work:
         restart: Throws away what is there.
 
     Raises:
-        LusiferError: If the folder was begun with another plan, or another process is at work in it.
+        LusiferError: If the folder was begun with another plan, or another process is using it.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], *, restart: bool = False) -> None:
@@ -79,7 +79,7 @@ class Work:
         for key in plan if before else ():
             if before.get(key) != plan[key] and (key in before or key not in _LATER):
                 why = _WORDS.get(key, f"another value of {key}")
-                raise LusiferError(f"{folder} was begun with {why}; choose another output folder, or --restart")
+                raise LusiferError(f"{folder} was started with {why}; choose another output folder, or --restart")
         write_json(folder / _PLAN, plan)
 
     def close(self) -> None:

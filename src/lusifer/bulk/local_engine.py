@@ -112,7 +112,7 @@ class Processes:
         except (EOFError, OSError) as error:
             self._running[pipe].join()
             died = f"the process at {work} died (exit code {self._running[pipe].exitcode}; out of memory?)"
-            raise LusiferError(f"{died}: try fewer --processes; the same command goes on") from error
+            raise LusiferError(f"{died}: try fewer --processes; run the same command again to resume") from error
         if isinstance(answer, Exception):
             raise answer
         return answer

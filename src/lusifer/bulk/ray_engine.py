@@ -120,4 +120,4 @@ def _as_one_line(error: Exception) -> LusiferError:
             return LusiferError(first_line(getattr(cause, "cause", cause)))
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return LusiferError(f"the Ray cluster gave up: {lines[-1]}; the same command goes on")
+    return LusiferError(f"the Ray cluster gave up: {lines[-1]}; run the same command again to resume")

@@ -112,7 +112,7 @@ class ShardEncoder:
                 was begun on another kind of device.
         """
         if prepared.device != (device := self.encoder.model.device.type):
-            raise LusiferError(f"this output was begun on {prepared.device}, not {device}; go on there (--device)")
+            raise LusiferError(f"this output was begun on {prepared.device}, not {device}; resume there (--device)")
         self._compute_in(prepared.precision)
         self.encoder.cut = 0
         name = self.job.output.rpartition("/")[2] if self.job.single else shard_name(part.number)

@@ -17,45 +17,44 @@ def adapt(
         str,
         typer.Argument(
             help="The English embedder (folder, hub id or starter name of a Sentence Transformers model); or an index "
-            "or table of texts and their vectors, if the embedder is not at hand.",
+            "or table of texts and their vectors, if the embedder is unavailable.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Argument(help="Where model/ and report.json are written.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for model/ and report.json.", show_default=False)],
     encoder: Annotated[
         str, typer.Option(help="The multilingual encoder: folder, hub id or starter name.")
     ] = "starter:multilingual-e5-small",
     texts: Annotated[
-        list[str] | None, typer.Option(help="English text of your own: file, folder or glob; may be repeated.")
+        list[str] | None, typer.Option(help="Your own English text: file, folder or glob; repeatable.")
     ] = None,
-    general: Annotated[
-        bool, typer.Option("--general/--no-general", help="The bundled English text beside your own.")
-    ] = True,
+    general: Annotated[bool, typer.Option("--general/--no-general", help="Also use the bundled English text.")] = True,
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="Time for everything; from 15 on, 2 on a GPU, the encoder learns too.")
+        float | None, typer.Option(min=0.1, help="Time budget; from 15 (2 on a GPU) the encoder is trained too.")
     ] = 10.0,
-    max_texts: Annotated[int, typer.Option(min=1, help="Most texts to learn from.")] = 200_000,
+    max_texts: Annotated[int, typer.Option(min=1, help="Maximum number of texts to train on.")] = 200_000,
     encoder_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps of the encoder; as many as the time allows when left out.")
+        int | None, typer.Option(min=0, help="Training steps of the encoder; default: as many as time allows.")
     ] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="One linear map of the last layer: loads in any Sentence Transformers.")
+        bool,
+        typer.Option("--plain", help="One linear map of the last layer: needs only Sentence Transformers to load."),
     ] = False,
     precision: Annotated[
-        str, typer.Option(help="float32 or bfloat16; auto takes bfloat16 where it is faster, once a run.")
+        str, typer.Option(help="float32 or bfloat16; auto picks bfloat16 if faster, once per run.")
     ] = "auto",
-    text_column: Annotated[str | None, typer.Option(help="Column of the text, in files and tables.")] = None,
-    vector_column: Annotated[str | None, typer.Option(help="Column of the vectors, in tables.")] = None,
-    seed: Annotated[int, typer.Option(help="Of order and chance.")] = 0,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work in OUTPUT away.")] = False,
+    text_column: Annotated[str | None, typer.Option(help="Text column of files and tables.")] = None,
+    vector_column: Annotated[str | None, typer.Option(help="Vector column of tables.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work in OUTPUT.")] = False,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Adds languages to an English embedder and keeps its index: no labels, no translations, no new vectors.
+    """Adds languages to an English embedder and keeps its index: no labels, translations or new vectors.
 
-    A multilingual encoder learns, from English text alone, to give the embedder's own vectors. Queries in other
-    languages then find what the embedder put into its index. Call it again after an interruption and it goes on.
+    A multilingual encoder learns from English text alone to produce the embedder's own vectors. Queries in other
+    languages then search the embedder's existing index. After an interruption, run the command again to resume.
 
     Examples:
     - `lusifer adapt starter:all-minilm-l6-v2 runs/adapted`

@@ -53,10 +53,10 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
-    """Give an English-centric LLM embedder every language its multilingual encoder knows.
+    """Extend an English-centric LLM embedder to every language of a multilingual encoder.
 
-    Start with `lusifer quickstart`: it fetches small backbones, trains on English and scores 23 languages it never
-    trained on.
+    Start with `lusifer quickstart`: it fetches small backbones, trains on English and scores
+    23 languages.
     """
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == 130:  # Typer's answer to Ctrl-C.
-            say(f"lusifer: interrupted; {_kept(stop) or 'the same command resumes where it stopped'}", err=True)
+            say(f"lusifer: interrupted; {_kept(stop) or 'run the same command again to resume'}", err=True)
         raise
     except OSError as error:
         say(f"lusifer: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)

@@ -11,20 +11,20 @@ import typer
 from lusifer.terminal import visible, visible_json
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # For overrides of a recipe.
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
 Model = Annotated[
-    str, typer.Argument(help="Checkpoint folder, hub id, or `starter`: the released model.", show_default=False)
+    str, typer.Argument(help="Checkpoint folder, hub id, or `starter` for the released model.", show_default=False)
 ]
 AnyModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Any Sentence Transformers model: folder, hub id, or `starter`: the released model.",
+        help="Any Sentence Transformers model: folder, hub id, or `starter` for the released model.",
         show_default=False,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; chosen when left out.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the best available.")]
 
 
 def comma_separated(names: str) -> list[str]:

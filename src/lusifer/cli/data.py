@@ -18,16 +18,14 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="
 def check(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
-    against: Annotated[
-        list[str] | None, typer.Option(help="File or folder of evaluation data; may be given again.")
-    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help="File or folder of evaluation data; repeatable.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Reads all data of a recipe and tells what is in it; exit code 1 if something is wrong.
+    """Checks and summarises all data of a recipe; exit code 1 on errors.
 
-    Every record is checked. Texts are compared with the evaluation data (always with the bundled everyday set),
-    letter case and punctuation aside. Overrides of the recipe work as in `lusifer train`.
+    Every record is checked. Texts are compared with the evaluation data (always including the bundled everyday set),
+    ignoring case and punctuation. Overrides of the recipe work as in `lusifer train`.
 
     Examples:
     - `lusifer data check recipes/quickstart.yaml`
@@ -45,32 +43,32 @@ def check(
 
 @data_app.command()
 def mine(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="Pairs: a file, folder or glob, a starter name or a hub id.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Pairs: file, folder, glob, starter name or hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .jsonl.gz file.")],
     model: Annotated[str, typer.Option(help="Teacher: any Sentence Transformers model, hub id or folder.")],
-    negatives: Annotated[int, typer.Option(min=1, help="Negatives for a row, at most.")] = 7,
+    negatives: Annotated[int, typer.Option(min=1, help="Maximum negatives per row.")] = 7,
     relative_margin: Annotated[
-        float, typer.Option(help="A negative must score this share below the row's weakest positive.")
+        float, typer.Option(help="A negative must score this share below the row's lowest-scoring positive.")
     ] = 0.05,
-    range_min: Annotated[int, typer.Option(help="Best-ranked passages to skip.")] = 0,
-    range_max: Annotated[int, typer.Option(help="Passages to look at, from the best-ranked on.")] = 100,
-    corpus: Annotated[str | None, typer.Option(help="More passages: a set with a `text` column.")] = None,
+    range_min: Annotated[int, typer.Option(help="Number of top-ranked passages to skip.")] = 0,
+    range_max: Annotated[int, typer.Option(help="Number of top-ranked passages to consider.")] = 100,
+    corpus: Annotated[str | None, typer.Option(help="Additional passages: a dataset with a `text` column.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="In front of every text; the teacher's query and document prompts if left out.")
+        str | None, typer.Option(help="Prompt for every text; default: the teacher's query and document prompts.")
     ] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="Name of the teacher's prompt for every text.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Name of one of the teacher's prompts, for every text.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Adds hard negatives to pairs: what the teacher finds near a query, but clearly below its positive.
+    """Adds hard negatives to pairs: passages that the teacher scores close to a query, but clearly below its positive.
 
-    Passages are the positives of all rows and those of `--corpus`. A row's own texts, and their copies up to letter
-    case and punctuation, never become its negatives. The hardest come first. Interrupt it whenever you like: the same
-    command resumes where it stopped.
+    Passages are the positives of all rows and those of `--corpus`. A row's own texts, and copies that differ only in
+    case or punctuation, are never its negatives. The hardest come first. After an interruption, run the same command
+    again to resume.
 
     Example: `lusifer data mine pairs.jsonl mined.jsonl.gz --model runs/quickstart/model`
     """
@@ -144,11 +142,11 @@ def _print(report: dict[str, Any]) -> None:
     if report["sets"]:
         console.print(table)
         console.print(
-            f"steps: share of the stage's; tokens and truncated: of a seeded sample of at most {SAMPLE:,} rows a set",
+            f"tokens and truncated: from a seeded sample of at most {SAMPLE:,} rows per dataset",
             highlight=False,
         )
     console.print(f"compared with {report['evaluation_texts']:,} texts of evaluation data", highlight=False)
     for kind in ("warnings", "errors"):
         for line in report[kind]:
             say(f"{kind[:-1]}: {line}", err=True)
-    say("nothing wrong found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)
+    say("no problems found" if report["ok"] else f"errors: {len(report['errors'])}", err=True)

@@ -28,41 +28,38 @@ def encode(
             help="A folder for Parquet shards, or one file: .parquet (id, text, other columns, embedding) or .npy."
         ),
     ],
-    column: Annotated[str, typer.Option(help="Column of the text; a .txt file has no other.")] = "text",
-    id_column: Annotated[
-        str | None, typer.Option(help="Column of the ids; rows are numbered from 0 when left out.")
-    ] = None,
+    column: Annotated[str, typer.Option(help="Text column; not needed for .txt.")] = "text",
+    id_column: Annotated[str | None, typer.Option(help="Id column; default: row numbers from 0.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+        str | None, typer.Option(help="Prompt for every text; default: the model's document prompt.")
     ] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt to use: query.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of every text.")] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Texts beside their embeddings.")] = True,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of one of the model's prompts, e.g. query.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Task instruction, used as prompt for every text.")] = None,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Store the texts beside their embeddings.")] = True,
     metadata: Annotated[
         str | None,
-        typer.Option(help="Comma-separated columns to keep beside the text; all when left out, '' for none."),
+        typer.Option(help="Comma-separated columns to keep beside the text; default: all; '' for none."),
     ] = None,
-    dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions (Matryoshka).")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Keep only this many leading dimensions (Matryoshka).")] = None,
     output_dtype: Annotated[
-        str, typer.Option(help="Of the embeddings: float32, float16, int8, or ubinary (a bit a dimension).")
+        str, typer.Option(help="Type of the embeddings: float32, float16, int8, or ubinary (one bit per dimension).")
     ] = "float32",
     precision: Annotated[
-        str, typer.Option(help="Of the computation: float32, bfloat16, float16; auto takes the fastest here.")
+        str, typer.Option(help="Type of the computation: float32, bfloat16, float16; auto picks the fastest.")
     ] = "auto",
-    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, one Parquet file.")] = 50_000,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows per shard, which is one Parquet file.")] = 50_000,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by the device when left out.")
+        int | None, typer.Option(min=1, help="Padded tokens per forward pass; default: by device.")
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out empty and broken rows, and count them.")
-    ] = False,
-    engine: Annotated[str, typer.Option(help="local, or ray: a Ray cluster.")] = "local",
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the shards, each with a model.")] = 1,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip empty and broken rows, and count them.")] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, each with its own model.")] = 1,
     device: Annotated[
-        str | None, typer.Option(help="Torch device, the best there is when left out; cuda:0,cuda:1 is a process each.")
+        str | None,
+        typer.Option(help="Torch device; default: the best available. cuda:0,cuda:1 starts one process each."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a process; all, shared, if left out.")
+        int | None, typer.Option(min=1, help="CPU threads per process; default: all, divided among them.")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -70,7 +67,7 @@ def encode(
     """Embeds the texts of files, in any language and any number, with any Sentence Transformers model. They are
     documents unless `--prompt-name query` or another prompt says otherwise.
 
-    A folder receives shards one by one, with all columns of the input; `lusifer index add` takes it as it is. Interrupt
+    A folder receives shards one by one, with all columns of the input; `lusifer index add` reads it directly. Interrupt
     it whenever you like: the same command resumes where it stopped, and the files end up the same, byte for byte. On a
     finished folder it does nothing.
 

@@ -12,7 +12,7 @@ from lusifer.errors import LusiferError
 from lusifer.evaluation import benchmarks as suite
 from lusifer.quiet import quiet_libraries
 
-benchmark_app = typer.Typer(no_args_is_help=True, help="What the benchmarks are made of.")
+benchmark_app = typer.Typer(no_args_is_help=True, help="Show the tasks of the benchmarks.")
 
 
 def evaluate(
@@ -28,7 +28,7 @@ def evaluate(
         str | None, typer.Option(help=f"{', '.join(suite.BENCHMARKS)}; see `lusifer benchmark show`.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with tasks.json: no network. Alone, all of its tasks.")
+        Path | None, typer.Option(help="Folder with tasks.json, read without network; by itself, all its tasks.")
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -40,23 +40,23 @@ def evaluate(
     langs: Annotated[str | None, typer.Option(help="Comma-separated codes.")] = None,
     types: Annotated[str | None, typer.Option(help="Comma-separated types: STS,Retrieval,...")] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated task names.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results; runs/eval/MODEL when left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; default: runs/eval/MODEL.")] = None,
     prompts: Annotated[
-        str, typer.Option(help="`none`: the model's own; `default`: the bundled instructions; or a YAML file of yours.")
+        str, typer.Option(help="`none`: the model's own; `default`: the bundled instructions; or your own YAML file.")
     ] = "none",
     prompt: Annotated[
-        str | None, typer.Option(help="In front of every text, queries and documents, instead of --prompts.")
+        str | None, typer.Option(help="Prompt for every text, queries and documents, instead of --prompts.")
     ] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt for every text.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of one of the model's prompts, for every text.")] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Torch device, the best there is when left out; several share the tasks: cuda:0,cuda:1."),
+        typer.Option(help="Torch device; default: the best available. Several share the tasks: cuda:0,cuda:1."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Scores a model; call it again after an interruption and it goes on.
+    """Scores a model. After an interruption, run the command again to resume.
 
     Without `--benchmark`, `--data` and `--task`: the bundled everyday set (64 sentences, 23 languages), a matter of
     seconds. Otherwise mteb tasks, one result file each in `--out`, with what made it. A task that fails is recorded,
@@ -191,10 +191,10 @@ def _everyday(
 @benchmark_app.command("show")
 def show(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(suite.BENCHMARKS)}.")] = suite.MAIN,
-    tasks: Annotated[bool, typer.Option("--tasks", help="Every task instead of counts.")] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List every task instead of counts.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prints what a benchmark is made of; needs neither mteb nor a network.
+    """Lists the tasks of a benchmark; needs neither mteb nor network.
 
     Examples:
     - `lusifer benchmark show LUSIFER`
@@ -222,10 +222,10 @@ def show(
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Folders that `lusifer evaluate --out` wrote.")],
-    out: Annotated[Path, typer.Option(help="Where report.html and report.md go.")] = Path("runs/report"),
+    results: Annotated[list[Path], typer.Argument(help="Output folders of `lusifer evaluate`.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("runs/report"),
     baseline: Annotated[
-        list[str] | None, typer.Option(help="Folder name of a system to compare with; may be given again.")
+        list[str] | None, typer.Option(help="Folder name of a system to compare with; repeatable.")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Add the paper's Tables 1 and 2, not measured here.")
@@ -251,7 +251,7 @@ def diagnose(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Names what fails for a language: encoder, connector or LLM.
+    """Shows which part fails for a language: encoder, connector or LLM.
 
     Compares 64 everyday sentences with their English translations at every point of the model.
 

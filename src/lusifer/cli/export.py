@@ -10,13 +10,13 @@ import typer
 from lusifer.cli.console import Device, Json, Model, Quiet, emit, say
 from lusifer.quiet import quiet_libraries
 
-export_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Models for places without torch.")
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Export models for use without torch.")
 Output = Annotated[Path, typer.Argument(help="New folder for it.", show_default=False)]
 
 
 @export_app.callback()
 def _named() -> None:
-    """Models for places without torch."""
+    """Export models for use without torch."""
 
 
 @export_app.command("onnx")
@@ -40,7 +40,7 @@ def onnx(model: Model, output: Output, as_json: Json = False, quiet: Quiet = Fal
 def static(
     model: Model,
     output: Output,
-    dimensions: Annotated[int, typer.Option(min=1, help="Of the new vectors, those of the model at most.")] = 256,
+    dimensions: Annotated[int, typer.Option(min=1, help="Dimensions of the new vectors; at most the model's.")] = 256,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,

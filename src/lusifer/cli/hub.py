@@ -19,13 +19,13 @@ Folder = Annotated[Path, typer.Argument(help="A checkpoint folder.", show_defaul
 
 def card(
     model: Folder,
-    results: Annotated[Path | None, typer.Option(help="Folder that `lusifer evaluate --out` wrote.")] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="As hubs abbreviate it, e.g. apache-2.0.")] = None,
-    name: Annotated[str | None, typer.Option(help="What it will be called, e.g. acme/lusifer-small.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Output folder of `lusifer evaluate`.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Licence identifier, e.g. apache-2.0.")] = None,
+    name: Annotated[str | None, typer.Option(help="Repository name, e.g. acme/lusifer-small.")] = None,
 ) -> None:
     """Writes the model card, README.md in the folder: parts, training, recipe, scores, limits, licence.
 
-    Every saved model has one; this adds what training cannot know.
+    Every saved model has one; this adds scores, licence and name.
 
     Example: `lusifer card runs/mine/model --results runs/eval/mine --license apache-2.0 --name acme/lusifer-small`
     """
@@ -59,8 +59,8 @@ def _card_scores(system: System) -> CardScores:
 
 def push(
     model: Folder,
-    repository: Annotated[str, typer.Argument(help="Where to, e.g. acme/lusifer-small.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    repository: Annotated[str, typer.Argument(help="Target repository, e.g. acme/lusifer-small.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
@@ -68,7 +68,7 @@ def push(
 ) -> None:
     """Uploads a checkpoint to a model hub, in one commit.
 
-    Looks first whether others could load it. Endpoint and token: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
+    Checks first that others can load it. Endpoint and token: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
 
     Example: `lusifer push runs/mine/model acme/lusifer-small --private`
     """

@@ -13,31 +13,29 @@ from lusifer.quiet import quiet_libraries
 
 
 def init(
-    output: Annotated[
-        Path, typer.Argument(help="The recipe to write; a folder gets a recipe.yaml.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Argument(help="Recipe file to write; in a folder, recipe.yaml.", show_default=False)],
     llm: Annotated[
         str,
         typer.Option(help="Your English embedder: folder or hub id of an LLM, or of an adapter.", show_default=False),
     ],
     encoder: Annotated[
-        str, typer.Option(help="The multilingual encoder to put in front: folder, hub id or starter name.")
+        str, typer.Option(help="The multilingual encoder: folder, hub id or starter name.")
     ] = "FacebookAI/xlm-roberta-large",
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A LoRA adapter on top of the LLM; several in order.")
+        list[str] | None, typer.Option(help="A LoRA adapter for the LLM; repeatable, applied in order.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="English pairs (query, positive) to train on; else the starter's verses.")
+        str | None, typer.Option(help="English pairs (query, positive) to train on; default: the starter's verses.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="English texts for stages 0 and 1; else the starter's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+    text: Annotated[str | None, typer.Option(help="English texts for stages 0 and 1; default: the starter's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
     as_json: Json = False,
 ) -> None:
     """Writes a recipe that makes an English LLM embedder multilingual.
 
     Reads pooling, prompts, attention, adapters and tokenizer from the embedder's files (Sentence Transformers folder,
-    LLM2Vec or GritLM style model, adapter, plain LLM). Shows each with its file and what follows from it, here and in
-    the recipe.
+    LLM2Vec or GritLM style model, adapter, plain LLM). Shows each property with its source file and its effect, here
+    and in the recipe.
 
     Examples:
     - `lusifer init --llm intfloat/e5-mistral-7b-instruct mine.yaml`

@@ -15,17 +15,17 @@ from lusifer.quiet import quiet_libraries
 logger = logging.getLogger(__name__)
 
 convert_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of other formats as ours."
+    no_args_is_help=True, rich_markup_mode="markdown", help="Convert checkpoints from other formats."
 )
 
 
 @convert_app.callback()
 def _named() -> None:
-    """Checkpoints of other formats as ours."""
+    """Convert checkpoints from other formats."""
 
 
 def info(model: Model, as_json: Json = False) -> None:
-    """Shows what a model is made of: parameters by part, size, languages, provenance; of any embedder what it says.
+    """Shows a model's parameters by part, size, languages and provenance; for other embedders, what they declare.
 
     Example: `lusifer info runs/quickstart/model`
     """
@@ -57,7 +57,7 @@ def merge(
     output: Annotated[Path, typer.Argument(help="New folder for the standalone checkpoint.")],
     quiet: Quiet = False,
 ) -> None:
-    """Merges the adapters into the backbones and writes a checkpoint that needs neither by name.
+    """Merges the adapters into the backbones and writes a standalone checkpoint.
 
     Example: `lusifer merge runs/quickstart/model runs/quickstart/standalone`
     """
@@ -81,13 +81,13 @@ def pickled(
     source: Annotated[
         str, typer.Argument(help="Folder or hub id of a model with pytorch_model.bin.", show_default=False)
     ],
-    output: Annotated[Path, typer.Argument(help="New folder for it.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder for the converted model.", show_default=False)],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Writes the weights of a backbone as safetensors, where its makers have them as pickles alone.
+    """Converts the weights of a backbone published only as a pickle to safetensors.
 
-    Tensors are read and nothing else: no code of the file runs. Give the new folder as encoder or llm.
+    Reads tensors only: no code in the file runs. Use the new folder as encoder or llm.
 
     Example: `lusifer convert pickled google/mt5-large mt5-large`
     """
@@ -101,21 +101,21 @@ def pickled(
 @convert_app.command("authors")
 def authors(
     source: Annotated[
-        str, typer.Argument(help="Folder or hub id of a checkpoint the authors published.", show_default=False)
+        str, typer.Argument(help="Folder or hub id of a checkpoint published by the authors.", show_default=False)
     ],
-    output: Annotated[Path, typer.Argument(help="Folder for ours.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the converted checkpoint.", show_default=False)],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Store every weight, adapters merged; else backbones are named.")
+        bool, typer.Option("--merge", help="Store all weights with adapters merged, not the backbones' names.")
     ] = False,
-    encoder: Annotated[str | None, typer.Option(help="The encoder, where it is not what the checkpoint names.")] = None,
-    llm: Annotated[str | None, typer.Option(help="The same for the LLM.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="The encoder, if not the one the checkpoint names.")] = None,
+    llm: Annotated[str | None, typer.Option(help="The LLM, if not the one the checkpoint names.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Converts a published LUSIFER checkpoint, tensor by tensor, in little memory.
 
-    The embeddings are those of the authors' code on one text at a time. Both backbones' configurations must be in
-    reach, and without `--merge` also their weights, which are compared with the checkpoint's.
+    The embeddings equal those of the authors' code on one text at a time. Both backbones' configurations must be
+    available and, without `--merge`, their weights too, which are compared with the checkpoint's.
 
     Examples:
     - `lusifer convert authors Hieuman/LUSIFER lusifer-published`

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lusifer.search.store import Store
 
 index_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Make and keep an index of texts to search by meaning."
+    no_args_is_help=True, rich_markup_mode="markdown", help="Build and maintain an index of texts for semantic search."
 )
 Index = Annotated[
     str, typer.Argument(metavar="INDEX", help="A folder, or qdrant+http://HOST:6333/COLLECTION.", show_default=False)
@@ -30,15 +30,15 @@ Found = Annotated[
     str,
     typer.Argument(
         metavar="INDEX",
-        help="A folder, or qdrant+http://HOST:6333/COLLECTION; also made by something else: a folder of LanceDB, "
+        help="A folder, or qdrant+http://HOST:6333/COLLECTION; or one written by another tool: a folder of LanceDB, "
         "Qdrant or Chroma (FOLDER#NAME for one of several), Parquet, or vectors.npy+texts.jsonl.",
         show_default=False,
     ),
 ]
 TextColumn = Annotated[
-    str | None, typer.Option(help="Column of the text, where something else made the index; found when left out.")
+    str | None, typer.Option(help="Text column of an index written by another tool; detected by default.")
 ]
-VectorColumn = Annotated[str | None, typer.Option(help="Column of the vector there; found when left out.")]
+VectorColumn = Annotated[str | None, typer.Option(help="Vector column of such an index; detected by default.")]
 PromptName = Annotated[str | None, typer.Option(help="Name of the model's prompt to use.")]
 
 
@@ -63,30 +63,30 @@ def add(
     column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     id_column: Annotated[
         str | None,
-        typer.Option(help="Column of the id; when left out, that given to `encode`, else a hash of the text."),
+        typer.Option(help="Id column; default: that given to `encode`, otherwise a hash of the text."),
     ] = None,
     metadata: Annotated[
         str | None,
-        typer.Option(help="Comma-separated columns to keep and filter by; when left out, all that `encode` kept."),
+        typer.Option(help="Comma-separated columns to keep and filter by; default: all that `encode` kept."),
     ] = None,
     vector_column: Annotated[
-        str | None, typer.Option(help="Column of Parquet that something else wrote, with the vectors.")
+        str | None, typer.Option(help="Vector column of Parquet files written by other tools.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+        str | None, typer.Option(help="Prompt for every text; default: the model's document prompt.")
     ] = None,
     prompt_name: PromptName = None,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Adds the texts of a file, or updates those of the same id. Interrupted, the same command resumes.
+    """Adds the texts of a file, or updates those with the same id. Run the same command again to resume.
 
-    What is there with the same text is not embedded again. A column `lang` gives the language; without one the script
-    stands for it, as in `Latin script`. The first call makes the index (with `starter` if no model is given).
+    Unchanged texts are not embedded again. A column `lang` gives the language; without one the script
+    is used instead, as in `Latin script`. The first call creates the index (with `starter` if no model is given).
 
-    Vectors of `lusifer encode` are taken as they are, without a model, if they are of the model of the index. Vectors
-    that something else made are compared with those of `--model` on a sample.
+    Vectors from `lusifer encode` are used as they are, without a model, if they come from the index's model. Vectors
+    from other tools are compared with those of `--model` on a sample.
 
     Examples:
     - `lusifer index add news news.jsonl --model starter --id-column url --metadata title,year`
@@ -158,7 +158,7 @@ def _embed(
 @index_app.command("delete")
 def delete(
     index: Index,
-    ids: Annotated[list[str] | None, typer.Option(metavar="ID", help="Id of a text; may be given again.")] = None,
+    ids: Annotated[list[str] | None, typer.Option(metavar="ID", help="Id of a text; repeatable.")] = None,
     where: Where = None,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +171,7 @@ def delete(
     from lusifer.search.locations import open_store
 
     if bool(ids) == (where is not None):
-        raise LusiferError("say what to delete: either --ids or --where")
+        raise LusiferError("choose what to delete: either --ids or --where")
     store = open_store(index)
     with store.writing():
         deleted = store.delete(ids=ids or None, where=where)
@@ -185,9 +185,9 @@ def repair(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="A folder.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Takes a damaged index back to its last version that can be read, as after a power cut.
+    """Restores the last readable version of a damaged index, as after a power cut.
 
-    Texts added since are to be added again: the same `lusifer index add` embeds only those that are missing. No other
+    To restore texts added since, run the same `lusifer index add`: it embeds only those that are missing. No other
     command may be writing to the index.
 
     Example: `lusifer index repair news`
@@ -196,13 +196,13 @@ def repair(
 
     store, back = repair_store(index)
     facts = {"index": index, "versions_back": back, "texts": store.count()}
-    done = f"went back {back} versions" if back else "the newest version can be read; nothing changed"
+    done = f"went back {back} versions" if back else "the newest version is readable; nothing changed"
     emit(facts) if as_json else typer.echo(f"{done}: {facts['texts']:,} texts")
 
 
 @index_app.command("info")
 def info(index: Index, as_json: Json = False) -> None:
-    """Shows what an index holds: texts by language, model, columns.
+    """Shows an index's contents: texts by language, model, columns.
 
     Example: `lusifer index info news`
     """
@@ -225,7 +225,7 @@ def info(index: Index, as_json: Json = False) -> None:
 
 @index_app.command("build")
 def build(index: Index, quiet: Quiet = False) -> None:
-    """Makes or renews the index for approximate search; `add` does it by itself from 50,000 texts on.
+    """Builds or rebuilds the index for approximate search; `add` does it automatically from 50,000 texts.
 
     Example: `lusifer index build news`
     """
@@ -244,19 +244,19 @@ def verify(
     model: Annotated[
         str, typer.Option(help="Any Sentence Transformers model: folder, hub id or `starter`.", show_default=False)
     ],
-    sample: Annotated[int, typer.Option(min=1, max=100_000, help="Most texts to compare.")] = 256,
+    sample: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number of texts to compare.")] = 256,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
     prompt: Annotated[
-        str | None, typer.Option(help="In front of every text; the model's document prompt when left out.")
+        str | None, typer.Option(help="Prompt for every text; default: the model's document prompt.")
     ] = None,
     prompt_name: PromptName = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Says whether a model may query an index that another model made. Exit code 0: it may; 1: it may not.
+    """Checks whether a model may query an index of another model's vectors. Exit code 0: yes; 1: no.
 
-    Texts of the index are embedded with the model. It may if nine in ten find their own stored vector.
+    Texts of the index are embedded with the model. The check passes if nine in ten find their own stored vector.
 
     Examples:
     - `lusifer index verify news --model adapted`
@@ -286,18 +286,18 @@ def verify(
 
 def search(
     index: Found,
-    query: Annotated[str | None, typer.Argument(help="In any language.", show_default=False)] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="Texts wanted.")] = 10,
+    query: Annotated[str | None, typer.Argument(help="The query, in any language.", show_default=False)] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="Number of results.")] = 10,
     where: Where = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector.")] = False,
-    hybrid: Annotated[bool, typer.Option("--hybrid", help="Join with BM25: finds rare words and names too.")] = False,
-    prompt: Annotated[
-        str | None, typer.Option(help="In front of the query; the model's query prompt when left out.")
-    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Exact search: compare with every vector.")] = False,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Combine with BM25, which also finds rare words and names.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="Prompt for the query; default: the model's query prompt.")] = None,
     prompt_name: PromptName = None,
-    instruction: Annotated[str | None, typer.Option(help="Task instruction in front of the query.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Task instruction, used as prompt for the query.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Any Sentence Transformers model; that of the index when left out.")
+        str | None, typer.Option(help="Any Sentence Transformers model; default: that of the index.")
     ] = None,
     text_column: TextColumn = None,
     vector_column: VectorColumn = None,
@@ -306,7 +306,7 @@ def search(
     port: Annotated[int, typer.Option(help="Port of the page.")] = 8000,
     as_json: Json = False,
 ) -> None:
-    """Finds texts by meaning, whatever language query and texts are in.
+    """Finds texts by meaning, across languages.
 
     Examples:
     - `lusifer search news "Where is the station?"`
@@ -334,7 +334,7 @@ def search(
         raise LusiferError(f"{index!r} was not made by lusifer and has no index of words; leave --hybrid out")
     if not (name := model or store.info.model):
         raise LusiferError(
-            f"{index!r} does not say which model made its vectors; give --model, see `lusifer index verify`"
+            f"{index!r} does not record the model of its vectors; give --model, see `lusifer index verify`"
         )
     encoder = _load(name, device)
     if measured := admit(store, encoder, name):

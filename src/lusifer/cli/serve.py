@@ -28,41 +28,43 @@ if TYPE_CHECKING:
 def serve(
     model: AnyModel,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's name in requests; MODEL when left out.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name in requests; default: MODEL.")] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="LUSIFER_API_KEY", help="Required of clients; several may be given, or set, with spaces."),
+        typer.Option(
+            envvar="LUSIFER_API_KEY", help="Key that clients must send; repeatable, or several separated by spaces."
+        ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Also answer to this host name; may be given again. * for any. Addresses need none."
+            metavar="NAME", help="Also accept this host name; repeatable; * for any. IP addresses are always accepted."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="auto (measures), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Torch device, the best there is when left out.")] = None,
+    precision: Annotated[str, typer.Option(help="auto (measures the fastest), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Torch device; default: the best available.")] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a batch; by the device when left out.")
+        int | None, typer.Option(min=1, help="Maximum tokens per batch; default: by device.")
     ] = None,
     queue_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that may wait before requests get 429; eight batches.")
+        int | None, typer.Option(min=1, help="Queued tokens above which requests get 429; default: eight batches.")
     ] = None,
     max_wait: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that what waits may take before requests get 429.")
+        float, typer.Option(min=0.1, help="Seconds of queued work above which requests get 429.")
     ] = 5.0,
-    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 8 << 20,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.")] = 8 << 20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Timeout of a request, in seconds.")] = 60.0,
     watchdog: Annotated[
         float | None,
-        typer.Option(min=1, help="Seconds; the process ends when the model is stuck or fails for so long."),
+        typer.Option(min=1, help="End the process if the model hangs or fails for this many seconds."),
     ] = None,
     ui: Annotated[str | None, typer.Option(metavar="INDEX", help="Also serve a search page over this index.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serves embeddings of any Sentence Transformers model over HTTP as OpenAI's API does; any OpenAI client works.
+    """Serves any Sentence Transformers model over an OpenAI-compatible HTTP API.
 
-    Ctrl-C or SIGTERM: new requests get 503, those in hand are finished.
+    On Ctrl-C or SIGTERM, new requests get 503 and running ones finish.
 
     Examples:
     - `lusifer serve starter`
@@ -81,7 +83,7 @@ def serve(
     keep_few_plans()
     keys = [key for given in api_key or [] for key in given.split()]
     if api_key and not keys:
-        raise LusiferError("the API key is empty; give one, or leave --api-key and LUSIFER_API_KEY out")
+        raise LusiferError("the API key is empty; give one, or omit --api-key and LUSIFER_API_KEY")
     _check_model(model)
     store = None
     if ui is not None:
@@ -91,7 +93,7 @@ def serve(
     listening = listen(host, port)
     where = _address(host, listening.getsockname()[1])
     if not keys and not _is_local(host):
-        say(f"warning: {host} is open to the network, without an API key", err=True)
+        say(f"warning: {host} is reachable from the network without an API key", err=True)
     served = name or model
     if not quiet:
         say(_welcome(where, served, bool(keys)) + (_page_line(where, bool(keys)) if store else ""), err=True)

@@ -15,14 +15,14 @@ from lusifer.quiet import quiet_libraries
 
 
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(help="Starter names; all when left out.")] = None,
-    force: Annotated[bool, typer.Option(help="Fetch again even what is there.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Starter names; all by default.")] = None,
+    force: Annotated[bool, typer.Option(help="Fetch again even if present.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fetches the starter backbones once; everything works offline afterwards.
 
-    They go to `$LUSIFER_CACHE` (else `~/.cache/lusifer`): about 270 MB to download, 590 MB on disk.
+    They are stored in `$LUSIFER_CACHE` (default `~/.cache/lusifer`): about 270 MB to download, 590 MB on disk.
 
     Example: `lusifer fetch`
     """
@@ -39,7 +39,7 @@ def fetch(
 
 def quickstart(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,7 +48,7 @@ def quickstart(
     First all-MiniLM-L6-v2 fills an index with English sentences, a multilingual encoder is adapted to it with English
     text, and queries in six languages search that index. Then LUSIFER is trained by the paper's stages.
 
-    Interrupt it whenever you like: the same command resumes where it stopped.
+    After an interruption, run the same command again to resume.
 
     Example: `lusifer quickstart`
     """
@@ -69,18 +69,20 @@ def quickstart(
 
 def _show_answers(output: Path, answers: Sequence[dict[str, str]]) -> None:
     """What the queries in other languages found in the English index; lines, since scripts differ in width."""
-    say(f"queries, and what they find in {output / 'index'}:")
+    say(f"queries and their top result in {output / 'index'}:")
     for one in answers:
         verdict = "right" if one["found"] == one["wanted"] else "WRONG"
         say(f"{one['language']}  {verdict}  {one['query']}  ->  {one['found']}")
-    say(f'ask yourself: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
+    say(f'try your own: lusifer search {output / "index"} "..." --model {output / "adapted" / "model"}')
 
 
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)],
     llm_alone: Annotated[bool, typer.Option("--llm-alone", help="Train the baseline instead: the LLM alone.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; loads no weights.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate memory, time and disk; loads no weights.")
+    ] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Processes to plan for, with --dry-run.")] = 1,
     gpu: Annotated[
         str | None, typer.Option(help="Card to plan for, with --dry-run: h100, rtx4090, ..., or its memory in GB.")
@@ -88,9 +90,9 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Runs a recipe: stage 0, 1 and 2. Call it again after an interruption and it goes on.
+    """Trains a recipe: stages 0, 1 and 2. After an interruption, run it again to resume.
 
-    Every field can be overridden by its dotted name.
+    Any field can be overridden by its dotted name.
 
     Examples:
     - `lusifer train recipes/quickstart.yaml`
@@ -140,16 +142,16 @@ def _show_sets(sets: list[dict[str, Any]]) -> None:
         cells = [(row["stage"], row["source"], f"{row['rows']:,}", str(row.get("epochs", ""))) for row in readable]
         print_table(("stage", "set", "rows", "epochs"), cells)
     if problems := [row for row in sets if "problem" in row]:
-        say(f"{len(problems)} of {len(sets)} sets cannot be read here: {problems[0]['problem']}")
+        say(f"{len(problems)} of {len(sets)} datasets cannot be read here: {problems[0]['problem']}")
 
 
 def _show_verdict(name: str, stage: dict[str, Any], card: str) -> None:
-    total = f"{name}: {stage['memory_gb_total']:g} GB a process"
+    total = f"{name}: {stage['memory_gb_total']:g} GB per process"
     if stage["fits"]:
-        say(f"{total} fit into {card}")
+        say(f"{total} fits in {card}")
     else:
-        remedy = f"it would with {stage['advice']}" if stage["advice"] else "nothing in the recipe makes it fit"
-        say(f"{total} do not fit into {card}; {remedy}")
+        remedy = f"it would fit with {stage['advice']}" if stage["advice"] else "nothing in the recipe makes it fit"
+        say(f"{total} does not fit in {card}; {remedy}")
 
 
 def _show_plan(facts: dict[str, Any]) -> None:
@@ -164,7 +166,7 @@ def _show_plan(facts: dict[str, Any]) -> None:
             rows.append([key, *[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]])
     print_table(("", *facts["stages"]), rows)
     _show_sets(facts["sets"])
-    say(f"memory of a machine {facts['host_gb']:g} GB, disk {facts['disk_gb']:g} GB and what the data takes")
+    say(f"host memory {facts['host_gb']:g} GB, disk {facts['disk_gb']:g} GB plus the data")
     for name, stage in facts["stages"].items():
         if "fits" in stage:
             _show_verdict(name, stage, facts["card"])

@@ -251,7 +251,7 @@ def _judge(fact: dict[str, Any], item: DataRecipe, report: dict[str, Any], *, wh
     if fact["duplicates"]:
         warnings.append(f"{fact['duplicates']:,} rows repeat an earlier row")
     if whole and fact["share"] == 0:
-        warnings.append("never drawn in so few steps; raise its weight or the steps")
+        warnings.append("never sampled in so few steps; raise its weight or the steps")
     for key, limit in (("truncated", "model.max_seq_length"), ("targets_truncated", "align.target_max_seq_length")):
         if fact.get(key, 0) > 0.1:
             warnings.append(f"{fact[key]:.0%} of the texts are truncated; raise {limit}?")

@@ -148,7 +148,7 @@ def check_inputs_unchanged(folder: Path, inputs: dict[str, str]) -> None:
         raise LusiferError(f"{str(path)!r} is damaged: {first_line(error)}; remove it") from error
     if changed:
         raise LusiferError(
-            f"{changed[0]} has changed since {str(folder)!r} was begun with it; bring back what it was, choose another "
+            f"{changed[0]} has changed since {str(folder)!r} was started with it; restore it, choose another "
             "output, or remove that folder to start again"
         )
 

@@ -138,8 +138,8 @@ class Expansion:
 
     def _error(self, group: int, path: str, problem: str) -> LusiferError:
         return LusiferError(
-            f"{self.url}: {path!r} of row group {group + 1} {problem}; no data do that: do not trust this file, "
-            "or write it again in smaller row groups"
+            f"{self.url}: {path!r} of row group {group + 1} {problem}; no real data does that: do not trust this file, "
+            "or rewrite it in smaller row groups"
         )
 
 

@@ -88,7 +88,7 @@ def embed_to_file(embed: Embed, texts: Sequence[str], path: Path, *, progress: s
             vectors = np.asarray(embed(chunk), dtype=np.float32)
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             if not np.isfinite(norms).all():
-                raise LusiferError("the model gives embeddings that are not finite; try another one")
+                raise LusiferError("the model returns NaN or infinite embeddings; use another one")
             file.write((vectors / np.maximum(norms, 1e-12)).astype(np.float16).tobytes())
             file.flush()
             os.fsync(file.fileno())  # What is there counts as done.
@@ -161,7 +161,7 @@ def check_output(output: Path) -> None:
 
 
 def _exists(output: Path) -> LusiferError:
-    return LusiferError(f"{str(output)!r} exists already; choose another name, or remove it")
+    return LusiferError(f"{str(output)!r} already exists; choose another name, or remove it")
 
 
 def _folder(output: Path) -> Path:

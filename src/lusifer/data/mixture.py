@@ -216,7 +216,7 @@ def _check_size(strata: list[Stratum], batch_size: int) -> None:
     if small[0].cluster is not None:
         which = f"{len(small)} of {len(strata)} clusters of {which}, e.g. {small[0].cluster!r},"
     have = f"{small[0].size} rows, fewer than the batch of {batch_size}: rows would be their own negatives"
-    remedy = "lower batch_size, join sets or clusters, or set in_batch_negatives: false"
+    remedy = "lower batch_size, merge datasets or clusters, or set in_batch_negatives: false"
     raise LusiferError(f"{which} has {have}; {remedy}")
 
 

@@ -219,7 +219,7 @@ def load_hub_set(item: DataRecipe, *, streaming: bool) -> Any:
         return load_dataset(item.source, item.subset, split=item.split, revision=item.revision, streaming=streaming)
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = why_not_loaded(item.source, error.__cause__ or error)
-        raise LusiferError(f"cannot read the data set {item.source!r}: {reason}") from error
+        raise LusiferError(f"cannot read the dataset {item.source!r}: {reason}") from error
 
 
 def hub_blocks(item: DataRecipe) -> Iterator[Block]:
@@ -235,4 +235,4 @@ def hub_blocks(item: DataRecipe) -> Iterator[Block]:
             yield Block(item.source, 0, range(done + 1, done + len(table) + 1), table, table.column_names)
             done += len(table)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise LusiferError(f"{item.source}: cannot read on after row {done} ({first_line(error)})") from error
+        raise LusiferError(f"{item.source}: reading failed after row {done} ({first_line(error)})") from error

@@ -166,7 +166,7 @@ def _write(item: DataRecipe, path: Path) -> None:
     with publish_file(path) as staging, staging.open("wb") as file, reading:
         batches = _batches(item)
         if (first := next(batches, None)) is None:
-            raise LusiferError(f"the data set {item.source!r} is empty")
+            raise LusiferError(f"the dataset {item.source!r} is empty")
         with pa.ipc.new_file(file, first.schema) as writer:
             for batch in chain([first], batches):
                 writer.write_batch(batch)
@@ -186,7 +186,7 @@ def _check_set(records: Records) -> None:
             row = records.where(clusters.is_null().index(True).as_py())
             raise LusiferError(f"{row}: no 'cluster', but other records have one; give it one, or drop the column")
     if len(records) < 2:
-        raise LusiferError(f"{records.where(0)}: the only record of its set; a set needs at least 2")
+        raise LusiferError(f"{records.where(0)}: the only record of its dataset; a dataset needs at least 2")
 
 
 def _choose_rows(records: Records, seed: int) -> None:

@@ -194,7 +194,7 @@ def _json_records(lines: Lines) -> Iterator[Numbered]:
 
 def _not_json(error: Exception) -> str:
     reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
-    return f"not valid JSON ({reason}); mend or remove it"
+    return f"not valid JSON ({reason}); fix or remove it"
 
 
 _GAP = re.compile(r"[\s,]*")
@@ -269,7 +269,9 @@ class _CsvRows:
         try:
             return next(self._reader, None)
         except csv.Error as error:
-            self._problem = f"not valid CSV ({error}); quote values that hold quotes or line breaks, and double quotes"
+            self._problem = (
+                f"not valid CSV ({error}); quote values that contain quotes or line breaks, and double quotes"
+            )
             return [""]
 
     def records(self, offset: int) -> Iterator[Numbered]:
@@ -281,7 +283,7 @@ class _CsvRows:
             if cells is None:
                 return
             if cells and not self._problem and len(cells) != len(self.header):
-                self._problem = f"{len(cells)} values, but the header has {len(self.header)}; mend or remove the row"
+                self._problem = f"{len(cells)} values, but the header has {len(self.header)}; fix or remove the row"
             if self._problem:
                 yield first, self.lines.offset, {}, self._problem
             elif cells:

@@ -28,7 +28,7 @@ def _surrogate(text: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start + 1}; replace it"
+        return f"contains the lone surrogate U+{ord(text[error.start]):04X} at character {error.start + 1}; replace it"
     return None
 
 

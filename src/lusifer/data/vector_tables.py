@@ -14,7 +14,7 @@ from lusifer.errors import LusiferError
 from lusifer.storage import is_remote
 
 LOOKED_FOR = (
-    "an index of ours (facts.json), LanceDB (*.lance), Qdrant's local folder (meta.json and collection/), "
+    "a lusifer index (facts.json), LanceDB (*.lance), Qdrant's local folder (meta.json and collection/), "
     "Chroma (chroma.sqlite3), Parquet files, or vectors.npy+texts.jsonl"
 )
 
@@ -44,7 +44,7 @@ def open_vectors(location: str, *, text: str | None = None, vector: str | None =
     if is_remote(location) or glob.has_magic(location) or location.lower().endswith(".parquet"):
         files = [file for file in find_files(location) if file.format.kind == ".parquet"]
         if not files:
-            raise LusiferError(f"{location!r} holds no Parquet files; elsewhere than here, vectors are read from these")
+            raise LusiferError(f"{location!r} holds no Parquet files; remote vectors are read only from Parquet")
         return ParquetTable(location, files, text, vector)
     return _open_folder(location, text, vector)
 
@@ -60,7 +60,7 @@ def is_vectors(location: str) -> bool:
 def _open_folder(location: str, text: str | None, vector: str | None) -> VectorTable:
     folder, part = _parts(location)
     if not folder.exists():
-        raise LusiferError(f"nothing is at {location!r} (relative paths start at {str(Path.cwd())!r})")
+        raise LusiferError(f"there is nothing at {location!r} (relative paths start at {str(Path.cwd())!r})")
     match _kind(folder):
         case "ours":
             where = folder / "lance"

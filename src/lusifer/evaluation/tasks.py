@@ -80,7 +80,7 @@ def data_revision(task: Task, data: Path | None) -> str:
     entry = _entry(data, task.name)
     folder = data / entry["dir"]
     if not folder.is_dir():
-        raise LusiferError(f"{data / 'tasks.json'}: {task.name} should be in {str(folder)!r}, which is no folder")
+        raise LusiferError(f"{data / 'tasks.json'}: {task.name} should be in {str(folder)!r}, which is not a folder")
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -127,7 +127,7 @@ def _tasks_in(data: Path) -> list[Task]:
         try:
             metadata = mteb.get_task(name).metadata
         except KeyError:
-            raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} knows no task {name!r}") from None
+            raise LusiferError(f"{data / 'tasks.json'}: mteb {mteb.__version__} has no task {name!r}") from None
         sides: Any = metadata.eval_langs if isinstance(metadata.eval_langs, dict) else {}
         subsets = {key: _both(codes, sides.get(key)) for key, codes in entry["subsets"].items()}
         splits, kind = tuple(entry["eval_splits"]), str(metadata.type)

@@ -36,7 +36,7 @@ def export_static(
     Args:
         name: A checkpoint or any Sentence Transformers model, as `lusifer.loading.resolve` takes it.
         output: The folder to make: a Sentence Transformers model of `StaticEmbedding` and `Normalize`.
-        dimensions: Of the new vectors, those of the model at most.
+        dimensions: Dimensions of the new vectors; at most the model's.
         device: Torch device to embed the tokens on; the best there is when None.
         progress: Whether to show a bar.
 

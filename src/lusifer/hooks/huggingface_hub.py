@@ -35,7 +35,7 @@ def settle_hub() -> bool:
             return True
         except Exception as error:  # Of the HTTP library, which differs by version.
             reason = first_line(error)
-    logger.warning("%s cannot be reached (%s): only what is cached is used", constants.ENDPOINT, reason)
+    logger.warning("%s cannot be reached (%s): using cached files only", constants.ENDPOINT, reason)
     constants.HF_HUB_OFFLINE = True
     if "datasets.config" in sys.modules:
         vars(sys.modules["datasets.config"]).update(HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True)

@@ -72,7 +72,7 @@ def no_panics(what: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise LusiferError(
-            f"the tokenizer of {what} breaks down ({first_line(error)}): its tokenizer.json is damaged, or has a "
+            f"the tokenizer of {what} fails ({first_line(error)}): its tokenizer.json is damaged, or has a "
             "pattern that never ends on such a text; fetch the model again"
         ) from error
 

@@ -142,7 +142,7 @@ def _our_config(source: Source, names: dict[str, str], merge: bool, provenance: 
     configs: dict[str, PretrainedConfig] = {part: load_config(part, names[part]) for part in names}
     for name in ("connector.added_tokens", "connector.up.weight", "connector.down.weight"):
         if name not in source.files:
-            raise LusiferError(f"the checkpoint has no {name}: is it whole?")
+            raise LusiferError(f"the checkpoint has no {name}: is it complete?")
     for part, first in (("encoder", "embeddings.word_embeddings.weight"), ("llm", "embed_tokens.weight")):
         if f"{part}.{first}" in source.files:
             path, theirs = source.files[f"{part}.{first}"]
@@ -218,8 +218,8 @@ def _check_backbone(source: Source, part: str, backbone: str, progress: bool) ->
             ours = source.read(name)
             if theirs.shape != ours.shape or not torch.equal(theirs.to(ours.dtype), ours):
                 raise OtherBackboneError(
-                    f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter cannot stand "
-                    "beside that; convert with --merge, which stores every weight"
+                    f"the checkpoint's {part} is not {backbone!r}: {inner} differs, so its adapter does not "
+                    "apply to it; convert with --merge, which stores all weights"
                 )
 
 

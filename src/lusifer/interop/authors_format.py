@@ -66,7 +66,9 @@ class Source:
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(theirs).clone()
         if not bool(torch.isfinite(tensor).all()):
-            raise LusiferError(f"{path}: the tensor {theirs} is not finite everywhere; fetch the checkpoint again")
+            raise LusiferError(
+                f"{path}: the tensor {theirs} contains NaN or infinite values; fetch the checkpoint again"
+            )
         return tensor
 
 
@@ -112,7 +114,7 @@ def read_source(folder: Path) -> Source:
     except (OSError, ValueError) as error:
         raise LusiferError(f"cannot read config.json of the checkpoint {str(folder)!r}: {error}") from error
     if not isinstance(config, dict) or _MARK not in config or "encoder_name_or_path" not in config:
-        raise LusiferError(f"{str(folder)!r} is no checkpoint of the authors: its config.json has no {_MARK!r}")
+        raise LusiferError(f"{str(folder)!r} is not a checkpoint of the authors: its config.json has no {_MARK!r}")
     for key in (_MARK, "encoder_name_or_path"):
         if not isinstance(config[key], str):
             raise LusiferError(f"{folder}: {key} of config.json is no name: {config[key]!r}")
@@ -146,5 +148,5 @@ def _enter(source: Source, path: Path, theirs: str) -> None:
     if ours is None:
         raise LusiferError(f"{path}: unknown tensor {theirs}; this is not the authors' format")
     if ours in source.files:
-        raise LusiferError(f"{path}: {theirs} and {source.files[ours][1]} are the same tensor of ours, {ours}")
+        raise LusiferError(f"{path}: {theirs} and {source.files[ours][1]} map to the same tensor, {ours}")
     source.files[ours] = (path, theirs)

@@ -40,10 +40,10 @@ def check_shareable(folder: Path) -> dict[str, Any]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = path.relative_to(folder)
         if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in inside.parts):
-            raise LusiferError(f"{str(inside)!r} in {name!r} is no part of a checkpoint; move it away")
+            raise LusiferError(f"{str(inside)!r} in {name!r} is not part of a checkpoint; move it elsewhere")
         settings = path.suffix == ".json" and path.name != "tokenizer.json"  # A vocabulary may hold anything.
         if settings and (match := _MACHINE.search(path.read_text(encoding="utf-8", errors="replace"))):
-            raise LusiferError(f"{str(inside)!r} in {name!r} holds a path of this machine, {match[0]}; remove it")
+            raise LusiferError(f"{str(inside)!r} in {name!r} contains a local path, {match[0]}; remove it")
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as file:
@@ -56,8 +56,8 @@ def check_shareable(folder: Path) -> dict[str, Any]:
         for part, backbone in named.items():
             if not is_hub_id(str(backbone).split("@")[0]) and not str(backbone).startswith(PREFIX):
                 raise LusiferError(
-                    f"the {part} of {name!r} is {backbone!r}, which only this machine has: "
-                    f"`lusifer merge {name} NEW` makes a checkpoint that holds everything"
+                    f"the {part} of {name!r} is {backbone!r}, which exists only on this machine: "
+                    f"`lusifer merge {name} NEW` writes a standalone checkpoint"
                 )
     return config
 
@@ -107,7 +107,7 @@ def push(
     except LocalTokenNotFoundError:
         raise LusiferError("no token: set HF_TOKEN or run `hf auth login`") from None
     except HFValidationError as error:
-        raise LusiferError(f"{repo_id!r} is no name for a repository: {first_line(error)}") from None
+        raise LusiferError(f"{repo_id!r} is not a valid repository name: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise LusiferError(f"the hub refused {repo_id!r}: {_reason(error)}") from error
     except Exception as error:
@@ -124,7 +124,7 @@ def _reason(error: HfHubHTTPError) -> str:
         401: "the token is missing or not valid: set HF_TOKEN or run `hf auth login`",
         403: "the token may not write there",
         404: "there is no such repository, or the token may not see it",
-        409: "somebody else has just written there; try again",
+        409: "the repository has just changed; try again",
     }
     if status in hints:
         return hints[status]

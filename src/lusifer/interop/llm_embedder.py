@@ -195,7 +195,7 @@ def _attention(embedder: LLMEmbedder, name: str, read: Any) -> None:
     if stay := causal_layers(embedder.config):
         embedder.note(stay, where, "only its attention becomes bidirectional")
     if config.get("auto_map"):
-        embedder.note("has code of its own", where, "not run: transformers' own class is taken")
+        embedder.note("has custom code", where, "not run: transformers' own class is used")
 
 
 def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
@@ -207,9 +207,9 @@ def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
             settings, place = read(f"{module.get('path')}/config.json")
             stated = _pooling_mode(settings)
         elif kind == "Normalize":
-            embedder.note("normalises its embeddings", where, "as we do")
+            embedder.note("normalises its embeddings", where, "as lusifer does")
         elif kind not in ("Transformer", ""):
-            embedder.note(f"a {kind} module behind the LLM", where, "cannot be carried over and is left out")
+            embedder.note(f"a {kind} module after the LLM", where, "cannot be carried over; left out")
     if stated is None:
         settings, place = read("llm2vec_config.json")
         stated = settings.get("pooling_mode")
@@ -223,7 +223,7 @@ def _pooling(embedder: LLMEmbedder, name: str, read: Any) -> None:
         embedder.note(f"pooling {stated}", place, "not for decoders: mean instead")
     else:
         embedder.pooling = _POOLINGS[stated]
-        last = "the state of the added token, which stands where its last one stood" if stated == "lasttoken" else ""
+        last = "the state of the added token, in place of its last one" if stated == "lasttoken" else ""
         embedder.note(f"pooling {stated}", place, last)
 
 
@@ -246,13 +246,13 @@ def _prompts(embedder: LLMEmbedder, name: str, read: Any) -> None:
         kept["query"] = kept[default]
     embedder.prompts = {key: text for key, text in kept.items() if text}
     if not embedder.prompts:
-        embedder.note("no prompts", where or name, "queries and documents stand as they are")
+        embedder.note("no prompts", where or name, "no prompt for queries or documents")
         return
     for key, text in embedder.prompts.items():
         embedder.note(f"prompt {key}: {text!r}", where)
     if any("<|" in text for text in embedder.prompts.values()):
-        after = "to the encoder they are ordinary characters, of no use"
-        embedder.note("its prompts hold control tokens", where, after)
+        after = "plain characters to the encoder, without effect"
+        embedder.note("its prompts contain control tokens", where, after)
 
 
 def _tokenizer(embedder: LLMEmbedder) -> None:
@@ -260,10 +260,10 @@ def _tokenizer(embedder: LLMEmbedder) -> None:
     ids = tokenizer("a").input_ids
     where = f"{embedder.llm}: tokenizer"
     embedder.use_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    after = "soft tokens stand behind it too" if embedder.use_bos else "soft tokens stand first"
+    after = "soft tokens follow it too" if embedder.use_bos else "soft tokens come first"
     embedder.note(f"its tokenizer puts {'a' if embedder.use_bos else 'no'} BOS token first", where, after)
     if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
-        embedder.note("its tokenizer puts EOS last", where, "the added token stands there instead")
+        embedder.note("its tokenizer appends EOS", where, "the added token replaces it")
 
 
 def _head(embedder: LLMEmbedder) -> None:
@@ -284,6 +284,6 @@ def _licence(embedder: LLMEmbedder, name: str) -> None:
             stated = None
         if stated:
             embedder.licence = str(stated)
-            embedder.note(f"licence {stated}", f"{source}: README.md", "holds for what you make of it too")
+            embedder.note(f"licence {stated}", f"{source}: README.md", "also applies to models derived from it")
             return
-    embedder.note("no licence found", name, "look it up before you pass the result on")
+    embedder.note("no licence found", name, "check it before sharing the result")

@@ -87,5 +87,5 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise LusiferError(f"{str(path)!r} is damaged, or holds more than tensors and is not opened") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise LusiferError(f"{str(path)!r} holds something else than the weights of one model")
+        raise LusiferError(f"{str(path)!r} does not contain the weights of one model")
     return state

@@ -71,14 +71,14 @@ def compose(
     notes = (f"- {' '.join(n.what.split())} ({n.where}){': ' + n.so if n.so else ''}" for n in embedder.notes)
     ranks, launch = ("", "lusifer") if small else (" --ranks 8", "torchrun --nproc-per-node 8 -m lusifer")
     usage = [f"  lusifer data check THIS; lusifer train THIS --dry-run{ranks}", f"  {launch} train THIS"]
-    prompted = "prompts stand in front of the texts wherever the result is used." if embedder.prompts else ""
+    prompted = "prompts are prepended wherever the result is used." if embedder.prompts else ""
     limits = limits or {}
     fitted = {
         name: f"{' and '.join(limits[name])}: for this machine's memory." if limits.get(name) else ""
         for name in ("align", "contrast")
     }
     headless = "" if embedder.head else "Stage 1 needs an LM head, and this LLM has none."
-    lines = ["An English embedder made multilingual. Found:", *notes, "", *usage]
+    lines = ["Makes an English embedder multilingual. Detected:", *notes, "", *usage]
     parts = [
         *(f"# {line}".rstrip() for line in lines),
         _yaml({"output": output, "seed": 0}),

@@ -122,7 +122,7 @@ def _check_identity(config: LusiferConfig, part: str, **hub: Any) -> None:
     if present not in (None, recorded):
         raise LusiferError(
             f"the {part} {name!r} is not the one this checkpoint was trained with: its weights are different "
-            f"(fingerprint {present}, not {recorded}); put the right model there, or its place into config.json"
+            f"(fingerprint {present}, not {recorded}); restore the right model, or correct its location in config.json"
         )
 
 

@@ -155,7 +155,7 @@ def load_llm(
         LusiferError: If it or an adapter cannot be read, or they do not fit, or it is quantised beside adapters.
     """
     if adapters and quantization is not None:
-        raise LusiferError("an LLM in 8 or 4 bits cannot take adapters in: leave quantization out, or merge them first")
+        raise LusiferError("an LLM in 8 or 4 bits cannot merge adapters: omit quantization, or merge them first")
     _no_sliding_window(config)
     kwargs |= quantized(quantization, kwargs.get("dtype", torch.float32))
     llm = _load_whole("llm", name, AutoModel, config=config, **kwargs)

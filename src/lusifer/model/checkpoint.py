@@ -57,7 +57,7 @@ def _check_finite(folder: str, state: Mapping[str, Tensor]) -> None:
     """Refuses weights that are NaN or infinite, whose embeddings would be NaN too."""
     for name in sorted(state):
         if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
-            raise LusiferError(f"the checkpoint {folder!r} is damaged: {name} holds NaN or infinity")
+            raise LusiferError(f"the checkpoint {folder!r} is damaged: {name} contains NaN or infinite values")
 
 
 def check_header(folder: str, expected: Mapping[str, tuple[int, ...]], **hub: Any) -> None:

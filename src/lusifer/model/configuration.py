@@ -100,7 +100,9 @@ class LusiferConfig(PretrainedConfig):
                 config.name_or_path = getattr(self, part) or ""
             setattr(self, f"{part}_config", config)
         if self.adapted and self.head_dim is not None:
-            raise LusiferError("head_dim goes without an adapted encoder, whose embedding has its teacher's dimensions")
+            raise LusiferError(
+                "head_dim does not apply to an adapted encoder: its embedding has the teacher's dimensions"
+            )
         super().__post_init__(**kwargs)
         # Whoever makes a configuration asks for the model next: AutoModel finds its class here.
         import_module("lusifer.model.modeling")

@@ -236,12 +236,12 @@ class LusiferModel(InitializesParts, PreTrainedModel):
             adapter: Fields of ``peft.LoraConfig``; ``target_modules`` defaults to every linear layer.
 
         Raises:
-            LusiferError: If the part has an adapter already or PEFT refuses the configuration.
+            LusiferError: If the part already has an adapter or PEFT refuses the configuration.
         """
         if part not in ("encoder", "llm"):
             raise LusiferError(f"an adapter goes on 'encoder' or 'llm', not {part!r}")
         if getattr(self.config, f"{part}_adapter"):
-            raise LusiferError(f"the {part} has an adapter already")
+            raise LusiferError(f"the {part} already has an adapter")
         setattr(self.config, f"{part}_adapter", add_lora(self._layers(part), adapter))
 
     def set_trainable(self, *, encoder: str, connector: bool, llm: bool) -> None:

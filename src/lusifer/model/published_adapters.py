@@ -53,7 +53,9 @@ def read_base_adapter(name: str, **hub: Any) -> tuple[LoraConfig, dict[str, Tens
     matrices: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if (match := _TENSOR.fullmatch(key)) is None:
-            raise LusiferError(f"the adapter {name!r} holds {key}, no LoRA matrix of a layer; merge it by hand")
+            raise LusiferError(
+                f"the adapter {name!r} holds {key}, which is not a LoRA matrix of a layer; merge it by hand"
+            )
         matrices[f"{match['layer']} {match['side']}"] = tensor
     return config, matrices
 

@@ -72,13 +72,15 @@ class _Run:
         except (OSError, json.JSONDecodeError):
             self.state = {"recipe": recipe, "done": {}, "seconds": {}, "peak_rss_mb": 0.0}
         if self.state.get("recipe") != recipe:
-            raise LusiferError(f"{str(folder)!r} holds a run of another recipe; choose another --output, or remove it")
+            raise LusiferError(
+                f"{str(folder)!r} contains a run of another recipe; choose another --output, or remove it"
+            )
 
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """What a step gives, computed unless an earlier call did; its seconds add up over interrupted calls."""
         place = f"{list(STEPS).index(name) + 1}/{len(STEPS)}: {STEPS[name]}"
         if name in self.state["done"]:
-            logger.info("%s: there already", place)
+            logger.info("%s: already done", place)
             return self.state["done"][name]
         logger.info("%s", place)
         began = time.monotonic()
@@ -111,7 +113,7 @@ def quickstart(
         What ``results.json`` holds.
 
     Raises:
-        LusiferError: If something cannot be fetched, read or written, or the folder holds a run of another recipe.
+        LusiferError: If something cannot be fetched, read or written, or the folder contains a run of another recipe.
     """
     recipe = quickstart_recipe(output, overrides)
     options = replace(adapted.COUNTS, encoder=recipe.model.encoder, seed=recipe.seed)

@@ -31,7 +31,7 @@ def load_yaml(text: str) -> Any:
         node = loader.get_single_node()
         # Before values are made: merged mappings are written out there.
         if node is not None and _unfolded(node, {}) > _MOST:
-            raise yaml.YAMLError(f"its aliases unfold to more than {_MOST:,} characters")
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST:,} characters")
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None

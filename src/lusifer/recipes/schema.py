@@ -173,11 +173,11 @@ class GradientStage(Strict):
             raise ValueError(f"stage {self.number} needs data: list at least one set (or enabled: false)")
         self._check_best_metric()
         if self.warmup_steps and self.warmup_share:
-            raise ValueError("warmup_steps and warmup_share say the same: give one of them")
+            raise ValueError("warmup_steps and warmup_share are alternatives: set only one")
         for moment in sorted({0.0, *(item.end for item in self.data)} - {1.0}):
             if self.data and not any(item.start <= moment < item.end for item in self.data):
-                gap = f"no data set is drawn after {moment:g} of the steps"
-                raise ValueError(f"{gap}: correct start and end of the sets")
+                gap = f"no dataset is used after {moment:g} of the steps"
+                raise ValueError(f"{gap}: correct start and end of the datasets")
         return self
 
     @abstractmethod
@@ -272,7 +272,7 @@ class ContrastRecipe(GradientStage):
             if getattr(self, field) and not self.guide:
                 raise ValueError(f"{field} needs guide: the model whose scores it is about (or guide: encoder)")
         if self.guide and self.guide_margin is None and not self.distill:
-            raise ValueError("guide is of no use without guide_margin or distill; set one of them")
+            raise ValueError("guide has no effect without guide_margin or distill; set one of them")
         _check_teacher(self)
         if not self.infonce_weight and not self.teacher and not self.distill:
             raise ValueError("infonce_weight is 0: nothing to learn from without teacher or distill")
@@ -323,7 +323,7 @@ class Recipe(Strict):
                 hint = f"set {name}.train_connector: true or {name}.train_encoder"
                 raise ValueError(f"{name} has nothing to train: {hint}")
         if not (self.align.enabled or self.contrast.enabled or self.warm_start.enabled):
-            raise ValueError("nothing to do: every stage is switched off")
+            raise ValueError("nothing to do: every stage is disabled")
         return self
 
     def warm_start_data(self) -> DataRecipe | None:

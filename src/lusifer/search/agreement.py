@@ -43,7 +43,7 @@ def measure(store: Store, encoder: TextEncoder, *, sample: int = 256, prompt: st
         first.setdefault(entry.text, row)
     made = encoder.encode([prompt + text for text in first])
     if not np.isfinite(made).all():
-        raise LusiferError("the model's vectors of these texts hold NaN or infinity; load it in float32")
+        raise LusiferError("the model's vectors of these texts contain NaN or infinite values; load it in float32")
     return compare(made, vectors[list(first.values())])
 
 

@@ -100,7 +100,7 @@ class CorpusMap:
             if self.store.folder is not None:
                 write_json(self.store.folder / "map.json", drawn, indent=None)
         except OSError:
-            logger.warning("the map cannot be kept in %s; it is drawn again next time", self.store.folder)
+            logger.warning("the map cannot be saved in %s; it is computed again next time", self.store.folder)
         except Exception:
             # The search must go on without a map, whatever a numerical library dislikes.
             logger.exception("the map of the corpus cannot be drawn")

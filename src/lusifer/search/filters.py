@@ -176,7 +176,7 @@ class _Parser:
 
     def _error(self, wanted: str) -> LusiferError:
         where = f"{self._token!r} stands" if self._kind else "it ends"
-        return LusiferError(f"cannot read the filter {self.text!r}: {where} where {wanted} should stand")
+        return LusiferError(f"cannot read the filter {self.text!r}: {where} where {wanted} is expected")
 
     def _take(self, *wanted: str) -> str | None:
         """The next word or sign if it is one of these, in any letter case."""
@@ -209,7 +209,7 @@ class _Parser:
             return self._comparison()
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise LusiferError(f"cannot read the filter: more than {_DEEPEST} brackets or NOT within each other")
+            raise LusiferError(f"cannot read the filter: more than {_DEEPEST} brackets or NOT nested")
         condition = self._either() if opened == "(" else Not(self._unary())
         if opened == "(":
             self._need(")")
@@ -244,7 +244,7 @@ class _Parser:
         if name not in self.columns:
             raise LusiferError(
                 f"in the filter {self.text!r}, there is no column {name!r}; there are {', '.join(self.columns)} "
-                f"(texts stand in quotes: lang = 'te')"
+                f"(texts go in quotes: lang = 'te')"
             )
         self.next += 1
         return name

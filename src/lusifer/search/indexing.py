@@ -152,7 +152,7 @@ def bring(store: Store, parts: Iterable[Part], total: int, *, progress: bool = F
     """
     with store.writing():
         if doubled := store.heal():
-            logger.warning("%s: %d rows of ids that stood there twice are removed", store.location, doubled)
+            logger.warning("%s: %d rows of duplicate ids are removed", store.location, doubled)
         counts = dict.fromkeys(("added", "updated", "changed", "unchanged"), 0)
         with bar(total, "indexing", "text", show=progress) as shown:
             for number, part in enumerate(parts, start=1):

@@ -130,7 +130,7 @@ class LanceStore(Store):
                 newest.rename(aside / newest.name)
         for manifest in aside.glob("*.manifest"):
             manifest.rename(folder / manifest.name)
-        raise LusiferError(f"no version of the index {str(path)!r} can be read; build it anew")
+        raise LusiferError(f"no version of the index {str(path)!r} can be read; rebuild it")
 
     def read_all(self) -> None:
         """Reads every text and vector, and asks the indexes.
@@ -299,7 +299,7 @@ def _info(path: Path) -> IndexInfo:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LusiferError(f"the index {str(path)!r} is damaged: facts.json is not JSON; build it anew") from error
+        raise LusiferError(f"the index {str(path)!r} is damaged: facts.json is not JSON; rebuild it") from error
     return IndexInfo.from_dict(stored, str(path))
 
 
@@ -338,6 +338,6 @@ def _told(error: Exception, path: Path) -> str:
     if re.search("conflict|concurrent", str(error), re.IGNORECASE):
         return f"the index {str(path)!r} was changed by another process meanwhile; run the same command again"
     if reason in _SYSTEM:
-        lost = "nothing that was there is lost, and the same command goes on"
+        lost = "no existing data is lost; run the same command again to resume"
         return f"cannot write the index {str(path)!r}: {reason}; {lost}"
     return f"the index {str(path)!r} cannot be used; it may be damaged (lusifer index repair): {reason}"

@@ -65,7 +65,7 @@ class IndexInfo:
             required = (stored["model"], stored["model_hash"], stored["dimension"], stored["columns"])
             return cls(*required, prompt=stored.get("prompt"))
         except (TypeError, KeyError, AttributeError) as error:
-            raise LusiferError(f"the index {location!r} is damaged: its facts cannot be read; build it anew") from error
+            raise LusiferError(f"the index {location!r} is damaged: its facts cannot be read; rebuild it") from error
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
@@ -243,7 +243,7 @@ class Store(ABC):
             LusiferError: If neither or both are given.
         """
         if (ids is None) == (where is None):
-            raise LusiferError("say what to delete: either ids or a filter")
+            raise LusiferError("choose what to delete: either ids or a filter")
         if ids is not None and not ids:
             return 0
         condition = self.parsed(where)
@@ -299,7 +299,7 @@ class Store(ABC):
         if not np.allclose(lengths, 1, atol=1e-2):
             raise LusiferError("vectors must have length 1 and no NaN; normalise them")
         if len({entry.id for entry in entries}) < len(entries):
-            raise LusiferError("an id stands twice among the texts to add")
+            raise LusiferError("an id occurs twice among the texts to add")
         return rows
 
     @abstractmethod

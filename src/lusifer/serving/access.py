@@ -54,8 +54,8 @@ class Access:
         parts = _HOST.fullmatch(given.strip())
         name = parts[1].strip("[]").lower().removesuffix(".") if parts else ""
         if name not in self._hosts and not _is_address(name):
-            message = f"this server does not answer to the name {given[:100]!r}"
-            raise ApiError(421, f"{message}; its operator may allow it with --allowed-host", code="wrong_host")
+            message = f"this server does not accept the host name {given[:100]!r}"
+            raise ApiError(421, f"{message}; the operator can allow it with --allowed-host", code="wrong_host")
 
     def _authenticate(self, scope: MutableMapping[str, Any]) -> None:
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
@@ -70,7 +70,7 @@ class Access:
             if scope["path"].startswith("/v1/"):
                 challenge = "Bearer"
             else:
-                message += ", in a browser as the password of any name"
+                message += ", or in a browser as the password with any user name"
                 challenge = 'Basic realm="lusifer", charset="UTF-8"'
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
 

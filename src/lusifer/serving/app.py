@@ -148,7 +148,7 @@ def _openai(service: EmbeddingService, name: str) -> APIRouter:
 
     def check_name(given: str, status_param: str | None) -> None:
         if given != name:
-            message = f"there is no model {given[:100]!r} here; this server has {name!r}"
+            message = f"no model {given[:100]!r}; this server has {name!r}"
             raise ApiError(404, message, code="model_not_found", param=status_param)
 
     @router.get("/models")

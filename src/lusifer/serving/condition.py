@@ -81,7 +81,7 @@ class Condition:
         seconds = time.monotonic() - call[0] if call else 0.0
         if call is None or seconds <= call[1]:
             return None
-        return f"the model has not returned for {seconds:.0f} s"
+        return f"the model has not responded for {seconds:.0f} s"
 
     def trouble(self) -> str | None:
         """What is wrong with the model, in words."""
@@ -96,7 +96,7 @@ class Condition:
         """
         failing = self.failing
         if self.age() > seconds:
-            return f"the model has not returned for {self.age():.0f} s"
+            return f"the model has not responded for {self.age():.0f} s"
         if failing and time.monotonic() - failing[1] > seconds:
             return f"the model has failed for {time.monotonic() - failing[1]:.0f} s: {failing[0]}"
         return None

@@ -46,8 +46,8 @@ class Ending:
         while not self._done.wait(_TICK):
             if time.monotonic() > self._phase.deadline + GRACE:
                 age = self._phase.model.age()
-                still = f"the model has not returned for {age:.0f} s" if age else "the model is still being loaded"
-                leave(f"stopped without waiting any longer: {still}", code=int(self._phase.ready))
+                still = f"the model has not responded for {age:.0f} s" if age else "the model is still being loaded"
+                leave(f"stopped without waiting further: {still}", code=int(self._phase.ready))
             if self._watchdog is not None and (lost := self._phase.model.lost(self._watchdog)):
                 leave(f"stopped by the watchdog: {lost}")
 

@@ -181,7 +181,7 @@ class Guard:
             await answer.refuse(error, receive)
         except Exception:
             logger.exception("a request failed")
-            await answer.refuse(ApiError(500, "internal error; the server's log says more", code="internal"), receive)
+            await answer.refuse(ApiError(500, "internal error; see the server's log", code="internal"), receive)
         finally:
             self.phase.in_flight -= counted
             if self._observe is not None:
@@ -199,7 +199,7 @@ class Guard:
                 message = f"more than {self.limits.max_requests} requests at a time"
                 raise try_again(429, message, code="rate_limit_exceeded", seconds=1)
             if self._unread.crowded():
-                raise try_again(429, "too many answers wait to be read", code="rate_limit_exceeded", seconds=1)
+                raise try_again(429, "too many responses are unread", code="rate_limit_exceeded", seconds=1)
         size = dict(scope["headers"]).get(b"content-length", b"")
         if size.isdigit() and int(size[:20]) > self.limits.max_body:
             raise self._too_big()
@@ -263,7 +263,7 @@ class Guard:
                 await self.app(scope, replay, answer.send)
                 group.cancel_scope.cancel()
         if answer.time.cancelled_caught:
-            message = f"no answer within {self.limits.timeout:g} s; ask for less at a time, or try again later"
+            message = f"no answer within {self.limits.timeout:g} s; send less per request, or try again later"
             raise ApiError(504, message, code="timeout")
 
 

@@ -14,7 +14,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         own: Any = {"registry": self.registry}
         self.requests = Counter(
-            "lusifer_requests", "Requests answered; 499: the client left.", ["path", "status"], **own
+            "lusifer_requests", "Requests answered; 499: the client disconnected.", ["path", "status"], **own
         )
         seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.latency = Histogram("lusifer_request_seconds", "Time to an answer.", ["path"], buckets=seconds, **own)

@@ -80,7 +80,7 @@ class EmbeddingRequest(BaseModel):
         return [text for text in self.input if isinstance(text, str)]
 
     def token_ids(self, *, vocabulary: int, window: int) -> list[list[int]]:
-        """The token ids of ``input`` by text; empty if it holds texts.
+        """The token ids of ``input`` by text; empty if it contains texts.
 
         Args:
             vocabulary: Number of token ids the model knows.

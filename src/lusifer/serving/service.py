@@ -162,7 +162,7 @@ class EmbeddingService:
         assert self.encoder and self._batcher
         vectors = await self._batcher.submit(ids)
         if not np.isfinite(vectors).all():
-            message = "an embedding has NaN or infinite values; the operator may try --precision float32"
+            message = "an embedding has NaN or infinite values; the operator can try --precision float32"
             raise ApiError(500, message, code="not_finite")
         return vectors
 

@@ -71,7 +71,7 @@ def convert_e5(binary: Path, tokenizer: Path, target: Path) -> list[str]:
         data = binary.read_bytes()
         magic, _, *sizes, eps, block = _HEADER.unpack_from(data)
         if magic != b"E5S1" or block != _BLOCK:
-            raise ValueError("it does not begin as such a file does")
+            raise ValueError("its header is wrong")
         pieces, position = _read_pieces(data, _HEADER.size)
         (table,) = struct.unpack_from("<4xI", data, position)
         tensors = _read_tensors(data, position + 8 + table, width=sizes[0], inner=sizes[3])
@@ -135,7 +135,9 @@ def _check_vocabulary(tokenizer: Path, pieces: list[str], binary: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LusiferError(f"{tokenizer} is not the tokenizer of multilingual-e5-small: {first_line(error)}") from error
     if vocabulary[: len(pieces)] != pieces:
-        raise LusiferError(f"{tokenizer} has another vocabulary than {binary}; both must be multilingual-e5-small's")
+        raise LusiferError(
+            f"{tokenizer} does not have the vocabulary of {binary}; both must be multilingual-e5-small's"
+        )
 
 
 def _write_settings(target: Path, sizes: dict[str, int], eps: float) -> None:

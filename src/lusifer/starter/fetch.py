@@ -150,7 +150,7 @@ def starter_path(name: str) -> Path:
     key = _key(name)
     folder = _root() / key
     if not _is_complete(folder):
-        raise LusiferError(f"{PREFIX}{key} is not in {_root()}; run `lusifer fetch` once, with a network")
+        raise LusiferError(f"{PREFIX}{key} is not in {_root()}; run `lusifer fetch` once, with network access")
     return folder
 
 

@@ -75,9 +75,7 @@ def _add_changes(base: Path, changes: Path, target: Path) -> None:
         for name, value in unpack(load_file(changes)).items():
             tensors[name] = tensors[name].float() + value if name.startswith(_PREFIX) else value
     except (OSError, SafetensorError, KeyError) as error:
-        raise LusiferError(
-            f"the released model cannot be put together: {error}; run `lusifer fetch --force`"
-        ) from error
+        raise LusiferError(f"the released model cannot be assembled: {error}; run `lusifer fetch --force`") from error
     save_file(tensors, target, metadata={"format": "pt"})
 
 

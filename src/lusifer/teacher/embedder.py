@@ -75,4 +75,4 @@ def check_vectors(vectors: np.ndarray, what: str) -> None:
     if bad.any():
         raise LusiferError(f"{what}: the vector of text {int(bad.argmax()) + 1} is NaN, infinite or zero")
     if len(vectors) > 1 and float(vectors.std(axis=0).max()) < _ALIKE:
-        raise LusiferError(f"{what}: the vectors of all {len(vectors)} texts are the same; it embeds nothing")
+        raise LusiferError(f"{what}: the vectors of all {len(vectors)} texts are the same; it does not embed text")

@@ -266,7 +266,9 @@ class AlignmentLoss(nn.Module):
         lengths = _lengths(batch)
         counts = gather(torch.stack([batch["target"]["attention_mask"].sum(), lengths.new_tensor(len(lengths))]))
         if bool((counts[:, 1] != len(lengths)).any()):
-            raise LusiferError(f"ranks hold different numbers of rows ({counts[:, 1].tolist()}); give each as many")
+            raise LusiferError(
+                f"ranks hold different numbers of rows ({counts[:, 1].tolist()}); give each the same number"
+            )
         # Wrappers average gradients over the ranks; the loss is one mean over the tokens of all of them.
         scale = len(counts) / max(int(counts[:, 0].sum()), 1)
         every = gather(batch["teacher"]).flatten(0, 1) if "teacher" in batch else None

@@ -71,7 +71,9 @@ def last_intact(folder: Path) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         newest.rename(aside)
         then = f"trying {found[-1].name}" if found else "the stage starts again"
-        logger.warning("%s is damaged (%s); %s. It is now called %s", newest / problem[0], problem[1], then, aside.name)
+        logger.warning(
+            "%s is damaged (%s); %s. It was renamed to %s", newest / problem[0], problem[1], then, aside.name
+        )
     return None
 
 
@@ -163,7 +165,7 @@ def _tensors(path: Path) -> Any:
 def _check_step(path: Path, step: int) -> None:
     found = TrainerState.load_from_json(str(path)).global_step
     if found != step:
-        raise ValueError(f"it says step {found}")
+        raise ValueError(f"it records step {found}")
 
 
 def _random_states(checkpoint: Path) -> list[str]:

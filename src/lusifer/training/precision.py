@@ -110,7 +110,7 @@ def _checked(recipe: Recipe) -> Recipe:
         for name in ("align", "contrast"):
             stage: GradientStage = getattr(recipe, name)
             if stage.enabled and stage.precision == "bfloat16":
-                what = f"model.encoder_dtype is float16, which a CPU cannot take beside {name}.precision: bfloat16"
+                what = f"model.encoder_dtype is float16, which a CPU does not support beside {name}.precision: bfloat16"
                 raise LusiferError(f"{what}; set model.encoder_dtype to float32 or auto")
     return recipe
 

@@ -219,7 +219,7 @@ def _finished(recipe: Recipe, name: str) -> bool:
     remedy = f"remove the folder {str(folder)!r} to run the stage again"
     if ended == _DAMAGED and begun in known:  # Known as this recipe's, it may be written again.
         if processes().is_main_process:
-            logger.warning("%s is damaged; the stage is finished again from its last checkpoint", folder / "stage.json")
+            logger.warning("%s is damaged; its model is written again from its last checkpoint", folder / "stage.json")
         return False
     for stored, file in ((ended, "stage.json"), (begun, "fingerprint")):
         if stored == _DAMAGED:
@@ -227,7 +227,7 @@ def _finished(recipe: Recipe, name: str) -> bool:
         if stored is not None:
             break
     if stored is not None and stored not in known:
-        refusal = "holds a run of another recipe; choose another output, or remove that folder to start again"
+        refusal = "contains a run of another recipe; choose another output, or remove that folder to start over"
         raise LusiferError(f"{str(folder)!r} {refusal}")
     return ended is not None
 

@@ -294,7 +294,7 @@ def _train(
     with listener.listening(), shown:
         trainer.train(resume_from_checkpoint=last and str(last))
     if listener.asked:
-        raise LusiferError("stopped by SIGTERM; a checkpoint is saved, and the same command goes on from it")
+        raise LusiferError("stopped by SIGTERM; a checkpoint is saved; run the same command again to resume")
     history, trained = trainer.state.log_history, trainer.trained_parameters()
     return {"loss": trainer.loss_sum / stage.steps, "history": history, "trained": trained, "metrics": metrics}
 
@@ -304,10 +304,12 @@ def _training_arguments(recipe: Recipe, name: str, folder: Path, eval_steps: int
     stage: GradientStage = getattr(recipe, name)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if stage.batch_size % ranks:
-        raise LusiferError(f"batch_size is {stage.batch_size}, which {ranks} processes cannot share evenly")
+        raise LusiferError(f"batch_size is {stage.batch_size}, which is not divisible by {ranks} processes")
     visible = torch.accelerator.device_count()
     if ranks == 1 and visible > 1:
-        logger.warning("%d GPUs are visible and one is used; start with torchrun --nproc-per-node %d", visible, visible)
+        logger.warning(
+            "%d GPUs are visible but only one is used; start with torchrun --nproc-per-node %d", visible, visible
+        )
     return OneDevice(
         output_dir=str(folder),
         max_steps=stage.steps,

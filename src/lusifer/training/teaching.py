@@ -48,15 +48,15 @@ def check_teacher(recipe: Recipe, stage: str, encoder: PretrainedConfig, llm: Pr
     adapted = encoder.model_type == ADAPTED_TYPE
     if stage == "align" and not adapted:
         raise LusiferError(
-            "align.teacher needs an encoder that `lusifer adapt` made, which has an embedding before the LLM; "
+            "align.teacher needs an encoder from `lusifer adapt`, which has an embedding before the LLM; "
             "leave align.teacher out, or use contrast.teacher"
         )
     teacher = TeacherVectors(name)
     dimension = embedding_dimension(chosen, encoder, llm)
     if teacher.dimension != dimension:
-        remedy = f"set model.head_dim: {teacher.dimension}, or give an encoder that was adapted to this teacher"
+        remedy = f"set model.head_dim: {teacher.dimension}, or give an encoder adapted to this teacher"
         if adapted:
-            remedy = "give an encoder that was adapted to this teacher"
+            remedy = "give an encoder adapted to this teacher"
         raise LusiferError(
             f"{stage}.teacher {name!r} has vectors of {teacher.dimension} dimensions, the model of {dimension}; "
             + remedy

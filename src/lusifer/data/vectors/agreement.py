@@ -68,7 +68,7 @@ class Agreement:
         if self.verdict == "same":
             return f"{model!r} may query {index!r}: its vectors are those of the index ({self.measured})"
         if self.verdict == "agrees":
-            return f"{model!r} may query {index!r}: its vectors lie in the space of the index ({self.measured})"
+            return f"{model!r} may query {index!r}: its vectors share the index's space ({self.measured})"
         few = f", and {self.texts} texts are too few to tell" if self.texts < _LEAST_TEXTS else ""
         return f"{model!r} may not query {index!r}: its vectors do not agree with the index ({self.measured}){few}"
 

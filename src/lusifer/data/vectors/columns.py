@@ -82,7 +82,7 @@ def choose(what: str, kind: str, names: Sequence[str], asked: str | None, all_na
         return likely[0]
     if not likely:
         raise LusiferError(f"{what}: no column looks like the {kind}; it has {', '.join(all_names)} (choose: {option})")
-    raise LusiferError(f"{what}: which column is the {kind}: {', '.join(likely)}? Say it with {option}")
+    raise LusiferError(f"{what}: which column is the {kind}: {', '.join(likely)}? Choose with {option}")
 
 
 def likely_texts(names: Sequence[str]) -> list[str]:

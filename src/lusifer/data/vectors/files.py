@@ -211,7 +211,7 @@ def load_matrix(path: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
         raise LusiferError(
-            f"{path!r} is no matrix of vectors (rows, dimensions) of floating-point numbers, but {found}"
+            f"{path!r} is not a matrix of vectors (rows, dimensions) of floating-point numbers, but {found}"
         )
     return array
 

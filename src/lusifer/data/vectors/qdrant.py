@@ -46,7 +46,7 @@ def open_folder(folder: str, collection: str | None) -> tuple[Any, str]:
     try:
         client = library.QdrantClient(path=folder)
     except RuntimeError as error:
-        problem = f"the Qdrant folder {folder!r} cannot be opened; if another process has it open, end that"
+        problem = f"the Qdrant folder {folder!r} cannot be opened; close any other process that has it open"
         raise LusiferError(f"{problem} ({first_line(error)[:120]})") from error
     except Exception as error:  # Its content is pickled: a damaged one may raise anything.
         raise LusiferError(f"the Qdrant folder {folder!r} cannot be read: {first_line(error)[:200]}") from error

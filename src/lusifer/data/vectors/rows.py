@@ -196,7 +196,7 @@ class VectorTable(ABC):
         if not np.isfinite(vectors).all():
             wrong = ids[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
             raise LusiferError(
-                f"{self.describe}, row {wrong}: its vector holds NaN or infinity; embed the text again, or remove it"
+                f"{self.describe}, row {wrong}: the vector contains NaN or infinite values; embed or remove it"
             )
         more = {name: [values[i] for i in kept] for name, values in raw.more.items()}
         return Rows(ids, [raw.texts[i] for i in kept], vectors, more)

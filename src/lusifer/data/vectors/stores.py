@@ -166,7 +166,7 @@ class ChromaTable(VectorTable):
         except LusiferError as error:
             if "migrations" not in str(error).lower():
                 raise
-            newer = "was made by another version of Chroma; open it once with the one installed, which changes it"
+            newer = "was written by another version of Chroma; open it once with the installed one, which upgrades it"
             raise LusiferError(f"{self.describe} {newer}, or install the version that made it") from error
 
     def _errors(self) -> AbstractContextManager[None]:

@@ -53,7 +53,7 @@ def open_tasks(places: Sequence[str]) -> list[Task]:
             mteb.get_task(name)
         except KeyError:
             continue
-        raise LusiferError(f"task {task.source!r}: mteb has a task {name!r} already; give yours another name")
+        raise LusiferError(f"task {task.source!r}: mteb already has a task {name!r}; give yours another name")
     return [_described(task) for task in found.values()]
 
 

@@ -348,10 +348,10 @@ def _troubles(systems: Sequence[System]) -> list[str]:
 def _unscored(system: System) -> list[str]:
     """What was asked for and is not there, and not among what failed."""
     tasks = system.scored
-    lines = [f"{system.name}: asked for, not scored: {few(system.absent)}"] if system.absent else []
+    lines = [f"{system.name}: requested, not scored: {few(system.absent)}"] if system.absent else []
     for task, subsets in system.asked.items():
         if task in tasks and (lacking := sorted(set(subsets) - tasks[task])):
-            lines.append(f"{system.name}: {task}: asked for, not scored: {few(lacking)}")
+            lines.append(f"{system.name}: {task}: requested, not scored: {few(lacking)}")
     return lines
 
 

@@ -6,8 +6,8 @@ from transformers import PretrainedConfig
 
 from lusifer.errors import LusiferError
 
-_STATE_SPACE = "is a state-space model, which reads causally and cannot be made bidirectional"
-_ALIBI = "has ALiBi positions, which favour what is further ahead once attention is bidirectional"
+_STATE_SPACE = "is a state-space model, which is causal and cannot be made bidirectional"
+_ALIBI = "has ALiBi positions, which favour later tokens once attention is bidirectional"
 _BUILT_IN = "has a causal mask built in, and cannot be made bidirectional"
 # Known before any weight is loaded; tests/model/test_all_families.py holds that they are what is measured.
 REFUSED = {
@@ -19,7 +19,7 @@ REFUSED = {
     "mpt": _ALIBI,
     "openai-gpt": _BUILT_IN,
     "rwkv": _STATE_SPACE,
-    "xlnet": "reads in both directions and cannot be made causal, as stage 1 needs",
+    "xlnet": "is bidirectional and cannot be made causal, as stage 1 needs",
     "xlstm": _STATE_SPACE,
 }
 # As transformers names the kinds of layers in ``layer_types``: recurrent or convolutional, and without any mixing.
@@ -41,7 +41,7 @@ def check_family(name: str, config: PretrainedConfig) -> None:
     why = REFUSED.get(config.model_type) or (_ALIBI if getattr(config, "alibi", False) else None)
     kinds = _layer_types(config)
     if why is None and kinds and len(without_attention(config)) == len(kinds):
-        why = "has no layer with attention, and reads causally"
+        why = "has no attention layer and is causal"
     if why is not None:
         raise LusiferError(f"the llm {name!r} ({config.model_type}) {why}; {INSTEAD}")
 

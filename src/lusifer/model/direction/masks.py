@@ -61,7 +61,7 @@ def attention_mask(config: PretrainedConfig, embeds: Tensor, mask: Tensor, *, is
     """
     if is_flash_attention_requested(config):
         raise LusiferError(
-            "this LLM needs an attention mask, which FlashAttention has not; set attn_implementation: sdpa"
+            "this LLM needs an attention mask, which FlashAttention does not support; set attn_implementation: sdpa"
         )
     order = {"and_mask_function": _not_ahead} if is_causal else {}
     return create_bidirectional_mask(config, embeds, mask, allow_is_bidirectional_skip=False, **order)

@@ -126,10 +126,12 @@ def check_encoder(name: str, encoder: Any, width: int) -> None:
     except Exception as error:  # Whatever a model says that reads no token ids.
         raise LusiferError(f"{what} cannot read token ids alone: {first_line(error)}; give another encoder") from error
     if states.shape != (*ids.shape, width):
-        raise LusiferError(f"{what} gives states of shape {tuple(states.shape)} for 2 texts of 4 tokens; give another")
+        raise LusiferError(
+            f"{what} returns states of shape {tuple(states.shape)} for 2 texts of 4 tokens; give another"
+        )
     if encoder.dtype == torch.float32 and torch.equal(states[0, 0], states[1, 0]):
         raise LusiferError(
-            f"{what} does not read whole texts: its first state is the same whatever the last token is; give another"
+            f"{what} does not read whole texts: its first state does not depend on the last token; give another"
         )
 
 
