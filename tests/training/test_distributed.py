@@ -72,6 +72,9 @@ def write_recipe(folder, name, encoder, llm):
     return path
 
 
+pytestmark = pytest.mark.timeout(900)  # The first test waits for every run.
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_llm, tmp_path_factory):
     """Recipes of three encoders, and their data."""
