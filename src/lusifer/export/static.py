@@ -15,12 +15,12 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from tokenizers import Tokenizer
-from tqdm.auto import tqdm
 
 from lusifer.errors import LusiferError
 from lusifer.loading import load_for_inference
 from lusifer.locks import alone_at_new
 from lusifer.model.text_encoder import TextEncoder
+from lusifer.progress import bar
 from lusifer.publishing import publish_folder
 
 DIMENSIONS = 256
@@ -75,10 +75,10 @@ def token_vectors(encoder: TextEncoder, *, progress: bool = False) -> np.ndarray
     front, behind = _around(encoder.tokenizer)
     count = encoder.tokenizer.backend_tokenizer.get_vocab_size()
     table = np.empty((count, encoder.dimension), dtype=np.float32)
-    with tqdm(total=count, desc="embedding tokens", unit="token", disable=not progress) as bar:
+    with bar(count, "embedding tokens", "token", show=progress) as shown:
         for begin in range(0, count, _BLOCK):
             ids = range(begin, min(begin + _BLOCK, count))
-            table[begin : ids.stop] = encoder.encode_ids([[*front, token, *behind] for token in ids], bar.update)
+            table[begin : ids.stop] = encoder.encode_ids([[*front, token, *behind] for token in ids], shown.update)
     return table
 
 
