@@ -112,8 +112,8 @@ def test_a_mistake_in_the_rows(tmp_path, type_, rows, said):
 @pytest.mark.parametrize(
     ("part", "row", "said"),
     [
-        ("qrels", {"query-id": "q1", "corpus-id": "dx", "score": 1}, "'corpus-id' is 'dx', which is not an id in corpus"),
-        ("qrels", {"query-id": "qx", "corpus-id": "d1", "score": 1}, "'query-id' is 'qx', which is not an id in queries"),
+        ("qrels", {"query-id": "q1", "corpus-id": "dx", "score": 1}, "'corpus-id' is 'dx', which is not an id"),
+        ("qrels", {"query-id": "qx", "corpus-id": "d1", "score": 1}, "'query-id' is 'qx', which is not an id"),
         ("qrels", {"query-id": "q1", "corpus-id": "d9", "score": 0.5}, "'score' must be a whole number from 0 on"),
         ("qrels", {"query-id": "q0", "corpus-id": "d0", "score": 1}, "'q0' and 'd0' are judged already; remove one"),
         ("corpus", {"_id": "d3", "text": "again"}, "the id 'd3' is that of"),

@@ -287,7 +287,7 @@ def _from_judgements(tables: Mapping[str, Table], where: str) -> Search:
     for row, (query, document, score) in enumerate(zip(qrels["query-id"], qrels["corpus-id"], scores, strict=True)):
         for name, value, table in (("query-id", query, queries), ("corpus-id", document, corpus)):
             if value not in known[name]:
-                raise qrels.error(row, f"{name!r} is {value!r}, which is not an id in {table.name}; fix or remove the row")
+                raise qrels.error(row, f"{name!r} is {value!r}, which is not an id in {table.name}; fix or remove it")
         if score < 0 or not float(score).is_integer():
             raise qrels.error(row, f"'score' must be a whole number from 0 on, not {score:g}")
         if document in grades.setdefault(query, {}):
