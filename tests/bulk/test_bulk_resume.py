@@ -23,7 +23,7 @@ from lusifer.bulk.run import encode
 from lusifer.model.sentence_transformer import save_atomically
 from support.texts import content, kept_rows, refused, some_texts
 
-KILLS = int(os.environ.get("LUSIFER_KILLS", "5"))
+KILLS = int(os.environ.get("LUSIFER_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")

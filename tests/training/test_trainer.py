@@ -101,7 +101,7 @@ def test_a_run_that_goes_wrong_stops_before_the_weights_change(tree, monkeypatch
 
 def test_the_best_checkpoint_stays_beside_the_last(tree, monkeypatch, tmp_path):
     tree["contrast"] |= {"eval_steps": 1, "save_steps": 1, "save_total_limit": 2, "best_metric": "loss"}
-    values = iter([3.0, 1.0, 2.0, 2.5, 2.0, 4.0, 4.0])
+    values = iter([5.0, 3.0, 1.0, 2.0, 2.5, 2.0, 4.0, 4.0])  # The first before the stage.
     real = lusifer.training.stages.ContrastiveLoss.forward
 
     def forward(self, *args, **kwargs):
