@@ -219,7 +219,7 @@ def test_workers_of_ray_may_be_killed(cluster, model, tmp_path):
     thread.start()
     facts = encode(model, str(tmp_path / "in.txt"), str(out), settings, threads=1, engine="ray", processes=2)
     thread.join(timeout=10)
-    assert len(killed) == 4 and facts["texts"] == 12_000
+    assert len(killed) >= 3 and facts["texts"] == 12_000
     encode(model, str(tmp_path / "in.txt"), str(tmp_path / "one"), settings, threads=1)
     assert content(out) == content(tmp_path / "one")
 

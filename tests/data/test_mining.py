@@ -235,7 +235,7 @@ def test_mistakes(tmp_path):
     assert "range_min (5) must be" in refused("o.jsonl", range_min=5, range_max=5)
     assert "7 negatives from 3 ranks" in refused("o.jsonl", range_max=3)
     assert "relative_margin" in refused("o.jsonl", relative_margin=1.5)
-    with pytest.raises(LusiferError, match="not finite"):
+    with pytest.raises(LusiferError, match="NaN or infinite embeddings"):
         mine(
             source,
             tmp_path / "o.jsonl",

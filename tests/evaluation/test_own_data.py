@@ -210,5 +210,5 @@ def test_a_data_set_in_the_layout_of_the_hub_is_read_by_subset_and_split(tmp_pat
     sides = task.own.subsets["de"]
     assert sides["train"]["text"][0].endswith(" en") and sides["test"]["text"][0].endswith(" de"), "by the part's name"
     languages["de"]["split"] = "tset"
-    with pytest.raises(LusiferError, match="cannot read the data set '.*set': .*tset"):
+    with pytest.raises(LusiferError, match="cannot read the dataset '.*set': .*tset"):
         open_tasks([str(write_task(tmp_path, "mine", type="clustering", languages=languages))])

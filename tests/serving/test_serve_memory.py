@@ -19,7 +19,7 @@ from support.toy_model import Toy
 BODY = json.dumps({"input": [[1] * 60] * 200}).encode()
 EMBED = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 SEARCH = b"GET /search?q=station HTTP/1.1\r\nHost: localhost\r\n\r\n"
-BATCH, OBJECTS, MEGABYTES = 40, 100, 10
+BATCH, OBJECTS, MEGABYTES = 200, 180, 10
 
 
 class Quick(Toy):
@@ -99,7 +99,7 @@ def test_what_is_kept_is_noticed(server, monkeypatch):
         return await submit(self, ids)
 
     monkeypatch.setattr(batcher.Batcher, "submit", keep)
-    with pytest.raises(AssertionError, match="objects of 40 requests"):
+    with pytest.raises(AssertionError, match=f"objects of {BATCH} requests"):
         test_nothing_stays_of_requests(server, stay, EMBED)
 
 

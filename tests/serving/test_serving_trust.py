@@ -67,7 +67,7 @@ def test_a_model_that_does_not_return_makes_the_server_unready(toy):
     with serving(lambda: toy) as client, ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(embed, client, [[HANGS]])
         wait_for(lambda: client.get("/ready").status_code == 503, 3)
-        assert "has not returned for" in client.get("/ready").json()["reason"]
+        assert "has not responded for" in client.get("/ready").json()["reason"]
         assert metric(client, "lusifer_batch_age_seconds") > 0.3
         refused = embed(client, [[1]])  # At once, not after a minute.
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "model_stuck"

@@ -189,7 +189,7 @@ def test_another_vocabulary(small: tuple[Path, Path, dict[str, np.ndarray]], tmp
     binary, _, _ = small
     other = tmp_path / "tokenizer.json"
     other.write_text(_vocabulary([*PIECES[:8], "b", *PIECES[9:]]), encoding="utf-8")
-    with pytest.raises(LusiferError, match="another vocabulary"):
+    with pytest.raises(LusiferError, match="does not have the vocabulary"):
         convert_e5(binary, other, tmp_path)
     other.write_text("{}")
     with pytest.raises(LusiferError, match="not the tokenizer"):

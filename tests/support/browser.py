@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     """A running browser; tests without one are skipped."""
     sync_api = pytest.importorskip("playwright.sync_api")

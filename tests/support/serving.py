@@ -28,11 +28,11 @@ class Gated(TextEncoder):
         self.open, self.busy, self.seen = threading.Event(), threading.Event(), []
         self.open.set()
 
-    def encode_ids(self, ids, tick=None):
+    def encode_ids(self, ids, *how):
         self.busy.set()
         assert self.open.wait(20)
         self.seen += [list(row) for row in ids]
-        return super().encode_ids(ids, tick)
+        return super().encode_ids(ids, *how)
 
     @contextmanager
     def held(self):
