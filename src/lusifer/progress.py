@@ -5,6 +5,7 @@ Bars are tqdm's, in one style: what is done, how fast, how long it still takes, 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,12 +24,7 @@ _FIRST, _MOST = 5.0, 60.0  # Seconds between two lines of a log: at first, and i
 _SOON = 1.0  # Seconds between two figures on a screen.
 _WIDTH = 79  # Of a terminal that does not say its own, as some containers' do not.
 _LAYOUT = {True: "{desc} {percentage:3.0f}% |{bar}| {state}", False: "{desc}: {state}"}
-_commanded: list[bool] = []  # Whether the command line wants progress; empty without one.
-
-
-def follow_command(shown: bool) -> None:
-    """Whether the command that is running shows progress; bars that nobody asked for or against then do as it says."""
-    _commanded[:] = [shown]
+logger = logging.getLogger(__name__)
 
 
 def beside_bars(stream: Any) -> AbstractContextManager[None]:
@@ -106,13 +102,14 @@ class _Bar(_Job, _shown_tqdm):
 class _Lines(_Job):
     """The same for a file: whole lines, seldom."""
 
-    _written, _reached = 0.0, 0.0  # When the last line was written, in seconds after the begin, and what it said.
+    _written: float | None = None  # When the last line was written, in seconds after the begin.
+    _reached = 0.0  # What it said.
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Writes a line, unless the one before is not long ago."""
         facts = dict(self.format_dict)
         pause = min(_MOST, max(_FIRST, facts["elapsed"] / 20))
-        if msg is None and facts["elapsed"] - self._written >= pause:
+        if msg is None and facts["elapsed"] - (self._written or 0.0) >= pause:
             self._write(facts)
 
     def _write(self, facts: dict[str, Any]) -> None:
@@ -135,7 +132,7 @@ class _Lines(_Job):
 
     def close(self) -> None:
         """Writes how it ended, of a job that was long enough for lines."""
-        if not self.disable and self._written and self._reached < self.n:
+        if not self.disable and self._written is not None and self._reached < self.n:
             self._write(dict(self.format_dict))
         super().close()
 
@@ -149,12 +146,12 @@ def bar(
         total: Where it ends; None where that is not known.
         what: What is done, in a word or two.
         unit: What is counted, in the singular, ``B`` for bytes; shares alone are shown where it is empty.
-        show: Whether to show anything; when None, what the running command wants, and without one only on a screen.
+        show: Whether to show anything; when None, as messages of level INFO are, which ``--quiet`` switches off.
         done: What was done before.
         keep: Whether the bar stays on the screen at the end.
     """
     on_screen = sys.stderr.isatty() or any(one.__module__ == "tqdm.notebook" for one in _shown_tqdm.__mro__)
-    wanted = (_commanded[0] if _commanded else on_screen) if show is None else show
+    wanted = logger.isEnabledFor(logging.INFO) if show is None else show
     if os.environ.get("RANK", "0") != "0":  # Of several processes, one speaks for all.
         wanted = False
     # Said here, since our command switches the bars of libraries off by tqdm's environment variable.

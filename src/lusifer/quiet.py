@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from lusifer.terminal import visible, without_secrets
@@ -27,6 +29,24 @@ class _BesideBars(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
+@contextmanager
+def muted(*names: str) -> Iterator[None]:
+    """Lets loggers say errors only while a block runs.
+
+    Args:
+        *names: The loggers.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def quiet_libraries(quiet: bool) -> None:
     """Logs our own messages to standard error and silences the libraries beneath, whose bars drown ours.
 
@@ -36,9 +56,6 @@ def quiet_libraries(quiet: bool) -> None:
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
-    from lusifer.progress import follow_command
-
-    follow_command(not quiet)
     shown = _BesideBars(sys.stderr)
     shown.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[shown], force=True)

@@ -88,7 +88,7 @@ def test_progress_and_losses_stay_off_standard_output(call, tmp_path, data, tiny
     path = recipe(tmp_path, data, tiny_encoder, tiny_llm)
     code, out, err = call("train", path, "--json", "--contrast.logging_steps", "1")
     assert code == 0 and json.loads(out) == {"model": str(tmp_path / "run" / "model")}
-    assert "stage 2, contrast: " in err
+    assert "stage 2, contrast: " in err and ", loss " in err
 
 
 def test_encode_to_npy_and_parquet(call, checkpoint, tmp_path):

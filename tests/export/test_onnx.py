@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import lusifer
 from lusifer import LusiferError
@@ -17,7 +16,7 @@ from lusifer.export import onnx as export
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from support.adapted import PROMPTS, save_adapted
 from support.command import mistake
-from support.tiny import CORPUS
+from support.tiny import CORPUS, give_adapters
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -29,13 +28,7 @@ BATCHES = [CORPUS[:1], CORPUS[:3], [*CORPUS, "", "a"], ["the cat sat " * 60, "ca
 @pytest.fixture
 def checkpoint(tiny_st, tmp_path):
     """A checkpoint whose adapters do something."""
-    inner = lusifer_model(tiny_st)
-    for part in ("encoder", "llm"):
-        inner.add_adapter(part, {"r": 4, "lora_alpha": 8})
-    torch.manual_seed(3)
-    for name, parameter in inner.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    give_adapters(lusifer_model(tiny_st))
     tiny_st.prompts["query"] = "the "
     save_atomically(tiny_st.eval(), tmp_path / "model")
     return str(tmp_path / "model")

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import lusifer
 from lusifer import LusiferError
 from lusifer.hooks import huggingface_hub
-from lusifer.hooks.huggingface_hub import settle_hub
+from lusifer.hooks.huggingface_hub import settle_hub, why_not_loaded
 
 
 @pytest.fixture
@@ -43,6 +43,12 @@ def test_the_libraries_follow(hub):
     assert not settle_hub() and is_offline_mode()
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download("nobody/nothing", "config.json")
+
+
+def test_what_is_broken_is_not_called_absent(hub):
+    hub("http://127.0.0.1:1")
+    assert not settle_hub()
+    assert why_not_loaded("nobody/nothing", ValueError("the header is too large")) == "the header is too large"
 
 
 def test_a_hub_that_answers_anything_is_there(hub):

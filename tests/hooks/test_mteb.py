@@ -8,11 +8,11 @@ import pytest
 
 mteb = pytest.importorskip("mteb")
 
-from mteb.abstasks import AbsTask  # noqa: E402
+from mteb.abstasks import AbsTask, AbsTaskClustering  # noqa: E402
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
 
 from lusifer import LusiferError  # noqa: E402
-from lusifer.hooks.mteb import add_benchmark, language_script, listen, restrict  # noqa: E402
+from lusifer.hooks.mteb import DrawsAlone, add_benchmark, language_script, listen, restrict  # noqa: E402
 
 
 def test_tasks_save_predictions_by_the_method_we_replace():
@@ -41,6 +41,16 @@ def test_a_benchmark_is_found_by_its_name_after_the_registry_was_read():
     name = "LUSIFER-canary"
     add_benchmark(name, mteb.Benchmark(name=name, tasks=[mteb.get_task("KLUE-STS")]))
     assert mteb.get_benchmark(name).name == name, "mteb.benchmarks no longer reads its registry from a module"
+
+
+def test_clustering_draws_from_the_state_we_set_for_each_subset():
+    source = inspect.getsource(AbsTaskClustering)
+    assert "self.rng_state" in source and callable(AbsTask._evaluate_subset)
+    task = type(
+        "Drawing", (DrawsAlone, type("Base", (), {"_evaluate_subset": lambda self: self.rng_state.random()})), {}
+    )()
+    task.seed = 3
+    assert task._evaluate_subset() == task._evaluate_subset()
 
 
 def test_languages_have_a_short_code_and_a_script():

@@ -19,7 +19,7 @@ from lusifer.model.adapters import inference_copy
 from lusifer.model.fingerprint import weights_hash
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
 from lusifer.model.text_encoder import set_precision, token_ids
-from support.tiny import CORPUS
+from support.tiny import CORPUS, give_adapters
 
 # W + BA is one float32 product where it was two before.
 TOLERANCE = 1e-5
@@ -28,13 +28,7 @@ TOLERANCE = 1e-5
 @pytest.fixture
 def checkpoint(tiny_st, tmp_path):
     """A checkpoint whose adapters do something."""
-    inner = lusifer_model(tiny_st)
-    for part in ("encoder", "llm"):
-        inner.add_adapter(part, {"r": 4, "lora_alpha": 8})
-    torch.manual_seed(3)
-    for name, parameter in inner.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    give_adapters(lusifer_model(tiny_st))
     save_atomically(tiny_st.eval(), tmp_path / "model")
     return str(tmp_path / "model")
 

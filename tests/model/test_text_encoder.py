@@ -25,7 +25,7 @@ from lusifer.model.text_encoder import (
     set_precision,
 )
 from lusifer.model.token_batches import exact_batches
-from support.tiny import sharpen
+from support.tiny import give_adapters, sharpen
 from support.varlen import flash_reference
 
 TEXTS = ["cat", "the cat sat on the mat", "a dog", "rain fell on the roof " * 6, "rain fell", "she reads", "milk"]
@@ -79,13 +79,7 @@ def test_batches_are_of_one_length_where_there_are_enough():
 @pytest.fixture
 def adapted(tiny_st, tmp_path):
     """A checkpoint with adapters that do something, on disk."""
-    model = lusifer_model(tiny_st)
-    for part in ("encoder", "llm"):
-        model.add_adapter(part, {"r": 4, "lora_alpha": 8})
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    give_adapters(lusifer_model(tiny_st))
     save_atomically(tiny_st.eval(), tmp_path / "model")
     return tmp_path / "model"
 

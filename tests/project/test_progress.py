@@ -27,11 +27,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(autouse=True)
-def no_command(monkeypatch):
-    monkeypatch.setattr(progress, "_commanded", [])
-
-
 @pytest.fixture
 def clock(monkeypatch):
     moved = Clock()
@@ -164,13 +159,21 @@ def test_nothing_is_shown_where_it_is_not_wanted(screen, clock, monkeypatch, log
         screen.truncate(0)
         return text
 
-    assert run(False) == "" and "reading" in run(True) and "reading" in run(None)
-    progress.follow_command(False)
+    assert run(False) == "" and "reading" in run(True)
+    quiet.quiet_libraries(True)
     assert run(None) == ""
-    progress.follow_command(True)
+    quiet.quiet_libraries(False)
     assert "reading" in run(None)
     monkeypatch.setenv("RANK", "1")
     assert run(True) == ""
+
+
+def test_the_end_is_written_however_early_the_line_before_was(log, clock, monkeypatch):
+    monkeypatch.setattr(progress, "_FIRST", 0.0)
+    with progress.bar(2, "training", "step", show=True) as shown:
+        shown.note("loss 1.000")
+        shown.update(2)
+    assert log.getvalue().splitlines()[-1].startswith("training: 2 steps")
 
 
 def test_without_a_command_a_log_gets_only_what_was_asked_for(log, clock):

@@ -63,3 +63,13 @@ def save_llm_tokenizer(folder):
     )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+def give_adapters(model):
+    """Puts an adapter that does something on both parts of a model of `tiny_st`."""
+    for part in ("encoder", "llm"):
+        model.add_adapter(part, {"r": 4, "lora_alpha": 8})
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)

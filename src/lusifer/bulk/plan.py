@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 
 from lusifer.bulk.job import Plan
 from lusifer.data.reading import Block
-from lusifer.data.rows import Columns, ColumnTypes, Position, Rows, read_rows
+from lusifer.data.rows import INT64, Columns, ColumnTypes, Position, Rows, read_rows
 from lusifer.data.sources import InputFile
 from lusifer.errors import LusiferError
-
-_INT64 = 2**63
 
 
 def make_plan(
@@ -115,7 +113,7 @@ class _Ids:
             raise rows.block.error(index, "ids are numbers and text; use one of them")
         if int in self._kinds:
             self._least, self._greatest = min(self._least, min(values)), max(self._greatest, max(values))
-            if self._least < 0 and self._greatest >= _INT64:
+            if self._least < 0 and self._greatest not in INT64:
                 place = f"{rows.block.where(good[0][0])} or before"
                 raise LusiferError(f"{place}: ids are below 0 and above 2^63; write them as text")
 
@@ -123,4 +121,4 @@ class _Ids:
         """How Arrow calls the type that holds them all."""
         if str in self._kinds:
             return "string"
-        return "uint64" if self._greatest >= _INT64 else "int64"
+        return "uint64" if self._greatest not in INT64 else "int64"

@@ -152,15 +152,17 @@ def _encode_folder(model: str, run: dict[str, Any], **options: Any) -> dict[str,
         try:
             facts += _make_missing(target, job, manifest, done, **options)
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(_kept(target, plan)) from stop
+            raise KeyboardInterrupt(_kept(target, plan, facts)) from stop
         return _finish(target, job, manifest, facts)
 
 
-def _kept(target: Folder, plan: Plan) -> str:
+def _kept(target: Folder, plan: Plan, known: Sequence[ShardFacts]) -> str:
     """What an interrupted run leaves to go on with, in words."""
     names = target.names()
     done = {part.number for part in plan.slices if shard_name(part.number) in names}
-    rows = sum(read_facts(target, number).rows for number in done) + kept_rows(names, done)
+    new = done - {facts.number for facts in known}
+    rows = sum(facts.rows for facts in known) + sum(read_facts(target, number).rows for number in new)
+    rows += kept_rows(names, done)
     kept = f"{rows:,} of {plan.rows - plan.bad:,} rows are kept" if rows else "no row is encoded yet"
     return f"{kept}; the same command resumes there"
 

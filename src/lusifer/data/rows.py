@@ -158,7 +158,7 @@ class RowReader:
             self._rows = None
 
 
-_INT64 = range(-(2**63), 2**63)
+INT64 = range(-(2**63), 2**63)
 # Which types hold all values of a Python type; of two, the first is taken.
 _HOLDS: dict[type, tuple[str, ...]] = {bool: ("bool",), int: ("int", "float"), float: ("float",)}
 # What a cell of CSV looks like; 007 is a name, not a number.
@@ -205,7 +205,7 @@ class ColumnTypes:
             return
         for kind in kinds:
             self._narrow(name, _HOLDS.get(kind, ()))
-        if int in kinds and not all(value in _INT64 for value in values if type(value) is int):
+        if int in kinds and not all(value in INT64 for value in values if type(value) is int):
             self._narrow(name, ())
 
     def _narrow(self, name: str, fits: tuple[str, ...]) -> None:

@@ -6,9 +6,6 @@ appears: ONNX Runtime must give the vectors that torch gives.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from lusifer.loading import load_checkpoint
 from lusifer.locks import alone_at_new
 from lusifer.model.modeling import LusiferModel
 from lusifer.publishing import publish_folder, write_json
+from lusifer.quiet import muted
 
 GRAPH, TOKENIZER, SETTINGS = "model.onnx", "tokenizer.json", "config.json"
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
@@ -128,7 +126,7 @@ def _write_graph(name: str, model: SentenceTransformer, folder: Path) -> None:
     example = (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long))
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
-        with torch.no_grad(), _silent_exporter():
+        with torch.no_grad(), muted("torch.onnx", "onnxscript", "onnx_ir"):  # An account of every node.
             traced = torch.export.export(Embedder(model).eval(), example, dynamic_shapes=(dynamic, dynamic))
             program: Any = torch.onnx.export(traced, input_names=INPUTS, output_names=[OUTPUT], verbose=False)
     except Exception as error:  # Whatever stands in the way of one architecture or another.
@@ -138,20 +136,6 @@ def _write_graph(name: str, model: SentenceTransformer, folder: Path) -> None:
         part.metadata_props.clear()  # Where every line of code lies on this machine.
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     program.save(folder / GRAPH, external_data=size > _ONE_FILE)
-
-
-@contextmanager
-def _silent_exporter() -> Iterator[None]:
-    """Keeps the exporter's account of every node it rewrites out of the log."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class OnnxEmbedder:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lusifer.errors import first_line
 
@@ -49,6 +50,15 @@ def why_not_loaded(name: str, error: BaseException) -> str:
         name: Folder or hub id.
         error: What a library raised.
     """
-    if constants.HF_HUB_OFFLINE and not Path(name).exists():
+    if constants.HF_HUB_OFFLINE and not Path(name).exists() and _is_absence(error):
         return "there is no such folder, and the hub cannot be reached"
     return first_line(error)
+
+
+def _is_absence(error: BaseException | None) -> bool:
+    """Whether something was neither cached nor asked for, rather than broken."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

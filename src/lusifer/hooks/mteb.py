@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def restrict(task: Any, *, splits: Sequence[str], subsets: Sequence[str]) -> Non
         subsets: The subsets.
     """
     task.hf_subsets, task._eval_splits = list(subsets), list(splits)
+
+
+class DrawsAlone:
+    """For a clustering task: the draws of a subset do not depend on which others were scored before, or in which call.
+
+    Touches ``_evaluate_subset`` and the attribute ``rng_state`` that it draws from.
+    """
+
+    seed: int
+    rng_state: random.Random
+
+    def _evaluate_subset(self, *args: Any, **kwargs: Any) -> Any:
+        self.rng_state = random.Random(self.seed)
+        return super()._evaluate_subset(*args, **kwargs)  # type: ignore[misc]
 
 
 def add_benchmark(name: str, benchmark: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
 from lusifer.errors import LusiferError, first_line
+from lusifer.quiet import muted
 
 
 def cached_or_none(name: str, file: str, **hub: Any) -> str | None:
@@ -80,13 +80,8 @@ def no_panics(what: str) -> Iterator[None]:
 @contextmanager
 def no_load_report() -> Iterator[None]:
     """Silences the list of tensors that a load leaves out: touches the logger of ``transformers.modeling_utils``."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with muted("transformers.modeling_utils"):
         yield
-    finally:
-        logger.setLevel(level)
 
 
 class InitializesParts:

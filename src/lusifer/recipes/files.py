@@ -54,6 +54,28 @@ def _unfolded(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+def load_mapping(what: str, path: Path, shape: str) -> dict[str, Any]:
+    """Reads a YAML file whose content is a mapping.
+
+    Args:
+        what: What it is, for the message.
+        path: The file.
+        shape: What it should look like, for the message.
+
+    Raises:
+        LusiferError: If it cannot be read, or is not such a file.
+    """
+    try:
+        tree = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LusiferError(f"cannot read the {what} {str(path)!r}: {first_line(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LusiferError(f"the {what} {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise LusiferError(f"the {what} {str(path)!r} must be a mapping {shape}")
+    return tree
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies command-line overrides.
 
@@ -64,14 +86,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         LusiferError: If the file cannot be read, a key is unknown, or a value is not valid.
     """
-    try:
-        tree = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LusiferError(f"cannot read the recipe {str(path)!r}: {first_line(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LusiferError(f"the recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise LusiferError(f"the recipe {str(path)!r} must be a mapping of sections, see recipes/quickstart.yaml")
+    tree = load_mapping("recipe", Path(path), "of sections, see recipes/quickstart.yaml")
     for name, value in parse_overrides(overrides):
         _set(tree, name, value)
     try:

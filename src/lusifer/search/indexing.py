@@ -12,7 +12,7 @@ import numpy as np
 
 from lusifer.data.prompts import Prompted
 from lusifer.data.reading import Block
-from lusifer.data.rows import Columns, ColumnTypes, as_type, read_rows
+from lusifer.data.rows import INT64, Columns, ColumnTypes, as_type, read_rows
 from lusifer.data.sources import find_files
 from lusifer.data.validation import repeated_id
 from lusifer.data.vectors.agreement import unit
@@ -209,15 +209,12 @@ def _complete(entry: Entry, store: Store) -> Entry:
     return Entry(entry.id, entry.text, entry.lang, values)
 
 
-_INT64 = range(-(2**63), 2**63)
-
-
 def _metadata(block: Block, name: str) -> list[Any]:
     values = block.values(name)
     for row, value in enumerate(values):
         if isinstance(value, list | dict | bytes):
             raise block.error(row, f"{name!r} must be text, a number or true/false to be metadata")
-        if isinstance(value, int) and value not in _INT64:
+        if isinstance(value, int) and value not in INT64:
             raise block.error(row, f"{name!r} is beyond 64 bits; write it as text")
     return values
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import pydantic
-import yaml
 from pydantic import Field, ValidationError
 
-from lusifer.errors import LusiferError, first_line
-from lusifer.recipes.files import explain, load_yaml
+from lusifer.errors import LusiferError
+from lusifer.recipes.files import explain, load_mapping
 from lusifer.recipes.schema import Strict
 
 _LANGUAGE = "[a-z]{2,3}(?:-[A-Z][a-z]{3})?"
@@ -213,14 +212,7 @@ def load_task_file(path: Path) -> TaskFile:
     Raises:
         LusiferError: If it cannot be read, a key is unknown, or a value is not valid.
     """
-    try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LusiferError(f"cannot read the task {str(path)!r}: {first_line(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LusiferError(f"the task {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise LusiferError(f"the task {str(path)!r} must be a mapping with type and languages, see examples/tasks")
+    tree = load_mapping("task", path, "with type and languages, see examples/tasks")
     try:
         return TaskFile.model_validate({"name": path.stem, **tree})
     except ValidationError as error:

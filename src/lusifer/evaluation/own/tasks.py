@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +26,7 @@ from lusifer.evaluation.own.content import OwnTask, Search, Subset, read_task
 from lusifer.evaluation.own.everyday import NAME as EVERYDAY
 from lusifer.evaluation.own.everyday import everyday_tasks
 from lusifer.evaluation.own.schema import KINDS
-from lusifer.hooks.mteb import language_script, restrict
+from lusifer.hooks.mteb import DrawsAlone, language_script, restrict
 
 _ENDINGS = (".yaml", ".yml")
 
@@ -131,18 +130,13 @@ class _Classification(_Own, AbsTaskClassification):
     """Classification."""
 
 
-class _Clustering(_Own, AbsTaskClustering):
+class _Clustering(_Own, DrawsAlone, AbsTaskClustering):
     """Clustering of up to 16,384 texts, where mteb's default would take 4 % of a small set."""
 
     max_fraction_of_documents_to_embed = None
     max_document_to_embed = 16_384
     input_column_name = "text"
     label_column_name = "label"
-
-    def _evaluate_subset(self, *args: Any, **kwargs: Any) -> Any:
-        # The draws of a language must not depend on which others were scored before it, e.g. after an interruption.
-        self.rng_state = random.Random(self.seed)
-        return super()._evaluate_subset(*args, **kwargs)
 
 
 class _Bitext(_Own, AbsTaskBitextMining):
