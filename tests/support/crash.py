@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 PRELOADED = [
     "lusifer.cli.app",
     "lusifer.bulk.local_engine",
@@ -158,11 +160,21 @@ def _content(path):
     if path.suffix == ".sqlite":
         with closing(sqlite3.connect(path)) as base:
             return base.execute("SELECT * FROM vectors ORDER BY key").fetchall()
+    if path.suffix == ".pt":  # The same objects may be pickled in several ways.
+        return _plain(torch.load(path, weights_only=True))
     content = path.read_bytes()
     if path.suffix == ".safetensors":  # Metadata are written in any order.
         head = 8 + int.from_bytes(content[:8], "little")
         return json.loads(content[8:head]), content[head:]
     return _STAGE_SECONDS.sub(rb"\1", content) if path.name == "README.md" else content
+
+
+def _plain(value):
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _timeless(value):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -151,7 +152,7 @@ class AtomicTrainer(OpenTrainer):
         self.stage, self.evaluator = stage, evaluator
         self.loss_sum = 0.0  # Of all steps, also of those before an interruption.
         self._batch: dict[str, Any] = {}
-        self._since, self._tokens, self._padding, self._logged_at = time.monotonic(), 0.0, 0.0, 0
+        self._since, self._tokens, self._paddings = time.monotonic(), 0.0, list[float]()
 
     def train_sampler(self, dataset: Any) -> SequentialSampler:
         """The mixture has its order already."""
@@ -195,7 +196,7 @@ class AtomicTrainer(OpenTrainer):
             self._stop(f"the loss is {loss:g}")
         self.loss_sum += loss
         self._tokens += metrics["tokens"]
-        self._padding += metrics["padding"]
+        self._paddings.append(metrics["padding"])
         return torch.tensor(loss, device=self.args.device)
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
@@ -221,11 +222,11 @@ class AtomicTrainer(OpenTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second (all ranks), the share of padding and memory to what is logged."""
         if "loss" in logs:
-            now, steps = time.monotonic(), max(1, self.state.global_step - self._logged_at)
+            now = time.monotonic()
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(now - self._since, 1e-9), 1)
-            logs["padding"] = round(self._padding / steps, 4)
+            logs["padding"] = round(fmean(self._paddings), 4) if self._paddings else 0.0
             logs["memory_mb"] = round(_memory_mb(self.args.device), 1)
-            self._since, self._tokens, self._padding, self._logged_at = now, 0.0, 0.0, self.state.global_step
+            self._since, self._tokens, self._paddings = now, 0.0, []
         if "train_loss" in logs:  # transformers sums the losses since an interruption, over the steps of the whole run.
             logs["train_loss"] = self.loss_sum / max(1, self.state.global_step)
         super().log(logs, start_time)
