@@ -31,9 +31,9 @@ class Lora(Strict):
     """A LoRA adapter (arXiv 2106.09685); the defaults are the paper's."""
 
     r: PositiveInt = 16  # Rank.
-    alpha: PositiveInt = 32  # Scale: what the adapter adds counts alpha / r.
-    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)  # Share of its inputs dropped in training.
-    target_modules: list[str] | None = None  # Names of the linear layers it covers; all that it fits when left out.
+    alpha: PositiveInt = 32  # Scaling: the adapter's output is multiplied by alpha / r.
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)  # Dropout on its input during training.
+    target_modules: list[str] | None = None  # Names of the linear layers to adapt; all of them if omitted.
 
     def fields(self) -> dict[str, Any]:
         """The adapter as fields of ``peft.LoraConfig``."""
@@ -44,29 +44,29 @@ class Lora(Strict):
 class DataRecipe(Strict):
     """One data set of a mixture; `lusifer.data.mixture` says how sets are drawn."""
 
-    # A file, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also packed, or .parquet), a starter name or a hub id.
+    # File, folder or glob (.jsonl, .json, .csv, .tsv, .txt, also compressed, or .parquet), starter name or hub id.
     source: str = Field(min_length=1)
-    subset: str | None = None  # Which part of a hub data set.
-    split: str = "train"  # Which part of a hub data set.
-    revision: str | None = None  # Which part of a hub data set.
-    # Our column name -> theirs, e.g. `{query: question}`.
+    subset: str | None = None  # Configuration (subset) of a hub data set.
+    split: str = "train"  # Split of a hub data set.
+    revision: str | None = None  # Revision (branch, tag or commit) of a hub data set.
+    # lusifer's column name: the data set's own, e.g. `{query: question}`.
     columns: dict[Literal["query", "positive", "negative", "text", "cluster", "id"], str] = {}
-    # What stage 1 does with a record; stage 2 always contrasts.
+    # What stage 1 does with a record (`reconstruct`, `complete`); in stage 2 always `contrast`.
     task: Literal["reconstruct", "complete", "contrast"] | None = None
-    weight: PositiveFloat = 1.0  # How often each record counts: a set is drawn in proportion to weight * rows.
-    cap: PositiveInt | None = None  # At most this many rows: a seeded choice, or the first ones of a streamed set.
-    streaming: bool = False  # Read in order with bounded memory, instead of from a local table.
-    instruction: str | None = None  # Task instruction in front of every query, and of every source in stage 1.
-    # The same for positives and negatives; this and the next three are for stage 2.
+    weight: PositiveFloat = 1.0  # Sampling weight per row: a set is drawn in proportion to weight * rows.
+    cap: PositiveInt | None = None  # Use at most this many rows: a seeded sample, or the first rows of a streamed set.
+    streaming: bool = False  # Read in order with bounded memory instead of through a local table.
+    instruction: str | None = None  # Instruction prepended to every query, and to every source text in stage 1.
+    # Instruction prepended to positives and negatives (this and the next three: stage 2 only).
     document_instruction: str | None = None
-    positives: PositiveInt = 1  # Rows that a record makes in a batch, each with another of its positives.
-    in_batch_negatives: bool = True  # Whether other rows' texts are negatives; off for classification-like sets.
-    # Negatives per row; a row with fewer repeats them, one without any is left out.
+    positives: PositiveInt = 1  # Rows made from one record in a batch, each with a different positive.
+    in_batch_negatives: bool = True  # Use the other rows' texts as negatives; switch off for classification-like sets.
+    # Hard negatives per row; a row with fewer repeats them, a row with none is skipped.
     hard_negatives: int = Field(default=0, ge=0)
-    # Probability that the passage is the source and the query the target (completion).
+    # For `complete`: probability of swapping the two, so that the passage is the source and the query the target.
     reverse: float = Field(default=0.0, ge=0.0, le=1.0)
-    start: float = Field(default=0.0, ge=0.0, lt=1.0)  # The set is drawn between these shares of the stage's steps.
-    end: float = Field(default=1.0, gt=0.0, le=1.0)  # The set is drawn between these shares of the stage's steps.
+    start: float = Field(default=0.0, ge=0.0, lt=1.0)  # Fraction of the stage's steps after which the set is used.
+    end: float = Field(default=1.0, gt=0.0, le=1.0)  # Fraction of the stage's steps after which it is no longer used.
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DataRecipe:
@@ -82,34 +82,34 @@ class DataRecipe(Strict):
 
 
 class ModelRecipe(Strict):
-    """The two backbones and what joins them."""
+    """The encoder, the LLM and the connector between them."""
 
     renamed: ClassVar[dict[str, str]] = {"connector_shortcut": "connector_residual"}
 
     encoder: str  # Multilingual encoder: hub id, folder or starter name (`starter:multilingual-e5-small`).
-    llm: str  # Decoder LLM: the same.
-    encoder_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.
-    llm_revision: str | None = None  # Hub revision; the commit it means now is kept in the checkpoint.
-    # LoRA adapters of PEFT that belong to the LLM as published, merged into it as it loads.
+    llm: str  # Decoder LLM: hub id, folder or starter name.
+    encoder_revision: str | None = None  # Hub revision; the checkpoint records the commit it resolved to.
+    llm_revision: str | None = None  # Hub revision; the checkpoint records the commit it resolved to.
+    # PEFT LoRA adapters that are part of the published LLM; merged into its weights on loading.
     llm_base_adapters: list[str] = []
-    llm_layers: PositiveInt | None = None  # Use only the LLM's first layers.
-    # Data type of the backbone's weights, whatever its files hold; `auto` as for a stage's `precision`.
+    llm_layers: PositiveInt | None = None  # Keep only this many of the LLM's first layers.
+    # Data type in which the encoder's weights are loaded; `auto` as for a stage's `precision`.
     encoder_dtype: Dtype = "float32"
-    # Data type of the backbone's weights, whatever its files hold; `auto` as for a stage's `precision`.
+    # Data type in which the LLM's weights are loaded; `auto` as for a stage's `precision`.
     llm_dtype: Dtype = "float32"
-    attn_implementation: str | None = None  # `sdpa`, `flash_attention_2`, `eager`; transformers' choice when left out.
-    connector_dim: PositiveInt | None = None  # Width of the connector's hidden layer; the LLM's width when left out.
-    connector_residual: bool = True  # A linear map beside the connector's two layers, which stage 0 fills in.
-    num_added_tokens: int = Field(default=1, ge=0)  # Trainable soft tokens behind the text's last one.
-    use_bos: bool = True  # The LLM's BOS token first, if it has one.
-    pooling: Literal["mean", "last_token", "weighted_mean"] = "mean"  # How the LLM's states become one vector.
-    head_dim: PositiveInt | None = None  # Width of the embedding behind an MLP head; no head when left out.
-    max_seq_length: int = Field(default=512, ge=4)  # Encoder tokens read of a text.
-    encoder_lora: Lora | None = None  # LoRA adapter of the encoder, for `train_encoder: lora` in a stage.
-    llm_lora: Lora | None = Lora()  # LoRA adapter of the LLM, which stage 2 trains.
-    # Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits a GPU).
+    attn_implementation: str | None = None  # `sdpa`, `flash_attention_2` or `eager`; transformers chooses if omitted.
+    connector_dim: PositiveInt | None = None  # Width of the connector's hidden layer; the LLM's hidden size if omitted.
+    connector_residual: bool = True  # Add a linear map in parallel to the connector's MLP; stage 0 sets its weights.
+    num_added_tokens: int = Field(default=1, ge=0)  # Trainable soft tokens appended to each text.
+    use_bos: bool = True  # Start the LLM's input with its BOS token, if it has one.
+    pooling: Literal["mean", "last_token", "weighted_mean"] = "mean"  # Pooling of the LLM's last hidden states.
+    head_dim: PositiveInt | None = None  # Embedding dimension of an MLP head after pooling; no head if omitted.
+    max_seq_length: int = Field(default=512, ge=4)  # Texts are truncated to this many encoder tokens.
+    encoder_lora: Lora | None = None  # LoRA adapter of the encoder, needed by `train_encoder: lora`.
+    llm_lora: Lora | None = Lora()  # LoRA adapter of the LLM, trained in stage 2.
+    # Load the frozen LLM in 8 or 4 bits (needs bitsandbytes; 4 bits also need a GPU).
     quantization: Literal["8bit", "4bit"] | None = None
-    prompts: dict[str, str] = {}  # `query` and `document`: what stands in front of the texts when the model is used.
+    prompts: dict[str, str] = {}  # Prompts `query` and `document` that the finished model prepends to texts.
 
     def architecture(self, *left_out: str) -> dict[str, Any]:
         """The fields that `LusiferModel.from_backbones` and `LusiferConfig` take, by their names there."""
@@ -119,53 +119,53 @@ class ModelRecipe(Strict):
 class WarmStartRecipe(Strict):
     """Stage 0: the closed-form start of the connector."""
 
-    enabled: bool = True  # Off starts the connector at random.
-    data: str | None = None  # English texts; else the first set to reconstruct of stage 1, else the first of stage 2.
-    texts: PositiveInt = 3000  # How many of them are read.
+    enabled: bool = True  # false initialises the connector at random.
+    data: str | None = None  # English texts; if omitted, stage 1's first `reconstruct` set, else stage 2's first set.
+    texts: PositiveInt = 3000  # Number of texts to read.
     ridge: PositiveFloat = 1000.0  # Strength of the ridge regression.
-    # Power of the map's singular values: 1 is plain regression, smaller keeps rare directions louder.
+    # Exponent on the map's singular values: 1 is plain ridge regression; smaller amplifies rare directions.
     spectrum: float = Field(default=0.5, ge=0.0, le=1.0)
-    scale: PositiveFloat = 1.0  # Loudness of the soft tokens over the LLM's own embeddings.
+    scale: PositiveFloat = 1.0  # Norm of the soft tokens relative to the LLM's token embeddings.
 
 
 class GradientStage(Strict):
-    """What stages 1 and 2, which train by gradient, share."""
+    """Settings shared by stages 1 and 2, which train by gradient descent."""
 
     number: ClassVar[int]
     renamed: ClassVar[dict[str, str]] = {"encoder": "train_encoder", "connector": "train_connector"}
 
-    enabled: bool = True  # Whether the stage runs.
-    data: list[DataRecipe] = []  # Its data sets.
+    enabled: bool = True  # false skips the stage.
+    data: list[DataRecipe] = []  # Training data sets.
     steps: PositiveInt = 1000  # Optimizer steps.
-    batch_size: PositiveInt = 32  # Rows of one step, over all ranks.
-    learning_rate: PositiveFloat = 2e-4  # Of adapters and, where it is trained, the encoder.
-    connector_learning_rate: PositiveFloat | None = None  # Of connector and head; as the others when left out.
-    warmup_steps: int = Field(default=0, ge=0)  # Steps in which the rate rises.
-    warmup_share: float = Field(default=0.0, ge=0.0, lt=1.0)  # The same as a share of the steps; give one of them.
-    schedule: Literal["linear", "cosine"] = "linear"  # How the rate falls from there to zero.
-    weight_decay: float = Field(default=0.0, ge=0.0)  # AdamW's.
-    max_grad_norm: PositiveFloat = 1.0  # Gradients are clipped to this norm.
-    # What of the encoder is trained: nothing, its LoRA adapter, or all of its weights.
+    batch_size: PositiveInt = 32  # Rows per optimizer step, over all ranks.
+    learning_rate: PositiveFloat = 2e-4  # For the adapters, and the encoder if it is trained.
+    connector_learning_rate: PositiveFloat | None = None  # For connector and head; `learning_rate` if omitted.
+    warmup_steps: int = Field(default=0, ge=0)  # Steps of linear learning-rate warm-up.
+    warmup_share: float = Field(default=0.0, ge=0.0, lt=1.0)  # Warm-up as a fraction of `steps`; set one of the two.
+    schedule: Literal["linear", "cosine"] = "linear"  # Learning-rate decay to zero after warm-up.
+    weight_decay: float = Field(default=0.0, ge=0.0)  # Weight decay of AdamW.
+    max_grad_norm: PositiveFloat = 1.0  # Gradient clipping norm.
+    # How the encoder is trained: not at all, through its LoRA adapter, or all weights.
     train_encoder: Literal["frozen", "lora", "full"] = "frozen"
-    train_connector: bool = True  # Whether connector and head are trained.
-    # Encoder tokens of a text in this stage; the model's own limit when left out.
+    train_connector: bool = True  # Train connector and head.
+    # Truncation length in encoder tokens for this stage; the model's own limit if omitted.
     max_seq_length: PositiveInt | None = None
-    max_tokens: PositiveInt = 16384  # Padded tokens of one forward pass.
-    # Padded tokens whose activations are kept; what exceeds it goes through the gradient cache.
+    max_tokens: PositiveInt = 16384  # Padded tokens per forward pass; larger batches are split.
+    # Padded tokens whose activations are kept; larger batches use the gradient cache.
     graph_tokens: PositiveInt = 65536
-    # What it computes in; what is trained, losses and optimizer are float32 anyway. `auto`: decided as the run begins.
+    # Compute precision; trained weights, losses and optimizer stay float32. `auto` is resolved when the run starts.
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    # Compute activations again in the backward pass: less memory, a third more time.
+    # Recompute activations in the backward pass: less memory, about a third more time.
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 100  # Steps between checkpoints.
-    save_total_limit: PositiveInt = 2  # How many checkpoints stay.
-    # Metric of the held-out rows that chooses the checkpoint kept beside the last ones; needs `eval_steps`.
+    save_total_limit: PositiveInt = 2  # Checkpoints to keep.
+    # Held-out metric that selects a best checkpoint, kept in addition to the latest; needs `eval_steps`.
     best_metric: str | None = None
-    # Steps between measurements on rows that are never trained on; none when left out.
+    # Steps between evaluations on held-out rows; no evaluation if omitted.
     eval_steps: PositiveInt | None = None
-    logging_steps: PositiveInt = 10  # Steps between lines of the log.
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # Where the log goes too.
-    max_loss: PositiveFloat | None = None  # A loss above it stops the run.
+    logging_steps: PositiveInt = 10  # Steps between log entries.
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # Experiment trackers that also receive the log.
+    max_loss: PositiveFloat | None = None  # Stop the run if the loss exceeds this value.
 
     @pydantic.model_validator(mode="after")
     def _some_set_at_every_step(self) -> GradientStage:
@@ -196,15 +196,15 @@ class GradientStage(Strict):
 
 
 class AlignRecipe(GradientStage):
-    """Stage 1: the frozen LLM writes the text again, or goes on with it, from soft tokens."""
+    """Stage 1: from the soft tokens, the frozen LLM reconstructs the text or completes it."""
 
     number: ClassVar[int] = 1
-    # Share of target tokens masked for the LLM: a number, or two, from the first to the last step.
+    # Fraction of the LLM's input tokens masked: one number, or [at the first step, at the last].
     mask_probability: float | tuple[float, float] = 0.5
-    target_max_seq_length: PositiveInt = 512  # LLM tokens of a target.
-    # Sentence Transformers model whose vectors an adapted encoder is held to while it learns.
+    target_max_seq_length: PositiveInt = 512  # Truncation length of targets, in LLM tokens.
+    # Sentence Transformers model whose embeddings the trained encoder must keep matching.
     teacher: str | None = None
-    teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss beside the tokens' cross-entropy.
+    teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss relative to the cross-entropy.
 
     def metrics(self) -> list[str]:
         """Names of what is measured on held-out rows, see `lusifer.training.alignment.held_out_metrics`."""
@@ -241,21 +241,21 @@ class ContrastRecipe(GradientStage):
     """Stage 2: contrastive finetuning with bidirectional attention."""
 
     number: ClassVar[int] = 2
-    symmetric: bool = False  # Whether each positive must also find its query.
-    temperature: PositiveFloat = 0.05  # Divisor of the cosines.
-    infonce_weight: NonNegativeFloat = 1.0  # Weight of the contrastive loss; 0 leaves it out.
-    # Sentence Transformers model whose vectors of the texts are learnt: hub id, folder or starter name.
+    symmetric: bool = False  # Also contrast each positive against all queries.
+    temperature: PositiveFloat = 0.05  # InfoNCE temperature.
+    infonce_weight: NonNegativeFloat = 1.0  # Weight of the contrastive loss; 0 switches it off.
+    # Sentence Transformers model whose embedding space is learnt: hub id, folder or starter name.
     teacher: str | None = None
     teacher_weight: PositiveFloat = 1.0  # Weight of the teacher's loss.
-    # Number of the LLM's first layers kept; stage 1 needs the whole LLM, whose head is behind the last.
+    # Keep only this many of the LLM's first layers from here on; stage 1 needs all of them and the LM head.
     llm_layers: PositiveInt | None = None
-    # Sentence Transformers model that reads the same texts; `encoder` is the recipe's own encoder alone.
+    # Sentence Transformers model used as guide; `encoder` means the recipe's own encoder.
     guide: str | None = None
-    # A negative counts only if the guide scores it below the positive minus this margin.
+    # Ignore a negative unless the guide scores it below the positive's score minus this margin.
     guide_margin: float | None = Field(default=None, ge=-2.0, le=2.0)
-    distill: NonNegativeFloat = 0.0  # Weight of keeping the texts' neighbourhoods as the guide sees them.
-    distill_temperature: PositiveFloat = 0.05  # Divisor of the cosines compared.
-    # Leading dimensions that must be good embeddings by themselves, increasing.
+    distill: NonNegativeFloat = 0.0  # Weight of a loss that keeps similarities within the batch close to the guide's.
+    distill_temperature: PositiveFloat = 0.05  # Temperature of that loss.
+    # Matryoshka: prefix lengths trained as embeddings of their own, increasing.
     matryoshka_dims: list[PositiveInt] = []
 
     def metrics(self) -> list[str]:
@@ -289,23 +289,23 @@ def _check_teacher(stage: AlignRecipe | ContrastRecipe) -> None:
 
 
 class ScaleRecipe(Strict):
-    """How several processes share the work (`torchrun`)."""
+    """Training on several processes (`torchrun`)."""
 
-    # `ddp` copies the model to every rank; `fsdp2` shards it, backbones included.
+    # `ddp` replicates the model on every rank; `fsdp2` shards it, backbones included.
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    cpu_offload: bool = False  # Keeps the shards in the host's memory while they are not used (fsdp2).
+    cpu_offload: bool = False  # Keep idle shards in host memory (fsdp2 only).
 
 
 class Recipe(Strict):
-    """One training run: model, stages 0 to 2, where it writes."""
+    """One training run: model, stages 0 to 2, and the output folder."""
 
-    output: str  # Folder of the run; stages and the final model go below it.
-    seed: int = Field(default=0, ge=0, lt=2**32)  # Of everything random.
-    model: ModelRecipe  # The two backbones and what joins them.
+    output: str  # Folder of the run; it holds the stages and the final model.
+    seed: int = Field(default=0, ge=0, lt=2**32)  # Random seed.
+    model: ModelRecipe  # The encoder, the LLM and the connector between them.
     warm_start: WarmStartRecipe = WarmStartRecipe()  # Stage 0.
     align: AlignRecipe = AlignRecipe(enabled=False)  # Stage 1.
     contrast: ContrastRecipe = ContrastRecipe(enabled=False)  # Stage 2.
-    scale: ScaleRecipe = ScaleRecipe()  # How several processes share the work.
+    scale: ScaleRecipe = ScaleRecipe()  # Training on several processes.
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
