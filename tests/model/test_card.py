@@ -86,7 +86,7 @@ def test_nothing_in_a_configuration_breaks_the_card(text):
         line for line in card.text.split("````")[0].split("<details>")[0].splitlines() if line.startswith("## ")
     ]
     assert headings == [line for line in plain.split("<details>")[0].splitlines() if line.startswith("## ")]
-    columns = [line for line in card.text.split("## Parts")[1].split("\n\n")[1].splitlines()]
+    columns = [line for line in card.text.split("## Architecture")[1].split("\n\n")[1].splitlines()]
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in columns] == [4] * 5
     assert "<script>" not in card.text.split("<details>")[0].replace("`<script>alert(1)</script>`", "").split("```")[0]
     fence = re.search(r"(`{3,})yaml\n", card.text)[1]
@@ -103,7 +103,7 @@ def test_the_recipe_in_it_is_one_and_holds_no_paths():
 
 def test_nothing_is_guessed():
     text = make_card({"model_type": "lusifer"})
-    for part in ("Unknown: it depends", "Not measured", "`unknown`", "not pinned"):
+    for part in ("Not set. It depends", "Not evaluated yet", "`unknown`", "not pinned"):
         assert part in text
     metadata = yaml.safe_load(text.split("---")[1])
     assert not {"license", "language", "base_model", "datasets", "model-index"} & set(metadata)
