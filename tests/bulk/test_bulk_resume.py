@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,20 +20,21 @@ from lusifer.bulk import local_engine
 from lusifer.bulk.job import Settings
 from lusifer.bulk.run import encode
 from lusifer.model.sentence_transformer import save_atomically
+from support.forked import context
 from support.texts import content, kept_rows, refused, some_texts
 
+ROWS, SHARD = 3_000, 90
 KILLS = int(os.environ.get("LUSIFER_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")
 def forks():
     """Starts processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lusifer.bulk.local_engine", "lusifer.bulk.run"])
-    first = context.Process(target=os.getpid)
+    forks = context()
+    first = forks.Process(target=os.getpid)
     first.start()
     first.join()
-    return context
+    return forks
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def finished(forks, tmp_path_factory, tiny_encoder, tiny_llm):
     torch.manual_seed(0)
     inner = LusiferModel.from_backbones(tiny_encoder, tiny_llm, max_seq_length=64)
     save_atomically(to_sentence_transformer(inner, load_tokenizer("encoder", tiny_encoder)), folder / "model")
-    rows = [{"text": text, "key": f"k{number}"} for number, text in enumerate(some_texts(10_000, seed=1))]
+    rows = [{"text": text, "key": f"k{number}"} for number, text in enumerate(some_texts(ROWS, seed=1))]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = Settings(precision="float32", shard_rows=300, id_column="key", output_dtype="int8")
+    settings = Settings(precision="float32", shard_rows=SHARD, id_column="key", output_dtype="int8")
     common = (str(folder / "model"), str(folder / "in.jsonl"))
     begin = time.perf_counter()
     process = forks.Process(target=encode, args=(*common, str(folder / "out"), settings), kwargs={"threads": 1})
@@ -103,12 +103,6 @@ def test_killed_at_any_moment_the_same_bytes_come_out(forks, finished, tmp_path,
     assert content(out) == expected
 
 
-def test_two_processes_make_the_bytes_of_one(finished, tmp_path):
-    common, settings, expected, _ = finished
-    facts = encode(*common, str(tmp_path / "out"), settings, processes=2, threads=1)
-    assert facts["texts"] == 10_000 and content(tmp_path / "out") == expected
-
-
 def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, monkeypatch):
     common, settings, expected, _ = finished
     real = local_engine.Processes._receive
@@ -132,7 +126,9 @@ def test_a_process_that_dies_is_named_and_the_rest_stays(finished, tmp_path, mon
     assert content(tmp_path / "out") == expected
 
 
-def test_ctrl_c_does_not_reach_a_process_that_still_imports(finished, tmp_path, monkeypatch, capfd):
+def test_two_processes_make_the_bytes_of_one_whatever_ctrl_c_does_while_they_start(
+    finished, tmp_path, monkeypatch, capfd
+):
     common, settings, expected, _ = finished
     real = local_engine.Processes._start
 
@@ -166,10 +162,10 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 
 
-def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(finished, tmp_path):
+def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(finished, tmp_path, call):
     common, settings, expected, _ = finished
     command = [sys.executable, "-m", "lusifer", "encode", *common, str(tmp_path / "out"), "-q", "--processes", "2"]
-    command += ["--precision", "float32", "--shard-rows", "300", "--id-column", "key", "--output-dtype", "int8"]
+    command += ["--precision", "float32", "--shard-rows", str(SHARD), "--id-column", "key", "--output-dtype", "int8"]
     command += ["--threads", "1"]
     # A group of its own: Ctrl-C in a terminal reaches all processes of the group.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -181,8 +177,8 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(finished, tmp_pat
     assert process.returncode == 130
     # Both processes finish their batch and keep it before they end: the count is true to the row.
     rows = kept_rows(tmp_path / "out")
-    assert err.strip() == f"lusifer: interrupted; {rows:,} of 10,000 rows are kept; the same command resumes there"
+    assert err.strip() == f"lusifer: interrupted; {rows:,} of {ROWS:,} rows are kept; the same command resumes there"
     assert 0 < len(list(tmp_path.glob("out/part-*"))) < len(expected) - 1
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"10000 texts, 48 dimensions -> {tmp_path / 'out'}\n"
+    code, said, err = call(*command[3:])
+    assert code == 0 and said == f"{ROWS} texts, 48 dimensions -> {tmp_path / 'out'}\n"
     assert content(tmp_path / "out") == expected

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +17,7 @@ from lusifer.model.sentence_transformer import save_atomically
 from lusifer.quickstart import adapted as steps
 from lusifer.quickstart import run as quickstart
 from lusifer.training.llm_baseline import llm_alone, train_llm_alone
+from support import forked
 from support.command import mistake
 from support.teachers import save_teacher, sentences
 
@@ -220,9 +219,7 @@ def test_a_real_process_prints_one_line_for_broken_data(tmp_path, data, tiny_enc
     """The libraries beneath log and draw progress bars of their own; in a process they would show."""
     (data / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": \n')
     path = recipe(tmp_path, data, tiny_encoder, tiny_llm)
-    done = subprocess.run(
-        [sys.executable, "-m", "lusifer.cli.app", "train", str(path)], capture_output=True, text=True, timeout=120
-    )
+    done = forked.run(["-m", "lusifer", "train", path])
     assert "pairs.jsonl" in mistake(done.returncode, done.stdout, done.stderr)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from lusifer.evaluation.cache import EmbeddingCache
 from lusifer.evaluation.everyday import embedder, score
 from lusifer.evaluation.systems import Embedder, language_profile, load_embedder
 from lusifer.model.sentence_transformer import save_atomically
+from support import forked
 from support.backbones import save_sentence_encoder
 
 mteb = pytest.importorskip("mteb")
@@ -201,10 +200,10 @@ def test_a_folder_holds_part_of_a_benchmark(data):
 def test_the_command_says_what_failed_and_exits_with_1(data, tmp_path, tiny_encoder):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "farstail" / "test.parquet").write_bytes(b"no parquet")
-    command = [sys.executable, "-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "-q"]
+    command = ["-m", "lusifer", "evaluate", f"encoder:{tiny_encoder}", "-q"]
     command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--json"]
     environment = {**os.environ, "LUSIFER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(command, environment=environment)
     assert done.returncode == 1, done.stderr
     assert "failed: FarsTail" in done.stderr and "Traceback" not in done.stderr
     told = json.loads(done.stdout)

@@ -249,8 +249,7 @@ print(SentenceTransformer(sys.argv[1], device="cpu").encode(["the cat"]).shape)
 """
 
 
-@pytest.mark.parametrize("name", ["lusifer", "lusifer.py", "app.py"])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(("name", "order"), [("lusifer", "after"), ("lusifer.py", "before"), ("app.py", "after")])
 def test_registration_does_not_depend_on_the_programs_name(tiny_st, tmp_path, name, order):
     tiny_st.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     (tmp_path / "app").mkdir()

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from support.forked import context
+
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
@@ -141,5 +143,6 @@ def _entry(rank, size, folder, work, arguments):
 def on_two_ranks(work, *arguments):
     """What ``work(rank, size, *arguments)`` returns on each of two gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_entry, (2, folder, work, arguments), nprocs=2)
+        context()
+        multiprocessing.start_processes(_entry, (2, folder, work, arguments), nprocs=2, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]

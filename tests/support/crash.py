@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -25,17 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-PRELOADED = [
-    "lusifer.cli.app",
-    "lusifer.bulk.local_engine",
-    "lusifer.bulk.run",
-    "lusifer.data.mining",
-    "lusifer.evaluation.run",
-    "lusifer.search.indexing",
-    "lusifer.starter.fetch",
-    "lusifer.training.run",
-    "support.crash",
-]  # Not lancedb, whose threads do not survive a fork.
+from support.forked import context
+
 _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.truncate", "shutil.rmtree"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # What differs from run to run, however undisturbed.
@@ -90,8 +80,7 @@ class Processes:
         self.place, self._said, self._count = root / "place", root / "said", 0
         self._killed = []
         self._said.mkdir()
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = context()
 
     def start(self, command, moment=None):
         self._count += 1
