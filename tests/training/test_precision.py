@@ -104,7 +104,6 @@ def losses(output, stage):
         ("float32", "float32", "float32", {}),
         ("float32", "bfloat16", "bfloat16", {}),
         ("auto", "auto", "auto", {}),
-        ("float32", "float32", "float32", {"train_encoder": "full"}),
         ("bfloat16", "bfloat16", "bfloat16", {"train_encoder": "full"}),
         ("bfloat16", "float32", "float32", {"train_encoder": "full"}),
     ],
