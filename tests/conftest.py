@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -92,6 +93,15 @@ def tiny_model(tiny_encoder, tiny_llm):
 @pytest.fixture
 def tiny_st(tiny_model, tiny_encoder):
     return to_sentence_transformer(tiny_model, load_tokenizer("encoder", tiny_encoder))
+
+
+@pytest.fixture(autouse=True)
+def maps_are_drawn():
+    """Waits for maps that a page has asked for: UMAP's compiler puts back standard streams that it saw before."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "map":
+            thread.join()
 
 
 # Files that take longest, so that a process of several does not end with one of them alone.

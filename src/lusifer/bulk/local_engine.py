@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -64,7 +65,7 @@ class Processes:
         self._running.clear()
 
     def _start(self, device: str | None) -> Connection:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.job, device), daemon=True)
         with _interrupt_blocked():
@@ -116,6 +117,15 @@ class Processes:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def _context() -> Any:
+    """How processes start: on Linux forked from one that has done nothing but import the libraries, once for all."""
+    if sys.platform != "linux":  # Frameworks of macOS do not survive a fork.
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class CorpusMap:
             if self._failed == version:
                 return {"status": "failed"}
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._draw, args=(version,), daemon=True)
+                self._thread = threading.Thread(target=self._draw, args=(version,), name="map", daemon=True)
                 self._thread.start()
         return {"status": "computing"}
 
