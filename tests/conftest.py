@@ -9,6 +9,7 @@ import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # Several processes share the machine.
 
 # Caches of this run alone, before any library reads where they are: what lies in somebody's home neither helps a test
 # nor is touched by it. Processes that a run starts inherit them.

@@ -28,13 +28,12 @@ TESTS = Path(__file__).parents[1]
 IMPORTED = (
     "lusifer.cli.app",
     "lusifer.bulk.run",
-    "lusifer.evaluation.run",
     "lusifer.search.indexing",
     "lusifer.starter.fetch",
     "lusifer.training.run",
 )  # Not lancedb, whose threads do not survive a fork.
 # Variables that the libraries above read when they are imported.
-_EARLY = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "ONEDNN_", "CUDA_", "XDG_", "MTEB_", "PYTHONPATH", "HOME")
+_EARLY = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "ONEDNN_", "XDG_", "MTEB_", "PYTHONPATH", "HOME")
 _LATE = ("HF_TOKEN",)
 _GRACE = 30.0  # Seconds that other ranks have to end in when one has failed.
 _servers: dict[str, subprocess.Popen[str]] = {}
@@ -68,7 +67,8 @@ def run(program, *, ranks=1, environment=None, cwd=None, timeout=300):
 def context():
     """The standard library's own such server, for functions; in a test's process the only one."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload([*IMPORTED, "lusifer.bulk.local_engine", "lusifer.data.mining", "support.crash"])
+    more = ("lusifer.bulk.local_engine", "lusifer.data.mining", "lusifer.evaluation.run", "support.crash")
+    forks.set_forkserver_preload([*IMPORTED, *more])
     return forks
 
 

@@ -31,13 +31,7 @@ main()
 
 def start(program, *, ranks=1, torchrun=False, **variables):
     """Runs Python with these arguments, on several ranks as torchrun does, or by torchrun itself."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        **variables,
-    }
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
     if not torchrun:
         return forked.run(program, ranks=ranks, environment=environment, timeout=400)
     with socket.socket() as free:
