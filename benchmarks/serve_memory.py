@@ -1,6 +1,6 @@
 """Whether a server's memory comes back: after thousands of requests, and after clients that left in the middle of one.
 
-Usage: python benchmarks/serve_memory.py [--model starter] [--requests 6000] [--cancels 1000] [--limit 100]
+Usage: python benchmarks/serve_memory.py [--model starter] [--precision bfloat16] [--requests 6000] [--cancels 1000]
 
 Runs ``lusifer serve MODEL`` and ``lusifer search INDEX --ui``, one after the other, each in a process of its own, and
 talks to it over HTTP with 16 clients. The index holds the sentences of the bundled everyday set.
@@ -141,7 +141,7 @@ async def measure(server: Server, ask: Ask, requests: int, cancels: int) -> dict
     return {**row, "statuses": dict(statuses), "requests": requests, "cancels": cancels}
 
 
-def run(model: str, requests: int, cancels: int) -> dict[str, dict[str, Any]]:
+def run(model: str, precision: str, requests: int, cancels: int) -> dict[str, dict[str, Any]]:
     """Both servers, one after the other."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ def run(model: str, requests: int, cancels: int) -> dict[str, dict[str, Any]]:
         add = [sys.executable, "-m", "lusifer", "index", "add", str(index), str(texts), "--model", model, "-q"]
         subprocess.run(add, check=True, stdout=subprocess.DEVNULL)
         for name, command, ask in (
-            ("lusifer serve", ["serve", model], embeddings),
+            ("lusifer serve", ["serve", model, "--precision", precision], embeddings),
             ("lusifer search --ui", ["search", str(index), "--ui"], searches),
         ):
             server = Server(*command)
@@ -180,11 +180,12 @@ def main() -> None:
     """Starts the servers, measures, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="starter")
+    parser.add_argument("--precision", default="auto", help="of `lusifer serve`; `auto` may differ from run to run")
     parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--cancels", type=int, default=1000)
     parser.add_argument("--limit", type=float, default=100.0, help="MB above idle")
     options = parser.parse_args()
-    rows = run(options.model, options.requests, options.cancels)
+    rows = run(options.model, options.precision, options.requests, options.cancels)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "serve_memory.json").write_text(json.dumps({"model": options.model, "servers": rows}, indent=1))
     print(markdown(rows), end="")

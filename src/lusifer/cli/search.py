@@ -315,13 +315,13 @@ def search(
     - `lusifer search news --ui`
     - `lusifer search chroma-folder "où est la gare ?" --model adapted`
     """
-    quiet_libraries(True)
     if ui == (query is not None):
         raise LusiferError('give either a query or --ui: lusifer search INDEX "query"')
     if ui:
         from lusifer.serving.memory import keep_few_plans
 
         keep_few_plans()
+    quiet_libraries(True)
     from lusifer.data.prompts import explicit_prompt, prompt_for
     from lusifer.search.agreement import admit
     from lusifer.search.locations import open_any

@@ -76,11 +76,12 @@ def serve(
     missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if find_spec(module) is None]
     if missing:
         raise LusiferError(f"serving needs {', '.join(missing)}: pip install 'lusifer[serving]'")
-    quiet_libraries(quiet)
     from lusifer.serving.memory import keep_few_plans
-    from lusifer.serving.server import listen
 
     keep_few_plans()
+    quiet_libraries(quiet)
+    from lusifer.serving.server import listen
+
     keys = [key for given in api_key or [] for key in given.split()]
     if api_key and not keys:
         raise LusiferError("the API key is empty; give one, or omit --api-key and LUSIFER_API_KEY")
