@@ -21,6 +21,8 @@ from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 
+_HIDDEN = re.compile(r"\.(.+)-[0-9a-f]{8}(?:\.old|\.lock)?")
+
 
 @contextmanager
 def publish_file(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
@@ -161,6 +163,20 @@ def sweep(path: Path, scratch: Path | None = None) -> None:
                 os.rename(_old(staging), path)
             for left in (staging, _old(staging), _lock(staging)):
                 _remove(left)
+
+
+def sweep_folder(folder: Path) -> None:
+    """Removes what killed processes left of every file and folder in a folder, as `sweep` does.
+
+    Args:
+        folder: The folder, which need not be there.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in {match[1] for match in map(_HIDDEN.fullmatch, names) if match}:
+        sweep(folder / name)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:

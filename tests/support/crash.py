@@ -19,9 +19,11 @@ import time
 import zipfile
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from support.forked import context
@@ -128,6 +130,17 @@ class Processes:
         return state(command, self.place), touched, seconds
 
 
+@dataclass(frozen=True)
+class _Vectors:
+    """Embeddings by key; two that share the texts of a set make other batches, which changes the last digits."""
+
+    keys: list
+    vectors: list
+
+    def __eq__(self, other):
+        return self.keys == other.keys and all(map(partial(np.allclose, atol=1e-5), self.vectors, other.vectors))
+
+
 def state(command, place):
     """What a place holds: names of all files, with what `Command.read` says of them, or their bytes."""
     found = {str(path.relative_to(place)): path for path in sorted(place.rglob("*"))}
@@ -136,7 +149,8 @@ def state(command, place):
 
 
 def _counts(name):
-    return "lance" not in Path(name).parts
+    """Not the files of Lance, nor what a kill leaves of its own in the folder for such files."""
+    return "lance" not in Path(name).parts and not name.startswith("tmp/.tmp")
 
 
 def _content(path):
@@ -148,7 +162,8 @@ def _content(path):
         return _timeless(json.loads(path.read_text()))
     if path.suffix == ".sqlite":
         with closing(sqlite3.connect(path)) as base:
-            return base.execute("SELECT * FROM vectors ORDER BY key").fetchall()
+            rows = base.execute("SELECT * FROM vectors ORDER BY key").fetchall()
+        return _Vectors([key for key, _ in rows], [np.frombuffer(vector, np.float32) for _, vector in rows])
     if path.suffix == ".pt":  # The same objects may be pickled in several ways.
         return _plain(torch.load(path, weights_only=True))
     content = path.read_bytes()

@@ -299,6 +299,16 @@ def test_a_killed_run_lets_the_next_one_in(recipe, whole, monkeypatch, tmp_path)
     assert_same(tmp_path / "run", whole)
 
 
+def test_what_kills_left_goes_also_from_a_stage_that_is_finished(recipe, whole, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "run")
+    before = {path.relative_to(output) for path in output.rglob("*")}
+    for place in ("contrast/.stage.json-0123abcd.lock", "contrast/.stage.json-4567abcd", ".recipe.yaml-89abcdef.lock"):
+        (output / place).touch()
+    (output / ".model-0123abcd").mkdir()
+    train(recipe(output), progress=False)
+    assert {path.relative_to(output) for path in output.rglob("*")} == before
+
+
 def test_a_stage_that_goes_on_from_a_folder_leaves_the_files_of_one_that_did_not(recipe, tmp_path):
     stages = recipe(tmp_path / "run").model_dump(exclude_unset=True)
     align = {**stages["contrast"], "data": [{**stages["contrast"]["data"][0], "task": "reconstruct"}], "steps": 1}

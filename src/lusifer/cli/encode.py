@@ -91,7 +91,7 @@ def encode(
     facts = run(model, source, output, settings, **hardware, progress=not quiet)
     if facts["cut"]:
         say(
-            f"warning: {facts['cut']} of {facts['texts']} texts were longer than the model's window and truncated",
+            f"warning: {facts['cut']:,} of {facts['texts']:,} texts were longer than the model's window and truncated",
             err=True,
         )
     if facts["skipped"]:

@@ -115,7 +115,7 @@ def add(
             left = ", ".join(map(repr, done.columns))
             say(f"warning: {left} cannot be kept and is left out: {COLUMN_NAMES}", err=True)
     if cut:
-        say(f"warning: {cut} texts were longer than the model reads, and were cut", err=True)
+        say(f"warning: {cut:,} texts were longer than the model's window and truncated", err=True)
     total = store.count()
     if as_json:
         emit({"index": without_secrets(index), "texts": total, **counts, "cut": cut})

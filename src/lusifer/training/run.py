@@ -27,7 +27,7 @@ from lusifer.model.backbones import load_tokenizer
 from lusifer.model.fingerprint import files_fingerprint
 from lusifer.model.published_adapters import read_base_adapter
 from lusifer.model.sentence_transformer import lusifer_model, save_atomically
-from lusifer.publishing import make_folder, publish_file, write_json
+from lusifer.publishing import make_folder, publish_file, sweep_folder, write_json
 from lusifer.recipes.schema import DataRecipe, GradientStage, Recipe
 from lusifer.storage import without_paths
 from lusifer.training.checks import check_model
@@ -148,6 +148,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         check_inputs(recipe)
     with alone_in(Path(recipe.output)):
         check_output(Path(recipe.output))
+        if processes().is_main_process:
+            for folder in (Path(recipe.output), *(Path(recipe.output) / name for name in STAGES)):
+                sweep_folder(folder)
         return _train(settle(recipe), progress)
 
 
