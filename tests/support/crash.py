@@ -138,6 +138,8 @@ class _Vectors:
     vectors: list
 
     def __eq__(self, other):
+        if not isinstance(other, _Vectors):
+            return NotImplemented
         return self.keys == other.keys and all(map(partial(np.allclose, atol=1e-5), self.vectors, other.vectors))
 
 
