@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from lusifer.model.sentence_transformer import save_atomically
 from support.forked import context
 from support.texts import content, kept_rows, refused, some_texts
 
-ROWS, SHARD = 3_000, 90
+ROWS, SHARD = 5_000, 150
 KILLS = int(os.environ.get("LUSIFER_KILLS", "2"))
 
 
@@ -144,6 +145,20 @@ def test_two_processes_make_the_bytes_of_one_whatever_ctrl_c_does_while_they_sta
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+def test_processes_have_the_environment_of_now(finished, tmp_path, monkeypatch):
+    """Not that of when the first ones were started."""
+    common, settings, expected, _ = finished
+    model = shutil.copytree(common[0], tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    (model / "model.safetensors").rename(tmp_path / "elsewhere" / "weights")
+    (model / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "weights")
+    given = (str(model), common[1], str(tmp_path / "out"), settings)
+    assert "elsewhere" in refused(*given, processes=2, threads=1)
+    monkeypatch.setenv("LUSIFER_LINKED_FOLDERS", str(tmp_path / "elsewhere"))
+    encode(*given, processes=2, threads=1)
+    assert shards(tmp_path / "out").keys() == {name for name in expected if name.startswith("part-")}
+
+
 def test_mistakes_of_a_process_are_told_here(finished, tmp_path):
     common, settings, _, _ = finished
     message = refused(*common, str(tmp_path / "out"), replace(settings, dim=1000), processes=2)
@@ -157,7 +172,10 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
     while not list((tmp_path).glob("out/part-*")):
         time.sleep(0.01)
         assert process.is_alive()
+    os.kill(process.pid, signal.SIGSTOP)  # However fast it is, it is at work still.
+    assert len(shards(tmp_path / "out")) < len(expected) - 1
     assert "another process is using" in refused(*common, str(tmp_path / "out"), settings, threads=1)
+    os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 

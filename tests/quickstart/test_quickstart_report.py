@@ -99,14 +99,14 @@ def test_queries_say_what_they_found():
     results = made_up()
     assert right(results["queries"]) == 1
     text = markdown(results)
-    assert "1 of 2 queries find their translation" in text
+    assert "1 of 2 find their translation" in text
     assert "| de | Wo \\| wann? | Where is it? | right |" in text
     assert "| sw | Habari | Snow fell. | wrong |" in text
 
 
 def test_how_the_run_went():
     run = dict(tables(markdown(made_up()))["Run"][1:])
-    assert run["everything, all calls together"] == "8.3 minutes"
+    assert run["total, all calls"] == "8.3 minutes"
     assert run["index, adapting, six languages"] == "3.1 minutes"
     assert run["LUSIFER"] == "4.0 minutes" and run["English LLM alone"] == "1.2 minutes"
     assert run["peak memory"] in ("1234 MB", "1235 MB")

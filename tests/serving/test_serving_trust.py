@@ -43,7 +43,7 @@ def test_a_model_that_fails_makes_the_server_unready_until_it_works_again(toy):
         assert answer.json()["reason"] == "the model fails: RuntimeError: CUDA error: device-side assert triggered"
         assert client.get("/health").status_code == 200 and metric(client, "lusifer_model_failing") == 1
         toy.broken = False  # Nobody asks any more, as the balancer sends nothing: it finds out by itself.
-        wait_for(lambda: client.get("/ready").status_code == 200, 2)
+        wait_for(lambda: client.get("/ready").status_code == 200)
         assert metric(client, "lusifer_model_failing") == 0
 
 

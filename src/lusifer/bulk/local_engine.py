@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -67,7 +68,7 @@ class Processes:
     def _start(self, device: str | None) -> Connection:
         context = _context()
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.job, device), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.job, device, dict(os.environ)), daemon=True)
         with _interrupt_blocked():
             process.start()
             theirs.close()
@@ -141,8 +142,11 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: Connection, job: Job, device: str | None) -> None:
+def _work(pipe: Connection, job: Job, device: str | None, environment: dict[str, str]) -> None:
     """What a process does: encodes the shards it is sent until the pipe closes."""
+    # It is forked from a process that was started at another time, with another environment perhaps.
+    os.environ.clear()
+    os.environ.update(environment)
     # Ctrl-C reaches every process of a terminal; the first one decides. What came since the start is dropped here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
