@@ -21,7 +21,7 @@ from typing import Any
 
 from lusifer.errors import LusiferError, first_line
 
-_HIDDEN = re.compile(r"\.(.+)-[0-9a-f]{8}(?:\.old|\.lock)?")
+_HIDDEN = re.compile(r"\.(.+)-[0-9a-f]{8}\.lock")
 
 
 @contextmanager
@@ -167,6 +167,8 @@ def sweep(path: Path, scratch: Path | None = None) -> None:
 
 def sweep_folder(folder: Path) -> None:
     """Removes what killed processes left of every file and folder in a folder, as `sweep` does.
+
+    It is known by its locks, which go last; other hidden files stay.
 
     Args:
         folder: The folder, which need not be there.

@@ -301,10 +301,11 @@ def test_a_killed_run_lets_the_next_one_in(recipe, whole, monkeypatch, tmp_path)
 
 def test_what_kills_left_goes_also_from_a_stage_that_is_finished(recipe, whole, tmp_path):
     output = shutil.copytree(whole, tmp_path / "run")
+    (output / ".notes-01234567").touch()  # Somebody's own.
     before = {path.relative_to(output) for path in output.rglob("*")}
-    for place in ("contrast/.stage.json-0123abcd.lock", "contrast/.stage.json-4567abcd", ".recipe.yaml-89abcdef.lock"):
+    for place in ("contrast/.stage.json-0123abcd", "contrast/.stage.json-0123abcd.lock", ".model-4567abcd.lock"):
         (output / place).touch()
-    (output / ".model-0123abcd").mkdir()
+    (output / ".model-4567abcd").mkdir()
     train(recipe(output), progress=False)
     assert {path.relative_to(output) for path in output.rglob("*")} == before
 
