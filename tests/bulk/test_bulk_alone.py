@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_worker_whose_command_is_gone_ends_quietly(interrupts, monkeypatch, tm
 
     monkeypatch.setattr(local_engine, "ShardEncoder", Encoder)
     ours.send((None, None))
-    local_engine._work(theirs, None, None)
+    local_engine._work(theirs, None, None, dict(os.environ))
     assert capfd.readouterr().err == ""
 
 
