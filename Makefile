@@ -45,6 +45,7 @@ bench: $(READY)  ## run the benchmarks
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/bulk.py
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/serve_memory.py
 
 clean:           ## remove the virtual environment and caches (not runs/)

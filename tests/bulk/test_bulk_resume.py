@@ -173,9 +173,11 @@ def test_another_command_at_the_same_folder_is_refused(forks, finished, tmp_path
         time.sleep(0.01)
         assert process.is_alive()
     os.kill(process.pid, signal.SIGSTOP)  # However fast it is, it is at work still.
-    assert len(shards(tmp_path / "out")) < len(expected) - 1
-    assert "another process is using" in refused(*common, str(tmp_path / "out"), settings, threads=1)
-    os.kill(process.pid, signal.SIGCONT)
+    try:
+        assert len(shards(tmp_path / "out")) < len(expected) - 1
+        assert "another process is using" in refused(*common, str(tmp_path / "out"), settings, threads=1)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode == 0 and content(tmp_path / "out") == expected
 

@@ -237,7 +237,6 @@ def test_backbones_alone_and_ours_are_scored_with_a_profile_of_languages(
 
 
 def test_several_devices_share_the_tasks(data, tmp_path, tiny_encoder, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tasks, _ = choose(None, data)
     options = {"data": data, "device": "cpu,cpu", "progress": False}
     records = evaluation.run(f"encoder:{tiny_encoder}", tasks, tmp_path / "out", **options)

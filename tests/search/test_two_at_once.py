@@ -14,8 +14,8 @@ from lusifer import LusiferError
 from lusifer.search import Entry, IndexInfo, open_store
 from lusifer.search.indexing import add
 from support.command import mistake
+from support.forked import TESTS
 from support.holding import held
-from support.launch import TESTS
 from support.toy_index import DIM, Encoder, entries
 
 pytest.importorskip("lancedb")

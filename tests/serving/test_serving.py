@@ -584,10 +584,7 @@ def checkpoint(tiny_encoder, tiny_llm, tmp_path_factory):
 
 def test_sigterm_finishes_what_is_in_hand_and_exits_with_0(checkpoint):
     command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--precision", "float32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--name", "tiny", "--batch-tokens", "64"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen([*command, "--name", "tiny", "--batch-tokens", "64"], stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
         url = re.match(r"(http://127.0.0.1:\d+)/v1", line)[1]
@@ -645,7 +642,7 @@ def test_a_search_page_shares_the_server(call, checkpoint, tiny_encoder, tiny_ll
     save_atomically(other, tmp_path / "other")
     assert "holds vectors of" in mistake(*call("serve", tmp_path / "other", "-q", "--port", "0", "--ui", index))
     command = [sys.executable, "-m", "lusifer", "serve", str(checkpoint), "--port", "0", "--ui", str(index)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LUSIFER_API_KEY": "secret"}
+    environment = {**os.environ, "LUSIFER_API_KEY": "secret"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         url = re.match(r"(http://127.0.0.1:\d+)/v1", process.stderr.readline())[1]

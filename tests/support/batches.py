@@ -143,6 +143,6 @@ def _entry(rank, size, folder, work, arguments):
 def on_two_ranks(work, *arguments):
     """What ``work(rank, size, *arguments)`` returns on each of two gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
-        context()
+        context()  # Has the libraries imported once.
         multiprocessing.start_processes(_entry, (2, folder, work, arguments), nprocs=2, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
