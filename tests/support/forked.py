@@ -39,14 +39,13 @@ _GRACE = 30.0  # Seconds that other ranks have to end in when one has failed.
 _servers: dict[str, subprocess.Popen[str]] = {}
 
 
-def run(program, *, ranks=1, environment=None, cwd=None, timeout=300):
+def run(program, *, ranks=1, environment=None, timeout=300):
     """Runs what would stand behind ``python``.
 
     Args:
         program: ``-m MODULE``, ``-c CODE`` or a script's path, and arguments.
         ranks: How many processes, with the variables that torchrun sets.
         environment: The environment; this process's own when None.
-        cwd: The folder to run in.
         timeout: Seconds after which they are killed.
 
     Returns:
@@ -55,7 +54,7 @@ def run(program, *, ranks=1, environment=None, cwd=None, timeout=300):
     environment = dict(os.environ if environment is None else environment)
     with tempfile.TemporaryDirectory() as folder:
         job = {"program": [*map(str, program)], "ranks": ranks, "environment": environment, "timeout": timeout}
-        job |= {"cwd": str(cwd or os.getcwd()), "out": f"{folder}/out", "err": f"{folder}/err"}
+        job |= {"cwd": os.getcwd(), "out": f"{folder}/out", "err": f"{folder}/err"}
         server = _server(environment)
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
@@ -65,7 +64,7 @@ def run(program, *, ranks=1, environment=None, cwd=None, timeout=300):
 
 
 def context():
-    """The standard library's own such server, for functions; in a test's process the only one."""
+    """The standard library's own such server, for functions: one to a test's process, whoever starts it first."""
     forks = multiprocessing.get_context("forkserver")
     more = ("lusifer.bulk.local_engine", "lusifer.data.mining", "lusifer.evaluation.run", "support.crash")
     forks.set_forkserver_preload([*IMPORTED, *more])
